@@ -1,0 +1,78 @@
+"""What every backend is told about one pooling call, and the elementwise mathematics they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PoolingCall:
+    """One ``splade_pool`` call with the hidden states flattened to ``[N, D]``.
+
+    ``N`` is ``B · S`` for padded input and ``T`` for packed input. Exactly one of ``batch_size`` from the padded shape
+    (``cu_seqlens is None``) or from ``cu_seqlens`` applies. ``max_seqlen`` bounds every length and is known to the host.
+    """
+
+    batch_size: int
+    max_seqlen: int
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    pooling_strategy: str
+    activation_function: str
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
+    need_argmax: bool = False
+    need_hidden: bool = False
+    need_weight: bool = False
+    need_bias: bool = False
+
+    @property
+    def accumulation_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.compute_dtype, torch.float32)
+
+    def new_argmax(self, like: Tensor, vocab_size: int) -> Tensor:
+        """Zeroed ``[B, V]`` positions: 2 bytes each while every position fits, else 4; empty when not needed."""
+        shape = (self.batch_size, vocab_size) if self.need_argmax else (0,)
+        return like.new_zeros(shape, dtype=argmax_dtype(self.max_seqlen))
+
+    def sequence_starts(self, device: torch.device) -> Tensor:
+        """``[B]`` int32 row at which each sequence begins in the flat hidden states."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens[:-1].to(torch.int32)
+        return torch.arange(self.batch_size, device=device, dtype=torch.int32) * self.max_seqlen
+
+    def real_rows(self) -> tuple[Tensor, Tensor]:
+        """Flat rows of the real tokens in order, and ``[B]`` real tokens per sequence (syncs: for a CPU)."""
+        if self.cu_seqlens is not None:
+            lengths = self.cu_seqlens.diff().to(torch.int64)
+            return torch.arange(int(self.cu_seqlens[-1])), lengths
+        if self.attention_mask is None:
+            lengths = torch.full((self.batch_size,), self.max_seqlen)
+            return torch.arange(self.batch_size * self.max_seqlen), lengths
+        real = self.attention_mask != 0
+        return real.reshape(-1).nonzero().squeeze(1), real.sum(dim=1)
+
+
+def argmax_dtype(max_seqlen: int) -> torch.dtype:
+    return torch.int16 if max_seqlen <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def activate(logits: Tensor, activation_function: str) -> Tensor:
+    """``log1p(relu(x))`` or ``log1p(log1p(relu(x)))``; may overwrite its input."""
+    values = logits.relu_().log1p_()
+    return values.log1p_() if activation_function == "log1p_relu" else values
+
+
+def activation_gradient(grad: Tensor, output: Tensor, call: PoolingCall) -> Tensor:
+    """``g = where(y <= 0, 0, dy · dact)``, so that NaN stays NaN; ``dact`` from the activated output alone.
+
+    relu: ``exp(-y)``. log1p_relu: ``exp(-y) · exp(1 - exp(y))``.
+    """
+    output = output.to(call.accumulation_dtype)
+    slope = torch.exp(-output)
+    if call.activation_function == "log1p_relu":
+        slope *= torch.exp(-torch.expm1(output))
+    return torch.where(output <= 0, 0, grad.to(call.accumulation_dtype) * slope)

@@ -1,0 +1,294 @@
+"""Vocabulary-tiled PyTorch: the fast path on a CPU, and the path of every device that Triton does not serve.
+
+On a CPU the real tokens are packed first (padding is a third of a real batch), sequences of equal length side by side,
+and the vocabulary is walked in tiles whose ``[tokens, tile]`` dots stay in cache: one matmul, one reduction over the
+tokens, one store of ``[sequences, tile]``. Nothing of size tokens × vocabulary exists, forward or backward. Other
+devices cannot pack without a host sync; :mod:`.device` reduces their tiles over segments instead. The backward of the
+maximum is shared.
+
+Accumulation is float32 (float64 for float64). bfloat16 dots use bfloat16 matmul instructions where the CPU has them and are then
+rounded to bfloat16 before the maximum is taken, as the dense head does: PyTorch's CPU matmul has no wider output. Every
+other half-precision dot is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import device as device_tiles
+from .pooling import PoolingCall, activate, activation_gradient
+
+# A tile of dots is at most this many elements (8 MiB of float32), so that it is reduced from cache.
+TILE_ELEMENTS = 2 << 20
+MAX_TILE_COLUMNS = 1024
+MIN_TILE_COLUMNS = 128
+# Packed rows of one slice of the batch: what bounds the packed copy and keeps a tile at full width.
+SLICE_ROWS = 2048
+# BLAS rows do not depend on the other rows of a call from 16 rows on (float32); smaller calls take other routines.
+MIN_ROWS = 16
+# Tokens whose maximum is taken without an index before the index is searched.
+MAXIMUM_GROUP = 8
+# Entries [sequence, vocabulary] the backward orders at a time; each costs about 60 bytes of index.
+BACKWARD_ENTRIES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive packed sequences, handled together; ``groups`` are ``(sequences, length)`` of equal length."""
+
+    rows: Tensor  # [R] row of each packed token in the flat [N, D] hidden states
+    positions: Tensor  # [R] position of each packed token in its sequence
+    sequences: Tensor  # [n] index of each sequence in the batch
+    groups: tuple[tuple[int, int], ...]
+
+    def tile_columns(self) -> int:
+        return max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, TILE_ELEMENTS // max(len(self.rows), 1)))
+
+
+def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(y [B, V], argmax [B, V])``; the argmax is a position in the sequence, and empty unless the call needs it."""
+    if not _on_host(hidden):
+        return device_tiles.pool_forward(call, hidden, weight, bias)
+    vocab_size = weight.shape[0]
+    output = hidden.new_zeros(call.batch_size, vocab_size, dtype=call.out_dtype)
+    argmax = call.new_argmax(hidden, vocab_size)
+    for part in _slices(call):
+        packed = _gather_rows(hidden, part.rows, call.compute_dtype)
+        for columns, dots in _tiles(packed, part, weight, call.compute_dtype):
+            offset = None if bias is None else bias[columns].to(call.accumulation_dtype)
+            if call.pooling_strategy == "max":
+                dots, index = _segment_maximum(dots, part, call.need_argmax)
+                values = dots.to(call.accumulation_dtype)
+                if offset is not None:
+                    values += offset
+                values = activate(values, call.activation_function)
+                if call.need_argmax:
+                    index.masked_fill_(values <= 0, 0)
+                    argmax[:, columns].index_copy_(0, part.sequences, index.to(argmax.dtype))
+            else:
+                logits = dots.to(call.accumulation_dtype)
+                if offset is not None:
+                    logits = logits + offset
+                values = _segment_sum(activate(logits, call.activation_function), part)
+            output[:, columns].index_copy_(0, part.sequences, values.to(call.out_dtype))
+    return output, argmax
+
+
+def max_pool_backward(
+    call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Sparse backward of the maximum: two weighted gathers over the active entries, no atomics, a fixed order.
+
+    One bag per vocabulary entry over the rows of ``h`` gives dW; one bag per token over the rows of ``W``, after a
+    stable sort by token, gives dh. Entries with ``g = 0`` are left out, not multiplied.
+    """
+    vocab_size, hidden_size = weight.shape
+    rows = hidden.shape[0]
+    table = hidden.to(call.accumulation_dtype).contiguous() if call.need_weight else hidden
+    starts = call.sequence_starts(hidden.device)
+    grad_hidden: Tensor | None = None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if call.need_weight else None
+    grad_bias = torch.empty_like(bias) if call.need_bias and bias is not None else None
+
+    step = max(1, BACKWARD_ENTRIES // max(call.batch_size, 1))
+    for first in range(0, vocab_size, step):
+        columns = slice(first, min(first + step, vocab_size))
+        values = activation_gradient(grad[:, columns], output[:, columns], call).t().contiguous()  # [v, B]
+        if grad_bias is not None:
+            grad_bias[columns] = values.sum(dim=1)
+        if not (call.need_hidden or call.need_weight):
+            continue
+        active = values != 0
+        entries = _active_entries(active)
+        weights = values.reshape(-1)[entries]
+        token = (argmax[:, columns].to(torch.int32) + starts[:, None]).clamp_(0, rows - 1).t().reshape(-1)[entries]
+        if grad_weight is not None:
+            offsets = _exclusive_sum(active.sum(dim=1))
+            grad_weight[columns] = _bag_sum(token, table, offsets, weights)
+        if call.need_hidden:
+            entry = entries.div(call.batch_size, rounding_mode="floor").to(torch.int32)
+            if not _on_host(hidden):
+                in_use = torch.arange(len(entries), device=hidden.device) < active.sum()
+                token = torch.where(in_use, token, rows)
+            token, order = torch.sort(token, stable=True)
+            bounds = torch.arange(rows + 1, device=hidden.device, dtype=torch.int32)
+            offsets = torch.searchsorted(token, bounds, out_int32=True)
+            block = weight[columns].to(call.accumulation_dtype).contiguous()
+            part = _bag_sum(entry[order], block, offsets, weights[order])
+            grad_hidden = part if grad_hidden is None else grad_hidden.add_(part)
+    if call.need_hidden:
+        grad_hidden = hidden.new_zeros(rows, hidden_size) if grad_hidden is None else grad_hidden.to(hidden.dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def sum_pool_backward(
+    call: PoolingCall, grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Backward of the sum: recomputes the logits tile by tile and multiplies them out."""
+    if not _on_host(hidden):
+        return device_tiles.sum_pool_backward(call, grad, hidden, weight, bias)
+    dtype = call.accumulation_dtype
+    grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if call.need_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if call.need_weight else None
+    grad_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if call.need_bias else None
+    for part in _slices(call):
+        packed = _gather_rows(hidden, part.rows, call.compute_dtype)
+        exact = packed.to(dtype)
+        grad_packed = torch.zeros_like(exact) if call.need_hidden else None
+        for columns, dots in _tiles(packed, part, weight, call.compute_dtype):
+            logits = dots.to(dtype)
+            if bias is not None:
+                logits = logits + bias[columns].to(dtype)
+            grad_values = grad[:, columns].index_select(0, part.sequences).to(dtype)
+            grad_logits = activation_gradient(
+                _spread(grad_values, part), activate(logits, call.activation_function), call
+            )
+            if grad_bias is not None:
+                grad_bias[columns] += grad_logits.sum(dim=0)
+            if grad_weight is not None:
+                grad_weight[columns].addmm_(grad_logits.t(), exact[: len(part.rows)])
+            if grad_packed is not None:
+                grad_packed[: len(part.rows)].addmm_(grad_logits, weight[columns].to(dtype))
+        if grad_hidden is not None and grad_packed is not None:
+            grad_hidden.index_copy_(0, part.rows, grad_packed[: len(part.rows)].to(hidden.dtype))
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether reading the data of ``tensor`` costs the host no sync."""
+    return tensor.device.type == "cpu"
+
+
+def _slices(call: PoolingCall) -> Iterator[Slice]:
+    """The batch as packed slices: sequences sorted by length, at most ``SLICE_ROWS`` tokens unless one is longer."""
+    rows, lengths = call.real_rows()
+    starts = call.sequence_starts(rows.device)
+    ends = lengths.cumsum(0)
+    order = torch.argsort(lengths, stable=True)
+    order = order[lengths[order] > 0]
+    members: list[int] = []
+    size = 0
+    for sequence, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if members and size + length > SLICE_ROWS:
+            yield _slice(rows, starts, lengths, ends, members)
+            members, size = [], 0
+        members.append(sequence)
+        size += length
+    if members:
+        yield _slice(rows, starts, lengths, ends, members)
+
+
+def _slice(rows: Tensor, starts: Tensor, lengths: Tensor, ends: Tensor, members: list[int]) -> Slice:
+    sequences = torch.tensor(members)
+    chosen = lengths[sequences]
+    first = torch.repeat_interleave(ends[sequences] - chosen - _exclusive_sum(chosen)[:-1], chosen)
+    packed_rows = rows[first + torch.arange(len(first))]
+    positions = packed_rows - torch.repeat_interleave(starts[sequences], chosen)
+    same, counts = torch.unique_consecutive(chosen, return_counts=True)
+    groups = tuple(zip(counts.tolist(), same.tolist(), strict=True))
+    return Slice(packed_rows, positions, sequences, groups)
+
+
+def _gather_rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    packed = hidden.new_zeros(max(len(rows), MIN_ROWS), hidden.shape[1], dtype=dtype)
+    packed[: len(rows)] = hidden.index_select(0, rows)
+    return packed
+
+
+def _tiles(packed: Tensor, part: Slice, weight: Tensor, compute_dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(columns, dots [R, columns])``; every tile is written into the same buffer."""
+    matmul_dtype = compute_dtype if _has_matmul(compute_dtype) else torch.float32
+    packed = packed.to(matmul_dtype)
+    vocab_size = weight.shape[0]
+    width = min(part.tile_columns(), vocab_size)
+    buffer = packed.new_empty(len(packed) * width)
+    for first in range(0, vocab_size, width):
+        columns = slice(first, min(first + width, vocab_size))
+        count = columns.stop - columns.start
+        tile = buffer[: len(packed) * count].view(len(packed), count)
+        torch.mm(packed, weight[columns].to(compute_dtype).to(matmul_dtype).t(), out=tile)
+        yield columns, tile[: len(part.rows)]
+
+
+def _has_matmul(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies the dtype natively; emulation is slower than float32."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype in (torch.float32, torch.float64)
+
+
+def _segment_maximum(dots: Tensor, part: Slice, need_argmax: bool) -> tuple[Tensor, Tensor]:
+    """Maximum over each sequence's tokens ``[n, columns]`` and its position in the sequence (lowest on ties)."""
+    values, indices, first = [], [], 0
+    for count, length in part.groups:
+        block = dots[first : first + count * length].view(count, length, -1)
+        if need_argmax:
+            largest, index = _first_maximum(block)
+            row_of_sequence = torch.arange(first, first + count * length, length)
+            values.append(largest)
+            indices.append(part.positions[index.add_(row_of_sequence[:, None])])
+        else:
+            values.append(torch.amax(block, dim=1))
+        first += count * length
+    return torch.cat(values), torch.cat(indices) if need_argmax else dots.new_empty(0)
+
+
+def _first_maximum(block: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.max(block, dim=1)`` of ``[n, length, columns]``: NaN is the largest, the lowest position wins ties.
+
+    PyTorch's maximum without indices is vectorised and about 20 times as fast as the one with indices. So long sequences
+    are first reduced without, in groups; the index is then searched among the groups and inside the first winning one.
+    The last group overlaps its neighbour, which cannot win through the overlap unless the neighbour has won before it.
+    """
+    length = block.shape[1]
+    if length < 4 * MAXIMUM_GROUP:
+        largest, index = torch.max(block, dim=1)
+        return largest, index
+    whole = length // MAXIMUM_GROUP
+    groups = block[:, : whole * MAXIMUM_GROUP].unflatten(1, (whole, MAXIMUM_GROUP)).amax(dim=2)
+    last = block[:, length - MAXIMUM_GROUP :].amax(dim=1, keepdim=True)
+    largest, group = torch.max(torch.cat([groups, last], dim=1), dim=1)
+    start = group.mul_(MAXIMUM_GROUP).clamp_(max=length - MAXIMUM_GROUP)
+    candidates = block.gather(1, start[:, None] + torch.arange(MAXIMUM_GROUP)[:, None])
+    return largest, torch.max(candidates, dim=1).indices.add_(start)
+
+
+def _segment_sum(values: Tensor, part: Slice) -> Tensor:
+    sums, first = [], 0
+    for count, length in part.groups:
+        sums.append(values[first : first + count * length].view(count, length, -1).sum(dim=1))
+        first += count * length
+    return torch.cat(sums)
+
+
+def _spread(values: Tensor, part: Slice) -> Tensor:
+    """``[n, columns]`` of the sequences to ``[R, columns]`` of their tokens."""
+    lengths = torch.tensor([length for count, length in part.groups for _ in range(count)])
+    return values.repeat_interleave(lengths, dim=0)
+
+
+def _active_entries(active: Tensor) -> Tensor:
+    """Flat indices of the true entries, ascending; where counting them would sync, all others follow behind."""
+    if _on_host(active):
+        return active.view(-1).nonzero().squeeze(1)
+    return torch.argsort(active.view(-1).logical_not(), stable=True)
+
+
+def _exclusive_sum(counts: Tensor) -> Tensor:
+    return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _bag_sum(index: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """``out[i] = Σ weights[j] · table[index[j]]`` over ``offsets[i] <= j < offsets[i + 1]``, in that order."""
+    return F.embedding_bag(
+        index.to(torch.int32), table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )

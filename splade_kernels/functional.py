@@ -1,0 +1,262 @@
+"""The public functions: documentation, validation of everything the host can see, dispatch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .autograd import Flops, SpladePool
+from .backends import BACKENDS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["flops_loss", "sparsify", "splade_pool"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+POOLING_STRATEGIES = ("max", "sum")
+ACTIVATION_FUNCTIONS = ("relu", "log1p_relu")
+
+
+def splade_pool(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    pooling_strategy: str = "max",
+    activation_function: str = "relu",
+    screening: str | bool = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Fused SPLADE head: vocabulary projection, activation and masked pooling, without the logits.
+
+    ``y[b, v] = act(max_s h[b, s] · W[v] + c[v])`` over the real tokens ``s``, with ``act = log1p ∘ relu`` or
+    ``log1p ∘ log1p ∘ relu``; ``pooling_strategy="sum"``: ``y[b, v] = Σ_s act(h[b, s] · W[v] + c[v])``. The gradient of
+    the maximum goes to the token that attains it (the lowest position on ties) and is exact and sparse. Outputs and
+    gradients are bitwise repeatable, and the same for padded, packed and more-padded input. Second derivatives raise.
+
+    Args:
+        hidden_states: ``[B, S, D]`` padded, or packed ``[T, D]`` / ``[1, T, D]`` with ``cu_seqlens``; float32, float16,
+            bfloat16 or float64; any strides.
+        weight: ``[V, D]`` decoder weight, of the dtype of ``hidden_states`` unless under autocast.
+        bias: ``[V]`` decoder bias, or None.
+        attention_mask: ``[B, S]`` bool or integer; non-zero marks a real token, in any pattern. None: all are real.
+        cu_seqlens: ``[B + 1]`` int32 or int64 cumulative lengths, from 0 to ``T``; equal neighbours are empty sequences.
+        max_seqlen: host-known bound on the length of a packed sequence, in tokens; default ``T``.
+        pooling_strategy: ``"max"`` or ``"sum"``.
+        activation_function: ``"relu"`` or ``"log1p_relu"``.
+        screening: ``"auto"`` or False; True is not available yet.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; ``SPLADE_KERNELS_BACKEND`` overrides ``"auto"``.
+
+    Returns:
+        Contiguous ``[B, V]`` in the dtype of ``hidden_states``; float32 under autocast (float64 inputs are left alone by
+        autocast and stay float64). A sequence without a real token is a row of zeros and has no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+        RuntimeError: a backend asked for by name cannot run here.
+
+    Formal et al. 2021, "SPLADE v2", arXiv:2109.10086 (max); "SPLADE", arXiv:2107.05720 (sum); arXiv:2504.14839
+    (log1p_relu).
+    """
+    _check_choice("pooling_strategy", pooling_strategy, POOLING_STRATEGIES)
+    _check_choice("activation_function", activation_function, ACTIVATION_FUNCTIONS)
+    _check_choice("backend", backend, ("auto", *BACKENDS))
+    _check_screening(screening)
+    _check_tensor("hidden_states", hidden_states, _DTYPES)
+    _check_tensor("weight", weight, _DTYPES, hidden_states.device)
+    if weight.ndim != 2:
+        raise ValueError(f"weight: expected shape [V, D], got {_shape(weight)}")
+    packed = cu_seqlens is not None
+    hidden_states, bound = _check_sequences(hidden_states, attention_mask, cu_seqlens, max_seqlen)
+    if hidden_states.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight: expected [V, {hidden_states.shape[-1]}] to match the hidden size of hidden_states, "
+            f"got {_shape(weight)}"
+        )
+    if bias is not None:
+        _check_tensor("bias", bias, _DTYPES, hidden_states.device)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {_shape(bias)}")
+    compute_dtype, out_dtype = _choose_dtypes(hidden_states, weight, bias)
+
+    options = (bound, pooling_strategy, activation_function, compute_dtype, out_dtype, backend)
+    mask = None if packed else attention_mask
+    trained = hidden_states.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
+        return SpladePool.apply(hidden_states, weight, bias, mask, cu_seqlens, options)  # type: ignore[no-any-return]
+    output: Tensor = ops.pool_forward(hidden_states, weight, bias, mask, cu_seqlens, *options, False)[0]
+    return output
+
+
+def flops_loss(
+    embeddings: Tensor, *, threshold: float | None = None, process_group: ProcessGroup | None = None
+) -> Tensor:
+    """FLOPS regulariser: ``Σ_v (mean_b y[b, v])²``, accumulated in at least float32.
+
+    Args:
+        embeddings: ``[B, V]`` non-negative, floating point.
+        threshold: rows with at most this many non-zeros are zeroed first; the mean stays over all rows.
+        process_group: None for this process's rows alone. A group: the value is that of all ranks' rows together (ranks
+            may hold different numbers of rows), and the gradient is scaled so that averaging over ranks, as
+            ``DistributedDataParallel`` does, gives the single-process gradient. One all-reduce forward, none backward.
+
+    Returns:
+        Scalar, float32 (float64 for float64 embeddings). NaN for no rows at all, as a mean over nothing is.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+
+    Paria et al. 2020, "Minimizing FLOPs to Learn Efficient Sparse Representations", arXiv:2004.05665; threshold:
+    arXiv:2504.14839.
+    """
+    _check_embeddings(embeddings)
+    if threshold is not None:
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
+        threshold = float(threshold)
+    return Flops.apply(embeddings, threshold, process_group)  # type: ignore[no-any-return]
+
+
+def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tensor:
+    """Dense ``[B, V]`` embeddings to a sparse CSR tensor of exact size. Not differentiable: the result is detached.
+
+    Args:
+        embeddings: ``[B, V]``, floating point.
+        max_active_dims: keep only each row's largest entries, at most this many; ties go to the lowest vocabulary id
+            and NaN counts as the largest. None: all non-zeros.
+
+    Returns:
+        ``[B, V]`` sparse CSR with int64 indices, vocabulary ids ascending in each row, in the dtype of ``embeddings``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+    """
+    _check_embeddings(embeddings)
+    if max_active_dims is not None:
+        if isinstance(max_active_dims, bool) or not isinstance(max_active_dims, int):
+            raise TypeError(f"max_active_dims: expected an int or None, got {type(max_active_dims).__name__}")
+        if max_active_dims < 1:
+            raise ValueError(f"max_active_dims: expected at least 1, got {max_active_dims}")
+    embeddings = embeddings.detach()
+    kept = embeddings != 0
+    if max_active_dims is not None and max_active_dims < embeddings.shape[1]:
+        kept &= _largest(embeddings, max_active_dims)
+    rows, columns = kept.nonzero(as_tuple=True)
+    crow = torch.nn.functional.pad(kept.sum(dim=1).cumsum(0), (1, 0))
+    return torch.sparse_csr_tensor(crow, columns, embeddings[rows, columns], size=embeddings.shape)
+
+
+def _largest(embeddings: Tensor, count: int) -> Tensor:
+    """Mask of each row's ``count`` largest entries; ``topk`` alone leaves the choice among ties open."""
+    smallest = embeddings.topk(count, dim=1).values[:, -1:]
+    above = (embeddings > smallest) | (embeddings.isnan() & ~smallest.isnan())
+    tied = (embeddings == smallest) | (embeddings.isnan() & smallest.isnan())
+    places = count - above.sum(dim=1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=1) <= places))
+
+
+def _check_sequences(
+    hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
+) -> tuple[Tensor, int]:
+    """Hidden states as ``[B, S, D]`` or ``[T, D]``, and the host-known bound on a sequence's length."""
+    if cu_seqlens is None:
+        if hidden_states.ndim != 3:
+            raise ValueError(
+                f"hidden_states: expected [B, S, D], or packed [T, D] with cu_seqlens, got {_shape(hidden_states)}"
+            )
+        if max_seqlen is not None:
+            raise ValueError("max_seqlen: expected None without cu_seqlens, since the padded length is the bound")
+        if attention_mask is not None:
+            _check_mask(attention_mask, hidden_states)
+        return hidden_states, hidden_states.shape[1]
+
+    if attention_mask is not None:
+        raise ValueError("attention_mask: expected None with cu_seqlens, since packed input holds real tokens only")
+    _check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), hidden_states.device)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens: expected shape [B + 1], got {_shape(cu_seqlens)}")
+    if hidden_states.ndim == 3 and hidden_states.shape[0] == 1:
+        hidden_states = hidden_states[0]
+    if hidden_states.ndim != 2:
+        raise ValueError(f"hidden_states: expected packed [T, D] or [1, T, D], got {_shape(hidden_states)}")
+    if max_seqlen is None:
+        return hidden_states, hidden_states.shape[0]
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"max_seqlen: expected an int known to the host, got {type(max_seqlen).__name__}")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen: expected a length of at least 0, got {max_seqlen}")
+    return hidden_states, max_seqlen
+
+
+def _check_mask(attention_mask: Tensor, hidden_states: Tensor) -> None:
+    if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
+        raise TypeError(
+            f"attention_mask: expected bool or integer with non-zero for real tokens, got {attention_mask.dtype}; "
+            "additive masks mean the opposite (0 for real tokens): pass `mask == 0`"
+        )
+    _check_tensor("attention_mask", attention_mask, (torch.bool, *_INTEGERS), hidden_states.device)
+    if attention_mask.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"attention_mask: expected shape {_shape_of(hidden_states.shape[:2])} to match hidden_states, "
+            f"got {_shape(attention_mask)}"
+        )
+
+
+def _choose_dtypes(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
+    """Dtype of the products and of the output."""
+    device = hidden_states.device.type
+    parameters = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
+    if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
+        for name, tensor in parameters:
+            if tensor.dtype == torch.float64:
+                raise TypeError(f"{name}: expected no float64 under autocast unless hidden_states is, got float64")
+        return torch.get_autocast_dtype(device), torch.float32
+    for name, tensor in parameters:
+        if tensor.dtype != hidden_states.dtype:
+            raise TypeError(f"{name}: expected {hidden_states.dtype} to match hidden_states, got {tensor.dtype}")
+    return hidden_states.dtype, hidden_states.dtype
+
+
+def _check_embeddings(embeddings: Tensor) -> None:
+    _check_tensor("embeddings", embeddings, _DTYPES)
+    if embeddings.ndim != 2:
+        raise ValueError(f"embeddings: expected shape [B, V], got {_shape(embeddings)}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_screening(screening: str | bool) -> None:
+    if screening is True:
+        raise NotImplementedError("screening: expected 'auto' or False; exact screening is not available yet")
+    if screening is not False:
+        _check_choice("screening", screening, ("auto",))
+
+
+def _check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected one of {', '.join(map(str, dtypes))}, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected on {device} like hidden_states, got {value.device}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return _shape_of(tensor.shape)
+
+
+def _shape_of(sizes: torch.Size) -> str:
+    return f"[{', '.join(map(str, sizes))}]"

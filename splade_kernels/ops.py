@@ -1,0 +1,218 @@
+"""The operators: schema, fake and per-backend implementation. Opaque to ``torch.compile``; autograd lives above them.
+
+Every body runs with autocast off (it would still be on inside an operator and turn float32 products into bfloat16 ones);
+the compute dtype was chosen once by the caller. No output aliases an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.pooling import PoolingCall, argmax_dtype
+
+_library = torch.library.Library("splade_kernels", "DEF")
+
+_POOL = (
+    "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, SymInt max_seqlen, "
+    "str pooling_strategy, str activation_function, ScalarType compute_dtype, ScalarType out_dtype, str backend"
+)
+
+
+def _define(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    # The dispatch key is dynamic: one body serves every device, and selects its backend itself.
+    _library.define(f"{name}{signature}")
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"splade_kernels::{name}", fake, lib=_library)
+
+
+def _batch_size(hidden_states: Tensor, cu_seqlens: Tensor | None) -> int:
+    return hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _pool_forward(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    pooling_strategy: str,
+    activation_function: str,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    backend: str,
+    need_argmax: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_cu_seqlens(cu_seqlens, hidden_states, max_seqlen)
+    call = PoolingCall(
+        _batch_size(hidden_states, cu_seqlens),
+        max_seqlen,
+        attention_mask,
+        cu_seqlens,
+        pooling_strategy,
+        activation_function,
+        compute_dtype,
+        out_dtype,
+        need_argmax=need_argmax,
+    )
+    with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
+        output, argmax = backends.select(backend).pool_forward(call, _flat(hidden_states), weight, bias)
+    return output, argmax
+
+
+def _pool_forward_fake(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    pooling_strategy: str,
+    activation_function: str,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    backend: str,
+    need_argmax: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (_batch_size(hidden_states, cu_seqlens), weight.shape[0])
+    argmax = hidden_states.new_empty(shape if need_argmax else (0,), dtype=argmax_dtype(max_seqlen))
+    return hidden_states.new_empty(shape, dtype=out_dtype), argmax
+
+
+def _pool_backward(
+    grad: Tensor,
+    output: Tensor,
+    argmax: Tensor,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    pooling_strategy: str,
+    activation_function: str,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = PoolingCall(
+        _batch_size(hidden_states, cu_seqlens),
+        max_seqlen,
+        attention_mask,
+        cu_seqlens,
+        pooling_strategy,
+        activation_function,
+        compute_dtype,
+        out_dtype,
+        need_hidden=need_hidden,
+        need_weight=need_weight,
+        need_bias=need_bias,
+    )
+    module = backends.select(backend)
+    flat = _flat(hidden_states)
+    with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
+        if pooling_strategy == "max":
+            gradients = module.max_pool_backward(call, grad, output, argmax, flat, weight, bias)
+        else:
+            gradients = module.sum_pool_backward(call, grad, flat, weight, bias)
+    grad_hidden, grad_weight, grad_bias = gradients
+    return (
+        hidden_states.new_empty(0) if grad_hidden is None else grad_hidden.view(hidden_states.shape),
+        weight.new_empty(0) if grad_weight is None else grad_weight,
+        weight.new_empty(0) if grad_bias is None else grad_bias,
+    )
+
+
+def _pool_backward_fake(
+    grad: Tensor,
+    output: Tensor,
+    argmax: Tensor,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    pooling_strategy: str,
+    activation_function: str,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden_states.new_empty(hidden_states.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty(0) if bias is None or not need_bias else bias.new_empty(bias.shape),
+    )
+
+
+def _flops_forward(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+    """``[V]`` sums over the kept rows in at least float32, and ``[B]`` which rows were kept (empty: all)."""
+    dtype = _statistics_dtype(embeddings)
+    with torch.autocast(embeddings.device.type, enabled=False), torch.no_grad():
+        if threshold is None:
+            return embeddings.sum(dim=0, dtype=dtype), embeddings.new_empty(0, dtype=torch.bool)
+        kept = (embeddings != 0).sum(dim=1) > threshold
+        return torch.where(kept[:, None], embeddings, 0).sum(dim=0, dtype=dtype), kept
+
+
+def _flops_forward_fake(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+    rows, columns = embeddings.shape
+    kept = embeddings.new_empty(0 if threshold is None else rows, dtype=torch.bool)
+    return embeddings.new_empty(columns, dtype=_statistics_dtype(embeddings)), kept
+
+
+def _statistics_dtype(embeddings: Tensor) -> torch.dtype:
+    return torch.promote_types(embeddings.dtype, torch.float32)
+
+
+def _flat(hidden_states: Tensor) -> Tensor:
+    return hidden_states.reshape(-1, hidden_states.shape[-1])
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None, hidden_states: Tensor, max_seqlen: int) -> None:
+    """Values, where reading them costs no sync; on a device the kernels clamp them instead."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    tokens = hidden_states.shape[0]
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise ValueError(f"cu_seqlens: expected to start at 0, got {first}")
+    lengths = cu_seqlens.diff()
+    if len(lengths) and int(lengths.min()) < 0:
+        where = int(lengths.argmin())
+        raise ValueError(
+            f"cu_seqlens: expected non-decreasing values, got {int(cu_seqlens[where])} followed by "
+            f"{int(cu_seqlens[where + 1])} at index {where + 1}"
+        )
+    if last != tokens:
+        raise ValueError(f"cu_seqlens: expected to end at the number of tokens T={tokens}, got {last}")
+    if len(lengths) and int(lengths.max()) > max_seqlen:
+        raise ValueError(f"max_seqlen: expected at least the longest sequence ({int(lengths.max())}), got {max_seqlen}")
+
+
+_define("pool_forward", f"({_POOL}, bool need_argmax) -> (Tensor, Tensor)", _pool_forward, _pool_forward_fake)
+_define(
+    "pool_backward",
+    f"(Tensor grad, Tensor output, Tensor argmax, {_POOL}, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    _pool_backward,
+    _pool_backward_fake,
+)
+_define("flops_forward", "(Tensor embeddings, float? threshold) -> (Tensor, Tensor)", _flops_forward, _flops_forward_fake)
+
+pool_forward = torch.ops.splade_kernels.pool_forward.default
+pool_backward = torch.ops.splade_kernels.pool_backward.default
+flops_forward = torch.ops.splade_kernels.flops_forward.default

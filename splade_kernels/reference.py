@@ -1,0 +1,124 @@
+"""The definition of every operation of this package, in plain dense PyTorch.
+
+These functions are the tests' truth: they materialise everything, hold no tricks and run on any device and dtype.
+float16 and bfloat16 inputs are computed in float32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["flops_loss", "splade_pool", "sparsify"]
+
+
+def splade_pool(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    pooling_strategy: str = "max",
+    activation_function: str = "relu",
+) -> Tensor:
+    """Dense SPLADE head (Formal et al. 2021, arXiv:2109.10086): logits, activation, masked pooling over tokens.
+
+    ``y[b, v] = max_s act(h[b, s] · W[v] + c[v])`` over the real tokens ``s`` (``"sum"``: the sum), with
+    ``act = log1p ∘ relu`` or ``log1p ∘ log1p ∘ relu``. The maximum's gradient goes to the lowest position that attains
+    it. A sequence without a real token is a row of zeros.
+
+    Args:
+        hidden_states: ``[B, S, D]``, or packed ``[T, D]`` / ``[1, T, D]`` together with ``cu_seqlens``.
+        weight: ``[V, D]`` decoder weight.
+        bias: ``[V]`` decoder bias.
+        attention_mask: ``[B, S]`` bool or integer, non-zero marks a real token.
+        cu_seqlens: ``[B + 1]`` cumulative lengths of the packed sequences.
+        max_seqlen: accepted for symmetry with :func:`splade_kernels.splade_pool`; not needed here.
+        pooling_strategy: ``"max"`` or ``"sum"``.
+        activation_function: ``"relu"`` or ``"log1p_relu"``.
+
+    Returns:
+        ``[B, V]`` in the dtype of ``hidden_states``.
+    """
+    if cu_seqlens is not None:
+        hidden_states, attention_mask = _pad(hidden_states.reshape(-1, hidden_states.shape[-1]), cu_seqlens)
+    batch, length, _ = hidden_states.shape
+    if attention_mask is None:
+        real = hidden_states.new_ones(batch, length, dtype=torch.bool)
+    else:
+        real = attention_mask != 0
+    if length == 0:
+        return hidden_states.sum() * 0 + hidden_states.new_zeros(batch, weight.shape[0])
+
+    compute_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    hidden = torch.where(real.unsqueeze(-1), hidden_states, 0).to(compute_dtype)
+    dots = hidden @ weight.to(compute_dtype).mT
+    any_real = real.any(dim=1, keepdim=True)
+
+    if pooling_strategy == "max":
+        pooled = _first_maximum(dots, real.unsqueeze(-1))
+        logits = pooled if bias is None else pooled + bias.to(compute_dtype)
+        values = _activate(logits, activation_function)
+        values = torch.where(any_real, values, 0)
+    elif pooling_strategy == "sum":
+        logits = dots if bias is None else dots + bias.to(compute_dtype)
+        values = torch.where(real.unsqueeze(-1), _activate(logits, activation_function), 0).sum(dim=1)
+    else:
+        raise ValueError(f"pooling_strategy: expected 'max' or 'sum', got {pooling_strategy!r}")
+    return values.to(hidden_states.dtype)
+
+
+def flops_loss(embeddings: Tensor, *, threshold: float | None = None) -> Tensor:
+    """FLOPS regulariser (Paria et al. 2020, arXiv:2004.05665): ``Σ_v (mean_b y[b, v])²``, in at least float32.
+
+    With ``threshold``, rows with at most that many non-zeros are zeroed first (arXiv:2504.14839); the mean is still over
+    all rows.
+    """
+    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    if threshold is not None:
+        kept = (embeddings != 0).sum(dim=1, keepdim=True) > threshold
+        embeddings = torch.where(kept, embeddings, 0)
+    return embeddings.mean(dim=0).square().sum()
+
+
+def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tensor:
+    """Dense ``[B, V]`` to sparse CSR of exact size; optionally only the ``max_active_dims`` largest of each row.
+
+    Ties go to the lowest vocabulary id; ids ascend within a row; NaN counts as the largest value.
+    """
+    if max_active_dims is not None and max_active_dims < embeddings.shape[1]:
+        order = torch.sort(embeddings, dim=1, descending=True, stable=True).indices
+        keep = torch.zeros_like(embeddings, dtype=torch.bool).scatter_(1, order[:, :max_active_dims], True)
+        embeddings = torch.where(keep, embeddings, 0)
+    return embeddings.to_sparse_csr()
+
+
+def _pad(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed ``[T, D]`` to padded ``[B, S, D]`` and its mask."""
+    sequences = packed.split(cu_seqlens.diff().tolist())
+    mask = [packed.new_ones(len(sequence), dtype=torch.bool) for sequence in sequences]
+    if not sequences:
+        return packed.new_zeros(0, 0, packed.shape[-1]), packed.new_zeros(0, 0, dtype=torch.bool)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(sequences, batch_first=True), pad(mask, batch_first=True)
+
+
+def _first_maximum(dots: Tensor, real: Tensor) -> Tensor:
+    """Maximum of ``[B, S, V]`` over real tokens; NaN is the largest; the gradient goes to its first occurrence."""
+    dots = torch.where(real, dots, -torch.inf)
+    largest = dots.detach().amax(dim=1, keepdim=True)
+    attains = real & ((dots == largest) | (dots.isnan() & largest.isnan()))
+    length = dots.shape[1]
+    positions = torch.arange(length, device=dots.device).view(1, length, 1)
+    first = torch.where(attains, positions, length - 1).amin(dim=1, keepdim=True)
+    return dots.gather(1, first).squeeze(1)
+
+
+def _activate(logits: Tensor, activation_function: str) -> Tensor:
+    if activation_function == "relu":
+        return logits.relu().log1p()
+    if activation_function == "log1p_relu":
+        return logits.relu().log1p().log1p()
+    raise ValueError(f"activation_function: expected 'relu' or 'log1p_relu', got {activation_function!r}")
