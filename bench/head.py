@@ -3,9 +3,9 @@
     python -m bench.head [--batch-size 16 --length 128 ...] [--output RESULT.json]
 
 Stock is what sentence-transformers runs: ``nn.Linear`` to the vocabulary, then ``SpladePooling``. The bare matmul is
-``h @ W.T`` of the real tokens alone, the floor of any head that computes every logit. Every variant is checked against the others
-before it is timed. Times are medians of interleaved runs. Extra memory is the peak resident size of a fresh process
-above what it held with inputs, outputs and gradients allocated.
+``h @ W.T`` of the real tokens alone, the floor of any head that computes every logit. Stock and fused are checked
+against each other before anything is timed. Times are medians of interleaved runs. Extra memory is the peak resident
+size of a fresh process above what it held with inputs, outputs and gradients allocated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 
 def inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Random normal hidden states with ragged lengths; the bias decides how many (sequence, vocabulary) pairs are active."""
+    """Random normal hidden states with ragged lengths; the bias decides how many entries are active."""
     generator = torch.Generator().manual_seed(args.seed)
     hidden = torch.randn(args.batch_size, args.length, args.hidden_size, generator=generator)
     weight = torch.randn(args.vocab_size, args.hidden_size, generator=generator) / args.hidden_size**0.5

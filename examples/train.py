@@ -28,17 +28,9 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset, load_dataset
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
-from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import BatchSamplers
-from sentence_transformers.sparse_encoder.evaluation import (
-    SparseInformationRetrievalEvaluator,
-    SparseNanoBEIREvaluator,
-)
-from sentence_transformers.sparse_encoder.losses import (
-    CachedSpladeLoss,
-    SparseMultipleNegativesRankingLoss,
-    SpladeLoss,
-)
+from sentence_transformers.sparse_encoder import losses
+from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator, SparseNanoBEIREvaluator
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
@@ -47,12 +39,14 @@ from splade_kernels.integrations.sentence_transformers import FlopsLoss, fuse
 if __package__:
     from .beir import InputError, read_beir
 else:  # run as a file: this folder is on the path, the package around it is not
-    from beir import InputError, read_beir
+    from beir import InputError, read_beir  # type: ignore[no-redef]
 
 HELD_OUT_PAIRS = 1000
 # The seed of sentence-transformers' GooAQ examples, so that the held-out questions are the ones they hold out.
 HELD_OUT_SEED = 12
 PACKAGES = ("splade-kernels", "torch", "triton", "sentence-transformers", "transformers", "accelerate", "datasets")
+
+Evaluator = SparseInformationRetrievalEvaluator | SparseNanoBEIREvaluator
 
 
 @dataclass(frozen=True)
@@ -60,12 +54,12 @@ class Task:
     """What to train on, how to choose the checkpoint (if at all), and what the final numbers come from."""
 
     train: Dataset
-    final_evaluator: BaseEvaluator
-    best_evaluator: BaseEvaluator | None = None
+    final_evaluator: Evaluator
+    best_evaluator: Evaluator | None = None
     held_out: Dataset | None = None
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a SPLADE model through the fused head. The defaults are the GooAQ run of "
@@ -78,36 +72,32 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser
     source.add_argument(
         "--dataset",
         default="sentence-transformers/gooaq",
-        help="question/answer pairs: hub name, or a local folder that datasets.load_dataset reads (JSON, CSV, Parquet); "
+        help="question/answer pairs: hub name, or local folder that datasets.load_dataset reads (JSON, CSV, Parquet); "
         "a hub name is evaluated on NanoBEIR, a local folder on its own held-out pairs",
     )
     source.add_argument("--data", type=Path, metavar="DIR", help="local BEIR folder instead; evaluated on its dev/test")
-    add("--output", type=Path, default=Path("outputs/train"), help="new folder: checkpoints, model/, train_summary.json")
+    add("--output", type=Path, default=Path("outputs/train"), help="new folder for checkpoints, model and numbers")
     add("--stock", action="store_true", help="sentence-transformers' own head and FLOPS loss instead of the fused ones")
-    add("--max-steps", type=_positive(int), help="stop after this many steps instead of one epoch")
-    add("--batch-size", type=_positive(int), default=32, help="pairs per process and step")
-    add("--cached", type=_positive(int), metavar="N", help="CachedSpladeLoss with mini-batches of N texts")
-    add("--max-length", type=_positive(int), default=256, help="tokens per text")
-    add("--lr", type=_positive(float), default=2e-5, help="peak learning rate")
-    add("--lambda-query", type=_positive(float, zero=True), default=5e-5, help="weight of the queries' FLOPS loss")
-    add("--lambda-document", type=_positive(float, zero=True), default=3e-5, help="weight of the passages' FLOPS loss")
-    add("--threshold", type=_positive(int), help="FLOPS loss leaves out texts with at most this many active terms")
+    add("--max-steps", type=_positive_int, help="stop after this many steps instead of one epoch")
+    add("--batch-size", type=_positive_int, default=32, help="pairs per process and step")
+    add("--cached", type=_positive_int, metavar="N", help="CachedSpladeLoss with mini-batches of N texts")
+    add("--max-length", type=_positive_int, default=256, help="tokens per text")
+    add("--lr", type=float, default=2e-5, help="peak learning rate")
+    add("--lambda-query", type=float, default=5e-5, help="weight of the queries' FLOPS loss")
+    add("--lambda-document", type=float, default=3e-5, help="weight of the passages' FLOPS loss")
+    add("--threshold", type=_positive_int, help="FLOPS loss leaves out texts with at most this many active terms")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU that has it")
-    add("--eval-steps", type=_positive(int), default=4000, help="evaluate and save this often, and at least once")
-    add("--logging-steps", type=_positive(int), default=2000, help="log the mean loss this often, and at least once")
+    add("--eval-steps", type=_positive_int, default=4000, help="evaluate and save this often, and at least once")
+    add("--logging-steps", type=_positive_int, default=2000, help="log the mean loss this often, and at least once")
     add("--seed", type=int, default=42, help="order of the data, dropout")
-    return parser, parser.parse_args(argv)
+    return parser
 
 
-def _positive(kind: type[int] | type[float], *, zero: bool = False) -> Any:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not (value > 0 or (zero and value == 0)) or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value
 
 
 @contextmanager
@@ -134,77 +124,65 @@ def load_model(name: str, max_length: int) -> SparseEncoder:
     return model
 
 
-def beir_task(folder: Path, batch_size: int, score: str) -> Task:
+def beir_task(folder: Path, **options: Any) -> Task:
     """Trains on ``qrels/train.tsv``, chooses the checkpoint on ``dev`` if there is one, reports ``test``, else ``dev``.
 
     Passages of every split are searched. A test split never chooses a checkpoint: without ``dev`` the last one is kept.
     """
     beir = read_beir(folder)
-    evaluators = {
-        split: SparseInformationRetrievalEvaluator(
-            beir.queries,
-            beir.corpus,
-            {query_id: set(corpus_ids) for query_id, corpus_ids in beir.relevant[split].items()},
-            name=split,
-            batch_size=batch_size,
-            main_score_function=score,
+    evaluators = {}
+    for split in set(beir.relevant) - {"train"}:
+        relevant = {query_id: set(corpus_ids) for query_id, corpus_ids in beir.relevant[split].items()}
+        evaluators[split] = SparseInformationRetrievalEvaluator(
+            beir.queries, beir.corpus, relevant, name=split, **options
         )
-        for split in ("dev", "test")
-        if split in beir.relevant
-    }
     if not evaluators:
         raise InputError(f"{folder / 'qrels'}: expected dev.tsv or test.tsv beside train.tsv, found neither")
     queries, passages = zip(*beir.pairs("train"), strict=True)
     train = Dataset.from_dict({"query": list(queries), "passage": list(passages)})
-    return Task(train, evaluators.get("test", evaluators.get("dev")), best_evaluator=evaluators.get("dev"))
+    final = evaluators["test" if "test" in evaluators else "dev"]
+    return Task(train, final, best_evaluator=evaluators.get("dev"))
 
 
-def pairs_task(name: str, batch_size: int, score: str) -> Task:
+def pairs_task(name: str, **options: Any) -> Task:
     """Question/answer pairs from ``datasets``, of which 1,000 (a tenth, if that is less) are held out."""
     with _loading("--dataset", name):
         pairs = load_dataset(name, split="train")
     columns = ["question", "answer"]
     if missing := set(columns) - set(pairs.column_names):
-        raise InputError(f"--dataset {name}: expected columns {columns}, {sorted(missing)} not among {pairs.column_names}")
+        raise InputError(f"--dataset {name}: no column {sorted(missing)}, the columns are {pairs.column_names}")
     # A third column would be taken for a hard negative.
     pairs = pairs.select_columns(columns)
-    if len(pairs) < 2 * batch_size:
-        raise InputError(f"--dataset {name}: expected at least {2 * batch_size} pairs (two batches), got {len(pairs)}")
-    split = pairs.train_test_split(test_size=min(HELD_OUT_PAIRS, len(pairs) // 10 or 1), seed=HELD_OUT_SEED)
-    evaluator: BaseEvaluator
+    if len(pairs) < 10:
+        raise InputError(f"--dataset {name}: expected at least 10 pairs, got {len(pairs)}")
+    split = pairs.train_test_split(test_size=min(HELD_OUT_PAIRS, len(pairs) // 10), seed=HELD_OUT_SEED)
+    evaluator: Evaluator
     if Path(name).exists():
-        evaluator = held_out_evaluator(split["test"], batch_size, score)
+        evaluator = held_out_evaluator(split["test"], **options)
     else:
         with _loading("NanoBEIR, which a --dataset from the hub is evaluated on", "sentence-transformers/NanoBEIR-en"):
-            evaluator = SparseNanoBEIREvaluator(batch_size=batch_size, main_score_function=score)
+            evaluator = SparseNanoBEIREvaluator(**options)
     return Task(split["train"], evaluator, best_evaluator=evaluator, held_out=split["test"])
 
 
-def held_out_evaluator(pairs: Dataset, batch_size: int, score: str) -> SparseInformationRetrievalEvaluator:
+def held_out_evaluator(pairs: Dataset, **options: Any) -> SparseInformationRetrievalEvaluator:
     """Searches the held-out answers with the held-out questions; a text that occurs twice is one query or passage."""
-    queries = {text: f"q{index}" for index, text in enumerate(pairs["question"])}
-    corpus = {text: f"p{index}" for index, text in enumerate(pairs["answer"])}
     relevant: dict[str, set[str]] = {}
     for pair in pairs:
-        relevant.setdefault(queries[pair["question"]], set()).add(corpus[pair["answer"]])
-    return SparseInformationRetrievalEvaluator(
-        {identifier: text for text, identifier in queries.items()},
-        {identifier: text for text, identifier in corpus.items()},
-        relevant,
-        name="held_out",
-        batch_size=batch_size,
-        main_score_function=score,
-    )
+        relevant.setdefault(pair["question"], set()).add(pair["answer"])
+    queries = {question: question for question in relevant}
+    corpus = {answer: answer for answers in relevant.values() for answer in sorted(answers)}
+    return SparseInformationRetrievalEvaluator(queries, corpus, relevant, name="held_out", **options)
 
 
-def make_loss(model: SparseEncoder, arguments: argparse.Namespace) -> SpladeLoss:
+def make_loss(model: SparseEncoder, arguments: argparse.Namespace) -> losses.SpladeLoss:
     """SPLADE's loss with the FLOPS regulariser of the chosen head.
 
-    Under ``torchrun`` our FLOPS loss takes its mean over the global batch: the square of a mean over one process' rows
-    is not, in expectation, the square of the mean over all rows.
+    Under ``torchrun`` our FLOPS loss takes its mean over the global batch: the squares of every process' own mean
+    average to more than the square of the global mean.
     """
     options: dict[str, Any] = {
-        "loss": SparseMultipleNegativesRankingLoss(model),
+        "loss": losses.SparseMultipleNegativesRankingLoss(model),
         "query_regularizer_weight": arguments.lambda_query,
         "document_regularizer_weight": arguments.lambda_document,
     }
@@ -215,8 +193,8 @@ def make_loss(model: SparseEncoder, arguments: argparse.Namespace) -> SpladeLoss
         for side in ("query", "document"):
             options[f"{side}_regularizer"] = FlopsLoss(model, threshold=arguments.threshold, process_group=group)
     if arguments.cached is not None:
-        return CachedSpladeLoss(model, mini_batch_size=arguments.cached, **options)
-    return SpladeLoss(model, **options)
+        return losses.CachedSpladeLoss(model, mini_batch_size=arguments.cached, **options)
+    return losses.SpladeLoss(model, **options)
 
 
 class StepMeter(TrainerCallback):
@@ -265,14 +243,11 @@ def _peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _versions() -> dict[str, str | None]:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -283,10 +258,11 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     set_seed(arguments.seed)
     model = load_model(arguments.model, arguments.max_length)
     score = str(model.similarity_fn_name)
+    options = {"batch_size": arguments.batch_size, "main_score_function": score}
     if arguments.data is not None:
-        task = beir_task(arguments.data, arguments.batch_size, score)
+        task = beir_task(arguments.data, **options)
     else:
-        task = pairs_task(arguments.dataset, arguments.batch_size, score)
+        task = pairs_task(arguments.dataset, **options)
 
     bf16 = arguments.precision == "bf16" or (
         arguments.precision == "auto"
@@ -297,8 +273,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     steps = arguments.max_steps or math.ceil(len(task.train) / (arguments.batch_size * world_size))
     best: dict[str, Any] = {}
     if task.best_evaluator is not None:
-        name = "NanoBEIR_mean" if isinstance(task.best_evaluator, SparseNanoBEIREvaluator) else task.best_evaluator.name
-        best = {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{name}_{score}_ndcg@10"}
+        metric = f"eval_{task.best_evaluator.name}_{score}_ndcg@10"
+        best = {"load_best_model_at_end": True, "metric_for_best_model": metric}
     training_arguments = SparseEncoderTrainingArguments(
         output_dir=str(output),
         num_train_epochs=1,
@@ -307,6 +283,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         per_device_eval_batch_size=arguments.batch_size,
         learning_rate=arguments.lr,
         bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         eval_strategy="steps" if best else "no",
         eval_steps=min(arguments.eval_steps, steps),
@@ -334,9 +312,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         return {}
 
     measured = meter.summary()
-    evaluation = output / "evaluation"
-    evaluation.mkdir(parents=True, exist_ok=True)
-    metrics = task.final_evaluator(model, output_path=str(evaluation))
+    metrics = task.final_evaluator(model, output_path=str(output / "eval"))
     model.save_pretrained(str(output / "model"))
     summary = {
         "head": "stock" if arguments.stock else "fused",
@@ -350,14 +326,15 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         "metrics": metrics,
         "log_history": trainer.state.log_history,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
     }
     (output / "train_summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser, arguments = parse_arguments(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
     try:
         summary = train(arguments)
     except InputError as error:

@@ -6,13 +6,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """Gradients as they are, but an error if they are differentiated.
+
+    ``once_differentiable`` looks at the incoming gradient alone: with a constant one it lets ``create_graph=True``
+    return gradients that a penalty would silently treat as constants. Here they hang on the inputs of the forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(gradient.view_as(gradient) for gradient in tensors[inputs:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(f"{ctx.name}: second derivatives are not implemented")
+
+
 class SpladePool(torch.autograd.Function):
-    """``splade_pool`` with the gradient of §"Backward" in ``docs/mathematics.md``: only for what requires one."""
+    """``splade_pool`` with its exact sparse gradient, computed only for what requires one."""
 
     @staticmethod
     def forward(
@@ -33,13 +49,15 @@ class SpladePool(torch.autograd.Function):
         return output  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         output, argmax, hidden_states, weight, bias, attention_mask, cu_seqlens = ctx.saved_tensors
         need = ctx.needs_input_grad[:3]
         gradients = ops.pool_backward(
             grad, output, argmax, hidden_states, weight, bias, attention_mask, cu_seqlens, *ctx.options, *need
         )
+        if torch.is_grad_enabled():
+            inputs = [tensor for tensor in (grad, hidden_states, weight, bias) if tensor is not None]
+            gradients = _FirstDerivative.apply("splade_pool", len(inputs), *inputs, *gradients)  # type: ignore[no-untyped-call]
         grad_hidden, grad_weight, grad_bias = (g if n else None for g, n in zip(gradients, need, strict=True))
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
@@ -47,31 +65,32 @@ class SpladePool(torch.autograd.Function):
 class Flops(torch.autograd.Function):
     """``Σ_v (mean_b y[b, v])²`` over the rows of every rank of ``process_group``.
 
-    With a group the gradient is scaled by the number of ranks: data-parallel training averages gradients over ranks, and
-    the average of the scaled ones is the single-process gradient. The column means are saved, so the backward
+    With a group the gradient is scaled by the number of ranks: data-parallel training averages gradients over ranks,
+    and the average of the scaled ones is the single-process gradient. The column means are saved, so the backward
     communicates nothing.
     """
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, threshold: float | None, process_group: Any) -> Tensor:
-        sums, kept = ops.flops_forward(embeddings, threshold)
-        rows: Tensor | int = embeddings.shape[0]
-        ctx.scale = 2.0
+        sums, kept = ops.flops_sums(embeddings, threshold)
+        statistics = torch.cat([sums, sums.new_full((1,), embeddings.shape[0])])
+        ctx.scale = 1
         if process_group is not None:
-            statistics = torch.cat([sums, sums.new_full((1,), rows)])
             torch.distributed.all_reduce(statistics, group=process_group)
-            sums, rows = statistics[:-1], statistics[-1]
-            ctx.scale *= torch.distributed.get_world_size(process_group)
-        mean = sums / rows
-        ctx.save_for_backward(mean / rows, kept)
-        ctx.rows, ctx.dtype, ctx.threshold = embeddings.shape[0], embeddings.dtype, threshold
-        return mean.square().sum()
+            ctx.scale = torch.distributed.get_world_size(process_group)
+        loss, slope = ops.flops_value(statistics)
+        ctx.save_for_backward(embeddings, slope, kept)
+        ctx.threshold = threshold
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        slope, kept = ctx.saved_tensors
-        row = (slope * (grad * ctx.scale)).to(ctx.dtype)
+        embeddings, slope, kept = ctx.saved_tensors
+        row = (slope * (grad * ctx.scale)).to(embeddings.dtype)
         if ctx.threshold is None:
-            return row.expand(ctx.rows, -1), None, None
-        return torch.where(kept[:, None], row, 0), None, None
+            gradient = row.expand(embeddings.shape[0], -1)
+        else:
+            gradient = torch.where(kept[:, None], row, 0)
+        if torch.is_grad_enabled():
+            (gradient,) = _FirstDerivative.apply("flops_loss", 2, grad, embeddings, gradient)  # type: ignore[no-untyped-call]
+        return gradient, None, None

@@ -48,7 +48,7 @@ def splade_pool(
         weight: ``[V, D]`` decoder weight, of the dtype of ``hidden_states`` unless under autocast.
         bias: ``[V]`` decoder bias, or None.
         attention_mask: ``[B, S]`` bool or integer; non-zero marks a real token, in any pattern. None: all are real.
-        cu_seqlens: ``[B + 1]`` int32 or int64 cumulative lengths, from 0 to ``T``; equal neighbours are empty sequences.
+        cu_seqlens: ``[B + 1]`` int32 or int64 cumulative lengths from 0 to ``T``; equal neighbours are empty sequences.
         max_seqlen: host-known bound on the length of a packed sequence, in tokens; default ``T``.
         pooling_strategy: ``"max"`` or ``"sum"``.
         activation_function: ``"relu"`` or ``"log1p_relu"``.
@@ -56,8 +56,8 @@ def splade_pool(
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; ``SPLADE_KERNELS_BACKEND`` overrides ``"auto"``.
 
     Returns:
-        Contiguous ``[B, V]`` in the dtype of ``hidden_states``; float32 under autocast (float64 inputs are left alone by
-        autocast and stay float64). A sequence without a real token is a row of zeros and has no gradient.
+        Contiguous ``[B, V]`` in the dtype of ``hidden_states``; float32 under autocast (which leaves
+        float64 inputs alone, and so does this). A sequence without a real token is a row of zeros and has no gradient.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
@@ -91,7 +91,7 @@ def splade_pool(
     mask = None if packed else attention_mask
     trained = hidden_states.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
-        return SpladePool.apply(hidden_states, weight, bias, mask, cu_seqlens, options)  # type: ignore[no-any-return]
+        return SpladePool.apply(hidden_states, weight, bias, mask, cu_seqlens, options)  # type: ignore[no-any-return,no-untyped-call]
     output: Tensor = ops.pool_forward(hidden_states, weight, bias, mask, cu_seqlens, *options, False)[0]
     return output
 
@@ -122,7 +122,7 @@ def flops_loss(
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
             raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
         threshold = float(threshold)
-    return Flops.apply(embeddings, threshold, process_group)  # type: ignore[no-any-return]
+    return Flops.apply(embeddings, threshold, process_group)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tensor:
@@ -151,7 +151,9 @@ def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tenso
         kept &= _largest(embeddings, max_active_dims)
     rows, columns = kept.nonzero(as_tuple=True)
     crow = torch.nn.functional.pad(kept.sum(dim=1).cumsum(0), (1, 0))
-    return torch.sparse_csr_tensor(crow, columns, embeddings[rows, columns], size=embeddings.shape)
+    return torch.sparse_csr_tensor(
+        crow, columns, embeddings[rows, columns], size=embeddings.shape, check_invariants=False
+    )
 
 
 def _largest(embeddings: Tensor, count: int) -> Tensor:

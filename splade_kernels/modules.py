@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,8 @@ class SpladeHead(nn.Module):
             raise TypeError(f"decoder: expected an nn.Linear, got {type(decoder).__name__}")
         bias = decoder.bias is not None
         head = cls(decoder.in_features, decoder.out_features, bias, device="meta", **options)
-        head.weight = decoder.weight
-        head.bias = decoder.bias
+        head.weight = cast(nn.Parameter, decoder.weight)
+        head.bias = decoder.bias if bias else None
         return head.train(decoder.training)
 
     def reset_parameters(self) -> None:

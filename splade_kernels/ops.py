@@ -1,7 +1,7 @@
 """The operators: schema, fake and per-backend implementation. Opaque to ``torch.compile``; autograd lives above them.
 
-Every body runs with autocast off (it would still be on inside an operator and turn float32 products into bfloat16 ones);
-the compute dtype was chosen once by the caller. No output aliases an input.
+Every body runs with autocast off (it would still be on inside an operator and turn float32 products into bfloat16
+ones); the compute dtype was chosen once by the caller. No output aliases an input.
 """
 
 from __future__ import annotations
@@ -42,19 +42,15 @@ def _pool_forward(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int,
-    pooling_strategy: str,
-    activation_function: str,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    backend: str,
-    need_argmax: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
+    pooling_strategy, activation_function, compute_dtype, out_dtype, backend, need_argmax = options
     _check_cu_seqlens(cu_seqlens, hidden_states, max_seqlen)
     call = PoolingCall(
         _batch_size(hidden_states, cu_seqlens),
-        max_seqlen,
         attention_mask,
         cu_seqlens,
+        max_seqlen,
         pooling_strategy,
         activation_function,
         compute_dtype,
@@ -62,7 +58,7 @@ def _pool_forward(
         need_argmax=need_argmax,
     )
     with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
-        output, argmax = backends.select(backend).pool_forward(call, _flat(hidden_states), weight, bias)
+        output, argmax = backends.select(backend).pool_forward(call, hidden_states.flatten(0, -2), weight, bias)
     return output, argmax
 
 
@@ -73,13 +69,9 @@ def _pool_forward_fake(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int,
-    pooling_strategy: str,
-    activation_function: str,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    backend: str,
-    need_argmax: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
+    *_, out_dtype, _, need_argmax = options
     shape = (_batch_size(hidden_states, cu_seqlens), weight.shape[0])
     argmax = hidden_states.new_empty(shape if need_argmax else (0,), dtype=argmax_dtype(max_seqlen))
     return hidden_states.new_empty(shape, dtype=out_dtype), argmax
@@ -95,20 +87,15 @@ def _pool_backward(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int,
-    pooling_strategy: str,
-    activation_function: str,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    pooling_strategy, activation_function, compute_dtype, out_dtype, backend, *need = options
+    need_hidden, need_weight, need_bias = need
     call = PoolingCall(
         _batch_size(hidden_states, cu_seqlens),
-        max_seqlen,
         attention_mask,
         cu_seqlens,
+        max_seqlen,
         pooling_strategy,
         activation_function,
         compute_dtype,
@@ -118,17 +105,17 @@ def _pool_backward(
         need_bias=need_bias,
     )
     module = backends.select(backend)
-    flat = _flat(hidden_states)
+    flat = hidden_states.flatten(0, -2)
     with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
-        if pooling_strategy == "max":
+        if call.pooling_strategy == "max":
             gradients = module.max_pool_backward(call, grad, output, argmax, flat, weight, bias)
         else:
             gradients = module.sum_pool_backward(call, grad, flat, weight, bias)
     grad_hidden, grad_weight, grad_bias = gradients
     return (
-        hidden_states.new_empty(0) if grad_hidden is None else grad_hidden.view(hidden_states.shape),
-        weight.new_empty(0) if grad_weight is None else grad_weight,
-        weight.new_empty(0) if grad_bias is None else grad_bias,
+        grad_hidden.view(hidden_states.shape) if need_hidden else hidden_states.new_empty(0),
+        grad_weight if need_weight else weight.new_empty(0),
+        grad_bias if need_bias else weight.new_empty(0),
     )
 
 
@@ -139,18 +126,9 @@ def _pool_backward_fake(
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    pooling_strategy: str,
-    activation_function: str,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_hidden, need_weight, need_bias = options
     return (
         hidden_states.new_empty(hidden_states.shape if need_hidden else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
@@ -158,7 +136,7 @@ def _pool_backward_fake(
     )
 
 
-def _flops_forward(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+def _flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
     """``[V]`` sums over the kept rows in at least float32, and ``[B]`` which rows were kept (empty: all)."""
     dtype = _statistics_dtype(embeddings)
     with torch.autocast(embeddings.device.type, enabled=False), torch.no_grad():
@@ -168,18 +146,25 @@ def _flops_forward(embeddings: Tensor, threshold: float | None) -> tuple[Tensor,
         return torch.where(kept[:, None], embeddings, 0).sum(dim=0, dtype=dtype), kept
 
 
-def _flops_forward_fake(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+def _flops_sums_fake(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
     rows, columns = embeddings.shape
     kept = embeddings.new_empty(0 if threshold is None else rows, dtype=torch.bool)
     return embeddings.new_empty(columns, dtype=_statistics_dtype(embeddings)), kept
 
 
+def _flops_value(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """From ``[V]`` column sums and the number of rows: ``Σ mean²``, and its gradient in each row, ``2 mean / rows``."""
+    rows = statistics[-1]
+    mean = statistics[:-1] / rows
+    return mean.square().sum(), mean * (2 / rows)
+
+
+def _flops_value_fake(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    return statistics.new_empty(()), statistics.new_empty(statistics.shape[0] - 1)
+
+
 def _statistics_dtype(embeddings: Tensor) -> torch.dtype:
     return torch.promote_types(embeddings.dtype, torch.float32)
-
-
-def _flat(hidden_states: Tensor) -> Tensor:
-    return hidden_states.reshape(-1, hidden_states.shape[-1])
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor | None, hidden_states: Tensor, max_seqlen: int) -> None:
@@ -211,8 +196,11 @@ _define(
     _pool_backward,
     _pool_backward_fake,
 )
-_define("flops_forward", "(Tensor embeddings, float? threshold) -> (Tensor, Tensor)", _flops_forward, _flops_forward_fake)
+_define("flops_sums", "(Tensor embeddings, float? threshold) -> (Tensor, Tensor)", _flops_sums, _flops_sums_fake)
+
+_define("flops_value", "(Tensor statistics) -> (Tensor, Tensor)", _flops_value, _flops_value_fake)
 
 pool_forward = torch.ops.splade_kernels.pool_forward.default
 pool_backward = torch.ops.splade_kernels.pool_backward.default
-flops_forward = torch.ops.splade_kernels.flops_forward.default
+flops_sums = torch.ops.splade_kernels.flops_sums.default
+flops_value = torch.ops.splade_kernels.flops_value.default

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["flops_loss", "splade_pool", "sparsify"]
+__all__ = ["flops_loss", "sparsify", "splade_pool"]
 
 
 def splade_pool(
@@ -44,13 +45,11 @@ def splade_pool(
     """
     if cu_seqlens is not None:
         hidden_states, attention_mask = _pad(hidden_states.reshape(-1, hidden_states.shape[-1]), cu_seqlens)
-    batch, length, _ = hidden_states.shape
     if attention_mask is None:
-        real = hidden_states.new_ones(batch, length, dtype=torch.bool)
-    else:
-        real = attention_mask != 0
-    if length == 0:
-        return hidden_states.sum() * 0 + hidden_states.new_zeros(batch, weight.shape[0])
+        attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+    # One more padded token, so that there is something to reduce over when S = 0.
+    hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
+    real = F.pad(attention_mask != 0, (0, 1))
 
     compute_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     hidden = torch.where(real.unsqueeze(-1), hidden_states, 0).to(compute_dtype)
@@ -73,8 +72,8 @@ def splade_pool(
 def flops_loss(embeddings: Tensor, *, threshold: float | None = None) -> Tensor:
     """FLOPS regulariser (Paria et al. 2020, arXiv:2004.05665): ``Σ_v (mean_b y[b, v])²``, in at least float32.
 
-    With ``threshold``, rows with at most that many non-zeros are zeroed first (arXiv:2504.14839); the mean is still over
-    all rows.
+    With ``threshold``, rows with at most that many non-zeros are zeroed first (arXiv:2504.14839); the mean is still
+    over all rows.
     """
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     if threshold is not None:

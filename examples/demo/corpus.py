@@ -1,9 +1,9 @@
 """Question-passage pairs from the docstrings of installed packages, read with ``ast`` and never imported.
 
 A docstring splits at its first blank line: the qualified name and the summary are the query, the rest is the passage.
-Documentation repeats itself, so three steps keep the pairs honest: summaries that are signatures or argument entries are
-dropped, passages that open with the same 20 words are kept once, and whole modules (never single docstrings) are held
-out, without the passages that are mostly copies of training text.
+Documentation repeats itself, so three steps keep the pairs honest. Summaries that are signatures or argument entries
+are dropped; passages that open with the same 20 words are kept once; whole modules, never single docstrings, are held
+out, less the passages that share many 5-grams with training text.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import importlib.util
 import re
 import sysconfig
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Corpus", "Pair", "build_corpus", "docstrings", "to_pair"]
+from tqdm.auto import tqdm
+
+__all__ = ["Corpus", "Pair", "build_corpus", "docstrings", "split", "to_pair"]
 
 PACKAGES = ("stdlib", "torch", "numpy", "transformers")
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "_vendor"})
@@ -65,10 +66,10 @@ class Corpus:
 
 def build_corpus(packages: Sequence[str] = PACKAGES) -> Corpus:
     """Reads every module of ``packages`` (``"stdlib"`` or an importable name) in sorted order and builds the split."""
+    modules = [entry for package in packages for entry in _modules(package)]
     found: list[tuple[str, str, str]] = []
-    for package in packages:
-        for module, path in _modules(package):
-            found.extend((module, name, text) for name, text in docstrings(_read(path), module))
+    for module, path in tqdm(modules, desc="modules", unit=" files"):
+        found.extend((module, name, text) for name, text in docstrings(_read(path), module))
     return split(found)
 
 
@@ -165,26 +166,20 @@ def shared_shingles(text: str, seen: set[tuple[str, ...]]) -> float:
     return len(own & seen) / len(own)
 
 
-def word_counts(texts: Iterable[str]) -> Counter[str]:
-    """How often each word occurs, lower case."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(WORD.findall(text.lower()))
-    return counts
-
-
 def _modules(package: str) -> Iterator[tuple[str, Path]]:
     """``(dotted name, path)`` of a package's modules in sorted order."""
     if package == "stdlib":
-        root, prefix = Path(sysconfig.get_path("stdlib")), ()
+        root = Path(sysconfig.get_path("stdlib"))
     else:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError(f"{package}: expected an installed package to read docstrings from")
-        root, prefix = Path(spec.submodule_search_locations[0]), (package,)
+        root = Path(spec.submodule_search_locations[0])
     paths = (path.relative_to(root) for path in root.rglob("*.py"))
     for path in sorted(path.as_posix() for path in paths if not SKIPPED_FOLDERS.intersection(path.parts)):
-        parts = (*prefix, *Path(path).with_suffix("").parts)
+        parts = Path(path).with_suffix("").parts
+        if package != "stdlib":
+            parts = (package, *parts)
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), root / path
 
 

@@ -14,6 +14,9 @@ __all__ = ["build_model"]
 LAYERS = 2
 HEADS = 4
 DECODER_BIAS = -1.0
+# A token's own logit at the start is about hidden_size times the spread of the weights (BERT's 0.02 at a width of 128);
+# at a smaller one the bias would silence every term, and the gradient with them.
+OWN_LOGIT = 2.56
 
 
 def build_model(tokenizer: BertTokenizerFast, hidden_size: int, max_length: int, seed: int) -> SparseEncoder:
@@ -40,6 +43,7 @@ def build_model(tokenizer: BertTokenizerFast, hidden_size: int, max_length: int,
         num_attention_heads=HEADS,
         intermediate_size=4 * hidden_size,
         max_position_embeddings=max_length,
+        initializer_range=OWN_LOGIT / hidden_size,
         # Without dropout the stock and the fused run compute the same function at every step.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

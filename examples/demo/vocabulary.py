@@ -74,10 +74,11 @@ def build_tokenizer(vocabulary: dict[str, int], max_length: int) -> BertTokenize
 
 
 def unknown_share(tokenizer: BertTokenizerFast, texts: list[str]) -> float:
-    """The share of ``[UNK]`` among the tokens of ``texts``."""
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    """The share of ``[UNK]`` among the tokens the model sees of ``texts``."""
+    ids = tokenizer(texts, add_special_tokens=False, truncation=True)["input_ids"]
     tokens = sum(len(row) for row in ids)
-    return sum(row.count(tokenizer.unk_token_id) for row in ids) / max(1, tokens)
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in ids)
+    return float(unknown / max(1, tokens))
 
 
 def _count_pieces(words: list[str], counts: Counter[str]) -> Counter[str]:

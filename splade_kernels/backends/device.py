@@ -1,7 +1,8 @@
 """Vocabulary tiles on a device whose data the host must not read: segments are reduced in place, nothing is packed.
 
 Used by the torch backend for accelerators (float64 on CUDA, or where Triton cannot run). ``torch.segment_reduce`` walks
-each segment in order, which keeps maxima and sums bitwise repeatable without atomics.
+each segment in order, which keeps maxima and sums bitwise repeatable without atomics. Since nothing is packed, a matmul
+sees the padding too, and may round a row differently when there is more of it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def sum_pool_backward(
 
 
 def _segments(call: PoolingCall, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``offsets [B + 1]``; for each row its sequence, its position in it (float32: exact to 2^24) and whether it is real.
+    """``offsets [B + 1]``; per row its sequence, its position there (float32: exact to 2^24), whether it is real.
 
     ``cu_seqlens`` cannot be checked here without reading it back, so it is clamped: no row outside ``hidden`` is read.
     """
@@ -93,9 +94,15 @@ def _segments(call: PoolingCall, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor
 def _tiles(call: PoolingCall, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield ``(columns, dots [N, columns])`` in the accumulation dtype."""
     rows = hidden.to(call.compute_dtype)
+    wide_output = rows.is_cuda and call.compute_dtype != call.accumulation_dtype
+    if not wide_output:
+        rows = rows.to(call.accumulation_dtype)
     vocab_size = weight.shape[0]
     width = max(1, min(vocab_size, TILE_ELEMENTS // max(len(rows), 1)))
     for first in range(0, vocab_size, width):
         columns = slice(first, min(first + width, vocab_size))
-        dots = rows @ weight[columns].to(call.compute_dtype).t()
-        yield columns, dots.to(call.accumulation_dtype)
+        tile = weight[columns].to(call.compute_dtype).t()
+        if wide_output:
+            yield columns, torch.mm(rows, tile, out_dtype=call.accumulation_dtype)
+        else:
+            yield columns, rows @ tile.to(call.accumulation_dtype)

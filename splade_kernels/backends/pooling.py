@@ -12,14 +12,14 @@ from torch import Tensor
 class PoolingCall:
     """One ``splade_pool`` call with the hidden states flattened to ``[N, D]``.
 
-    ``N`` is ``B · S`` for padded input and ``T`` for packed input. Exactly one of ``batch_size`` from the padded shape
-    (``cu_seqlens is None``) or from ``cu_seqlens`` applies. ``max_seqlen`` bounds every length and is known to the host.
+    ``N`` is ``B · S`` for padded input (``cu_seqlens`` is None), ``T`` for packed input (``attention_mask`` is None).
+    ``max_seqlen`` bounds every length and is known to the host; for padded input it is ``S``.
     """
 
     batch_size: int
-    max_seqlen: int
     attention_mask: Tensor | None
     cu_seqlens: Tensor | None
+    max_seqlen: int
     pooling_strategy: str
     activation_function: str
     compute_dtype: torch.dtype

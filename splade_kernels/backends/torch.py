@@ -6,9 +6,9 @@ tokens, one store of ``[sequences, tile]``. Nothing of size tokens × vocabulary
 devices cannot pack without a host sync; :mod:`.device` reduces their tiles over segments instead. The backward of the
 maximum is shared.
 
-Accumulation is float32 (float64 for float64). bfloat16 dots use bfloat16 matmul instructions where the CPU has them and are then
-rounded to bfloat16 before the maximum is taken, as the dense head does: PyTorch's CPU matmul has no wider output. Every
-other half-precision dot is computed in float32.
+Accumulation is float32 (float64 for float64). bfloat16 dots use bfloat16 matmul instructions where the CPU has them and
+are then rounded to bfloat16 before the maximum is taken, as the dense head does: PyTorch's CPU matmul has no wider
+output. Every other half-precision dot is computed in float32.
 """
 
 from __future__ import annotations
@@ -31,23 +31,30 @@ MIN_TILE_COLUMNS = 128
 SLICE_ROWS = 2048
 # BLAS rows do not depend on the other rows of a call from 16 rows on (float32); smaller calls take other routines.
 MIN_ROWS = 16
-# Tokens whose maximum is taken without an index before the index is searched.
+# Tokens whose maximum is taken before anybody asks which; used where filling sequences up to whole groups adds at most
+# this factor to the rows.
 MAXIMUM_GROUP = 8
-# Entries [sequence, vocabulary] the backward orders at a time; each costs about 60 bytes of index.
+MAXIMUM_FILL = 1.07
+# Vocabulary rows, and entries [sequence, vocabulary], of one block of the backward: bounds dW's block, and the index of
+# about 60 bytes an entry.
+BACKWARD_COLUMNS = 4096
 BACKWARD_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive packed sequences, handled together; ``groups`` are ``(sequences, length)`` of equal length."""
+    """Consecutive packed sequences, handled together. Every sequence is a whole number of groups of ``group`` rows,
+    filled up with its own first token: a repeat changes neither a maximum nor its lowest position.
+    """
 
     rows: Tensor  # [R] row of each packed token in the flat [N, D] hidden states
     positions: Tensor  # [R] position of each packed token in its sequence
     sequences: Tensor  # [n] index of each sequence in the batch
-    groups: tuple[tuple[int, int], ...]
+    runs: tuple[tuple[int, int], ...]  # (sequences, groups in each) for neighbours of equal length
+    group: int
 
-    def tile_columns(self) -> int:
-        return max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, TILE_ELEMENTS // max(len(self.rows), 1)))
+    def tile_columns(self, elements: int) -> int:
+        return max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, elements // max(len(self.rows), 1)))
 
 
 def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -59,7 +66,7 @@ def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor
     argmax = call.new_argmax(hidden, vocab_size)
     for part in _slices(call):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
-        for columns, dots in _tiles(packed, part, weight, call.compute_dtype):
+        for columns, dots in _tiles(packed, part, weight, call.compute_dtype, TILE_ELEMENTS):
             offset = None if bias is None else bias[columns].to(call.accumulation_dtype)
             if call.pooling_strategy == "max":
                 dots, index = _segment_maximum(dots, part, call.need_argmax)
@@ -89,13 +96,15 @@ def max_pool_backward(
     """
     vocab_size, hidden_size = weight.shape
     rows = hidden.shape[0]
+    if rows == 0:
+        return torch.zeros_like(hidden), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
     table = hidden.to(call.accumulation_dtype).contiguous() if call.need_weight else hidden
     starts = call.sequence_starts(hidden.device)
     grad_hidden: Tensor | None = None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if call.need_weight else None
     grad_bias = torch.empty_like(bias) if call.need_bias and bias is not None else None
 
-    step = max(1, BACKWARD_ENTRIES // max(call.batch_size, 1))
+    step = max(1, min(BACKWARD_COLUMNS, BACKWARD_ENTRIES // max(call.batch_size, 1)))
     for first in range(0, vocab_size, step):
         columns = slice(first, min(first + step, vocab_size))
         values = activation_gradient(grad[:, columns], output[:, columns], call).t().contiguous()  # [v, B]
@@ -140,7 +149,8 @@ def sum_pool_backward(
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         exact = packed.to(dtype)
         grad_packed = torch.zeros_like(exact) if call.need_hidden else None
-        for columns, dots in _tiles(packed, part, weight, call.compute_dtype):
+        # A quarter, since the elementwise gradient holds about four tiles.
+        for columns, dots in _tiles(packed, part, weight, call.compute_dtype, TILE_ELEMENTS // 4):
             logits = dots.to(dtype)
             if bias is not None:
                 logits = logits + bias[columns].to(dtype)
@@ -171,31 +181,36 @@ def _on_host(tensor: Tensor) -> bool:
 def _slices(call: PoolingCall) -> Iterator[Slice]:
     """The batch as packed slices: sequences sorted by length, at most ``SLICE_ROWS`` tokens unless one is longer."""
     rows, lengths = call.real_rows()
+    first = lengths.cumsum(0) - lengths
     starts = call.sequence_starts(rows.device)
-    ends = lengths.cumsum(0)
     order = torch.argsort(lengths, stable=True)
     order = order[lengths[order] > 0]
-    members: list[int] = []
-    size = 0
-    for sequence, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        if members and size + length > SLICE_ROWS:
-            yield _slice(rows, starts, lengths, ends, members)
-            members, size = [], 0
-        members.append(sequence)
+    sizes = lengths[order].tolist()
+    begin = size = 0
+    for end, length in enumerate([*sizes, SLICE_ROWS]):
         size += length
-    if members:
-        yield _slice(rows, starts, lengths, ends, members)
+        if size > SLICE_ROWS and end > begin:
+            members = order[begin:end]
+            yield _slice(rows, first[members], lengths[members], starts[members], members, call.pooling_strategy)
+            begin, size = end, length
 
 
-def _slice(rows: Tensor, starts: Tensor, lengths: Tensor, ends: Tensor, members: list[int]) -> Slice:
-    sequences = torch.tensor(members)
-    chosen = lengths[sequences]
-    first = torch.repeat_interleave(ends[sequences] - chosen - _exclusive_sum(chosen)[:-1], chosen)
-    packed_rows = rows[first + torch.arange(len(first))]
-    positions = packed_rows - torch.repeat_interleave(starts[sequences], chosen)
-    same, counts = torch.unique_consecutive(chosen, return_counts=True)
-    groups = tuple(zip(counts.tolist(), same.tolist(), strict=True))
-    return Slice(packed_rows, positions, sequences, groups)
+def _slice(
+    rows: Tensor, first: Tensor, lengths: Tensor, starts: Tensor, members: Tensor, pooling_strategy: str
+) -> Slice:
+    group = 1
+    if pooling_strategy == "max":
+        filled = (lengths + MAXIMUM_GROUP - 1) // MAXIMUM_GROUP * MAXIMUM_GROUP
+        if int(filled.sum()) <= MAXIMUM_FILL * int(lengths.sum()):
+            group = MAXIMUM_GROUP
+    counts = (lengths + group - 1) // group
+    packed = counts * group
+    within = torch.arange(int(packed.sum())) - torch.repeat_interleave(packed.cumsum(0) - packed, packed)
+    within = torch.where(within < torch.repeat_interleave(lengths, packed), within, 0)
+    chosen = rows[torch.repeat_interleave(first, packed) + within]
+    positions = chosen - torch.repeat_interleave(starts, packed)
+    same, runs = torch.unique_consecutive(counts, return_counts=True)
+    return Slice(chosen, positions, members, tuple(zip(runs.tolist(), same.tolist(), strict=True)), group)
 
 
 def _gather_rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -204,12 +219,14 @@ def _gather_rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return packed
 
 
-def _tiles(packed: Tensor, part: Slice, weight: Tensor, compute_dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(columns, dots [R, columns])``; every tile is written into the same buffer."""
+def _tiles(
+    packed: Tensor, part: Slice, weight: Tensor, compute_dtype: torch.dtype, elements: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(columns, dots [R, columns])``, about ``elements`` at a time, all written into the same buffer."""
     matmul_dtype = compute_dtype if _has_matmul(compute_dtype) else torch.float32
     packed = packed.to(matmul_dtype)
     vocab_size = weight.shape[0]
-    width = min(part.tile_columns(), vocab_size)
+    width = max(1, min(part.tile_columns(elements), vocab_size))
     buffer = packed.new_empty(len(packed) * width)
     for first in range(0, vocab_size, width):
         columns = slice(first, min(first + width, vocab_size))
@@ -227,52 +244,43 @@ def _has_matmul(dtype: torch.dtype) -> bool:
 
 
 def _segment_maximum(dots: Tensor, part: Slice, need_argmax: bool) -> tuple[Tensor, Tensor]:
-    """Maximum over each sequence's tokens ``[n, columns]`` and its position in the sequence (lowest on ties)."""
-    values, indices, first = [], [], 0
-    for count, length in part.groups:
-        block = dots[first : first + count * length].view(count, length, -1)
-        if need_argmax:
-            largest, index = _first_maximum(block)
-            row_of_sequence = torch.arange(first, first + count * length, length)
-            values.append(largest)
-            indices.append(part.positions[index.add_(row_of_sequence[:, None])])
-        else:
-            values.append(torch.amax(block, dim=1))
-        first += count * length
-    return torch.cat(values), torch.cat(indices) if need_argmax else dots.new_empty(0)
+    """Maximum over each sequence's tokens ``[n, columns]`` and its position in the sequence.
 
-
-def _first_maximum(block: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.max(block, dim=1)`` of ``[n, length, columns]``: NaN is the largest, the lowest position wins ties.
-
-    PyTorch's maximum without indices is vectorised and about 20 times as fast as the one with indices. So long sequences
-    are first reduced without, in groups; the index is then searched among the groups and inside the first winning one.
-    The last group overlaps its neighbour, which cannot win through the overlap unless the neighbour has won before it.
+    NaN is the largest, the lowest position wins ties. PyTorch's maximum without indices is vectorised, the one with is
+    not: groups are reduced without, then the winning group is found, and the winner inside it.
     """
-    length = block.shape[1]
-    if length < 4 * MAXIMUM_GROUP:
-        largest, index = torch.max(block, dim=1)
-        return largest, index
-    whole = length // MAXIMUM_GROUP
-    groups = block[:, : whole * MAXIMUM_GROUP].unflatten(1, (whole, MAXIMUM_GROUP)).amax(dim=2)
-    last = block[:, length - MAXIMUM_GROUP :].amax(dim=1, keepdim=True)
-    largest, group = torch.max(torch.cat([groups, last], dim=1), dim=1)
-    start = group.mul_(MAXIMUM_GROUP).clamp_(max=length - MAXIMUM_GROUP)
-    candidates = block.gather(1, start[:, None] + torch.arange(MAXIMUM_GROUP)[:, None])
-    return largest, torch.max(candidates, dim=1).indices.add_(start)
+    groups = dots.view(-1, part.group, dots.shape[1])
+    heads = groups.amax(dim=1) if part.group > 1 else dots
+    if not need_argmax:
+        return torch.cat([block.amax(dim=1) for _, block in _runs(heads, part)]), dots.new_empty(0)
+    values, winners = [], []
+    for first, block in _runs(heads, part):
+        largest, index = block.max(dim=1)
+        count, length, _ = block.shape
+        values.append(largest)
+        winners.append(index.add_(torch.arange(first, first + count * length, length)[:, None]))
+    row = torch.cat(winners)
+    if part.group > 1:
+        candidates = groups.gather(0, row[:, None].expand(-1, part.group, -1))
+        row.mul_(part.group).add_(candidates.max(dim=1).indices)
+    return torch.cat(values), part.positions[row]
 
 
 def _segment_sum(values: Tensor, part: Slice) -> Tensor:
-    sums, first = [], 0
-    for count, length in part.groups:
-        sums.append(values[first : first + count * length].view(count, length, -1).sum(dim=1))
+    return torch.cat([block.sum(dim=1) for _, block in _runs(values, part)])
+
+
+def _runs(rows: Tensor, part: Slice) -> Iterator[tuple[int, Tensor]]:
+    """First row, and rows as ``[n, length, columns]``, of each run of sequences of equal length."""
+    first = 0
+    for count, length in part.runs:
+        yield first, rows[first : first + count * length].view(count, length, -1)
         first += count * length
-    return torch.cat(sums)
 
 
 def _spread(values: Tensor, part: Slice) -> Tensor:
     """``[n, columns]`` of the sequences to ``[R, columns]`` of their tokens."""
-    lengths = torch.tensor([length for count, length in part.groups for _ in range(count)])
+    lengths = torch.tensor([length for count, length in part.runs for _ in range(count)])
     return values.repeat_interleave(lengths, dim=0)
 
 

@@ -19,17 +19,18 @@ logger = logging.getLogger(__name__)
 
 _SHARDED: tuple[type, ...] = ()
 if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    _SHARDED = (DTensor,)
+    _SHARDED = (DTensor, FSDPModule)
 
 _BATCH, _LENGTH = 2, 7
 _REAL_TOKENS_OF_LAST = 4
 _LARGEST_LOGIT = 10.0
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, _SHARDED)
+def is_sharded(holder: Tensor | nn.Module) -> bool:
+    return isinstance(holder, _SHARDED)
 
 
 def skip_probe(modules: Iterable[nn.Module]) -> bool:
@@ -72,7 +73,7 @@ def probe_transformer(transformer: Transformer, decoder: nn.Linear) -> None:
             decoder.__dict__["forward"] = stand_in
             try:
                 with autocast:
-                    returned = transformer(features)["token_embeddings"]
+                    returned = transformer.forward(features)["token_embeddings"]
             except Exception as error:
                 raise ValueError(
                     f"the model could not be run with its decoder's output replaced by a [{_BATCH}, {_LENGTH}, "

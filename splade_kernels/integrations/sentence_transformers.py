@@ -136,7 +136,8 @@ class _TransformerForward:
 
     def __call__(self, features: Features, **kwargs: Any) -> Features:
         decoder = self.decoder_forward.decoder
-        if self.transformer.model.get_output_embeddings() is not decoder:
+        inner: Any = self.transformer.model
+        if inner.get_output_embeddings() is not decoder:
             raise RuntimeError(
                 f"the model's decoder is no longer the one that was fused (resized or replaced): {_UNFUSE_FIRST}"
             )
@@ -178,9 +179,9 @@ class _PoolingForward:
 
     def _check(self, hidden_states: Tensor) -> None:
         weight = self.decoder.weight
-        if is_sharded(weight) or weight.numel() == 0:
+        if is_sharded(weight) or is_sharded(self.decoder) or weight.numel() == 0:
             raise RuntimeError(
-                "the decoder's weight is sharded while the pooling runs: shard the whole SparseEncoder (layers first, "
+                "the decoder's weight is sharded on its own: shard the whole SparseEncoder (layers first, "
                 "then the SparseEncoder itself) so that its root keeps the weight gathered during forward"
             )
         if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[-1]:
@@ -256,7 +257,7 @@ def _find_heads(model: nn.Module) -> list[_Head]:
         raise TypeError(f"model: expected a SparseEncoder or a module that contains one, got {type(model).__name__}")
     feeders: dict[SpladePooling, set[nn.Module | None]] = {}
     readers: list[tuple[nn.Module, nn.Module]] = []
-    for path in (path for encoder in encoders for path in _paths(encoder)):
+    for path in (path for encoder in encoders for path in _paths(encoder.children())):
         source: nn.Module | None = None
         for module in path:
             if isinstance(module, SpladePooling):
@@ -272,7 +273,7 @@ def _find_heads(model: nn.Module) -> list[_Head]:
     for pooling, sources in feeders.items():
         fed_by = {_decoder_of(source): source for source in sources}
         if len(fed_by) > 1:
-            raise ValueError("one SpladePooling is fed by several decoders: give each decoder a SpladePooling of its own")
+            raise ValueError("one SpladePooling is fed by several decoders: give each decoder one of its own")
         (decoder,) = fed_by
         head = heads.setdefault(decoder, _Head(decoder))
         head.poolings.append(pooling)
@@ -291,7 +292,7 @@ def _paths(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
     paths: list[list[nn.Module]] = [[]]
     for module in modules:
         if isinstance(module, Router):
-            routes = [route for modules in module.sub_modules.values() for route in _paths(modules)]
+            routes = [route for branch in module.sub_modules.values() for route in _paths(branch.children())]
             paths = [path + route for path in paths for route in routes]
         else:
             paths = [[*path, module] for path in paths]
@@ -318,7 +319,7 @@ def _decoder_of(source: nn.Module | None) -> nn.Linear:
             "the Transformer must write the logits of its model's forward to token_embeddings, "
             f"got {source.modality_config} into {source.module_output_name!r}"
         )
-    inner = source.model
+    inner: Any = source.model
     if any(getattr(module, "peft_config", None) for module in inner.modules()):
         raise ValueError("the model carries PEFT adapters: merge them into the weights first")
     if getattr(inner, "is_quantized", False):

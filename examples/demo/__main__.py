@@ -1,0 +1,292 @@
+"""``python -m examples.demo``: train a small SPLADE model through the stock and the fused head, then search with it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.demo.report import markdown_table, summarize, verdict
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizerFast
+
+    from examples.demo.corpus import Corpus
+
+PACKAGES = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "bm25s")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the numbers, apart from the machine and the installed versions."""
+
+    steps: int
+    stock_steps: int
+    batch_size: int
+    seed: int
+    device: str
+    bf16: bool
+    max_length: int = 128
+    vocab_size: int = 30522
+    hidden_size: int = 128
+    learning_rate: float = 5e-4
+    query_regularizer_weight: float = 1e-3
+    document_regularizer_weight: float = 1e-3
+    memory_lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    memory_batch_size: int = 8
+    memory_hidden_size: int = 128
+
+
+def main() -> None:
+    """Runs the demo and writes ``result.json``, ``loss.png`` and ``memory.png``."""
+    arguments = _parse_arguments()
+    # Nothing is downloaded, so nothing should wait for a network either.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # One device: without a launcher the trainer would spread a batch over all of them with nn.DataParallel.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    settings = Settings(
+        steps=arguments.steps,
+        stock_steps=min(arguments.stock_steps, arguments.steps),
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        device=arguments.device or _default_device(),
+        bf16=arguments.bf16,
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="splade-demo-") as folder:
+        result = run(settings, Path(folder), arguments.save_model)
+    result_path = arguments.output / "result.json"
+    result_path.write_text(json.dumps(result, indent=1) + "\n")
+
+    from examples.demo.figures import plot_losses, plot_memory
+
+    plot_losses(result, arguments.output / "loss.png")
+    plot_memory(result, arguments.output / "memory.png")
+    _print_answers(result["answers"])
+    print(f"\n{markdown_table(result)}\n\n{textwrap.fill(verdict(result), 118)}")
+    print(f"\n{result['seconds']:.0f} s in all. Numbers: {result_path}. Pictures: loss.png and memory.png beside it.")
+
+
+def run(settings: Settings, folder: Path, save_model: Path | None) -> dict[str, Any]:
+    """All steps of the demo, with ``folder`` for what its processes hand each other."""
+    started = time.perf_counter()
+    from transformers.utils import logging as transformers_logging
+
+    from examples.demo.corpus import build_corpus
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Sparse (invariant checks|CSR tensor support)")
+    origin = {"machine": _machine(settings.device), "versions": _versions()}
+
+    _announce(started, "Reading docstrings (standard library, torch, numpy, transformers)")
+    corpus = build_corpus()
+    print(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in corpus.counts.items()))
+
+    _announce(started, f"Building a vocabulary of {settings.vocab_size:,} and a BERT with {settings.hidden_size} units")
+    tokenizer = _build_start(settings, corpus, folder)
+
+    records = {}
+    for head, steps in (("stock", settings.stock_steps), ("fused", settings.steps)):
+        _announce(started, f"Training with the {head} head: {steps} steps of {settings.steps}, in a process of its own")
+        records[head] = _run_training(settings, head, steps, folder)
+
+    _announce(started, "Searching the held-out docstrings, before and after training")
+    retrieval, answers = _search(settings, corpus, folder)
+    if save_model is not None:
+        shutil.copytree(folder / "trained", save_model, dirs_exist_ok=True)
+
+    _announce(started, f"Measuring the head's memory at lengths {', '.join(map(str, settings.memory_lengths))}")
+    memory = {head: _run_head(settings, head, folder) for head in ("stock", "fused")}
+
+    return {
+        "command": "python -m " + " ".join(["examples.demo", *sys.argv[1:]]),
+        "seconds": time.perf_counter() - started,
+        **origin,
+        "settings": asdict(settings),
+        "corpus": _describe_corpus(corpus, tokenizer),
+        "summary": summarize(records["stock"], records["fused"]),
+        "retrieval": retrieval,
+        "answers": answers,
+        "memory": {
+            "lengths": list(settings.memory_lengths),
+            "batch_size": settings.memory_batch_size,
+            "hidden_size": settings.memory_hidden_size,
+            "vocab_size": settings.vocab_size,
+            **memory,
+        },
+        "training": {
+            head: {key: record[key] for key in ("losses", "seconds", "peak_mib")} for head, record in records.items()
+        },
+    }
+
+
+def _build_start(settings: Settings, corpus: Corpus, folder: Path) -> BertTokenizerFast:
+    """Writes the start that both runs load and the training pairs."""
+    from examples.demo.model import build_model
+    from examples.demo.vocabulary import build_tokenizer, build_vocabulary, count_words
+
+    counts = count_words(text for pair in corpus.train for text in (pair.query, pair.passage))
+    tokenizer = build_tokenizer(build_vocabulary(counts, settings.vocab_size), settings.max_length)
+    model = build_model(tokenizer, settings.hidden_size, settings.max_length, settings.seed)
+    model.save_pretrained(str(folder / "start"), create_model_card=False)
+    pairs = {
+        "query": [pair.query for pair in corpus.train],
+        "passage": [pair.passage for pair in corpus.train],
+    }
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return tokenizer
+
+
+def _run_training(settings: Settings, head: str, steps: int, folder: Path) -> dict[str, Any]:
+    job = {
+        "head": head,
+        "start": str(folder / "start"),
+        "pairs": str(folder / "pairs.json"),
+        "steps": steps,
+        "shared_steps": settings.stock_steps,
+        "schedule_steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "query_regularizer_weight": settings.query_regularizer_weight,
+        "document_regularizer_weight": settings.document_regularizer_weight,
+        "seed": settings.seed,
+        "device": settings.device,
+        "bf16": settings.bf16,
+        "save": str(folder / "trained") if head == "fused" else None,
+    }
+    return _run_process("examples.demo.training", job, folder / f"training-{head}.json")
+
+
+def _run_head(settings: Settings, head: str, folder: Path) -> list[float]:
+    job = {
+        "head": head,
+        "batch_size": settings.memory_batch_size,
+        "hidden_size": settings.memory_hidden_size,
+        "vocab_size": settings.vocab_size,
+        "lengths": settings.memory_lengths,
+        "device": settings.device,
+    }
+    peaks: list[float] = _run_process("examples.demo.memory", job, folder / f"memory-{head}.json")["peak_mib"]
+    return peaks
+
+
+def _run_process(module: str, job: dict[str, Any], record: Path) -> dict[str, Any]:
+    """Runs ``module`` in a process of its own on ``job`` and returns the record it wrote."""
+    job_file = record.with_suffix(".job.json")
+    job_file.write_text(json.dumps({**job, "record": str(record)}))
+    subprocess.run([sys.executable, "-m", module, str(job_file)], check=True)
+    written: dict[str, Any] = json.loads(record.read_text())
+    return written
+
+
+def _search(settings: Settings, corpus: Corpus, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from sentence_transformers import SparseEncoder
+
+    from examples.demo.search import QUESTIONS, answer, build_evaluator, encode_passages, evaluate_bm25, evaluate_model
+    from splade_kernels.integrations.sentence_transformers import fuse
+
+    evaluator = build_evaluator(corpus.held_out, settings.batch_size)
+    retrieval: dict[str, Any] = {"bm25": evaluate_bm25(evaluator)}
+    for name, start in (("before", "start"), ("after", "trained")):
+        model = fuse(SparseEncoder(str(folder / start), device=settings.device))
+        passages = encode_passages(model, corpus.held_out, settings.batch_size)
+        retrieval[name] = evaluate_model(evaluator, model, passages)
+    return retrieval, answer(model, corpus.held_out, passages, QUESTIONS)
+
+
+def _describe_corpus(corpus: Corpus, tokenizer: BertTokenizerFast) -> dict[str, Any]:
+    from examples.demo.vocabulary import unknown_share
+
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    held_out = [text for pair in corpus.held_out for text in (pair.query, pair.passage)]
+    return {
+        "sha256": corpus.sha256,
+        "counts": corpus.counts,
+        "held_out_shared_shingles": corpus.held_out_shared_shingles,
+        "vocabulary_sha256": hashlib.sha256("\n".join(entry for entry, _ in vocabulary).encode()).hexdigest(),
+        "held_out_unknown_share": unknown_share(tokenizer, held_out),
+    }
+
+
+def _machine(device: str) -> dict[str, Any]:
+    import torch
+
+    return {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device == "cuda" else None,
+        "system": platform.platform(terse=True),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import splade_kernels
+
+    own = {"python": platform.python_version(), "splade-kernels": splade_kernels.__version__}
+    return own | {name: version(name) for name in PACKAGES}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _print_answers(answers: list[dict[str, Any]]) -> None:
+    def terms(weighted: list[tuple[str, float]]) -> str:
+        return "  ".join(f"{term} {weight:.2f}" for term, weight in weighted)
+
+    print("\nThree questions to the trained model, over the held-out docstrings")
+    for found in answers:
+        print(f"\n  {found['question']}")
+        print(f"    best passage  {found['name']} (score {found['score']:.2f})")
+        print(textwrap.indent(textwrap.fill(textwrap.shorten(found["passage"], 300), 100), " " * 18))
+        for label in ("question_terms", "passage_terms", "matching_terms"):
+            print(f"    {label.replace('_', ' '):<15}{terms(found[label])}")
+
+
+def _announce(started: float, what: str) -> None:
+    print(f"\n[{time.perf_counter() - started:4.0f} s] {what}", flush=True)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for numbers and pictures")
+    parser.add_argument("--steps", type=int, default=300, help="training steps (%(default)s)")
+    parser.add_argument("--stock-steps", type=int, default=16, help="steps also done stock, to compare (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs in a batch (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the start and of the data order (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu or cuda (default: cuda when there is one)")
+    parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+    parser.add_argument("--save-model", type=Path, help="also keep the trained model in this folder")
+    arguments = parser.parse_args()
+    if arguments.steps < 2 or arguments.stock_steps < 2:
+        parser.error("--steps and --stock-steps: expected at least 2")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Fixtures for every test: the backends to run, and uninitialised memory that cannot pass for a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import splade_kernels.backends.torch as torch_backend
+
+
+@pytest.fixture(params=["torch", "torch-device"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name to pass as ``backend=``. ``torch-device`` is the torch backend without host syncs, as accelerators run it."""
+    if request.param == "torch-device":
+        monkeypatch.setattr(torch_backend, "_on_host", lambda tensor: False)
+        return "torch"
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def packs(backend: str) -> bool:
+    """Whether the backend under test packs the real tokens, so that their rows do not depend on the padding."""
+    return torch_backend._on_host(torch.empty(0))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` is filled with NaN (integers: their maximum); operations without a deterministic form raise."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = False

@@ -1,0 +1,149 @@
+"""The definition in float64, written out over sequences, to hold every backend against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import splade_kernels as sk
+from splade_kernels import ops
+
+
+@dataclass
+class Case:
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+    grad: Tensor
+
+    def parameters(self) -> list[Tensor]:
+        return [tensor for tensor in (self.hidden, self.weight, self.bias) if tensor is not None]
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        lengths = self.mask.sum(dim=1)
+        return self.hidden.detach()[self.mask != 0], torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def make_case(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    pattern: str = "ragged",
+    bias: bool = True,
+    integers: bool = False,
+    seed: int = 0,
+) -> Case:
+    """``shape`` is (B, S, D, V). Integer cases have small whole numbers, whose dots are exact in every dtype."""
+    batch, length, hidden_size, vocab_size = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        if integers:
+            return torch.randint(-2, 3, size, generator=generator).to(dtype)
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    scale = 1 if integers or hidden_size == 0 else hidden_size**-0.5
+    case = Case(
+        draw(batch, length, hidden_size).requires_grad_(),
+        (draw(vocab_size, hidden_size) * scale).requires_grad_(),
+        draw(vocab_size).requires_grad_() if bias else None,
+        make_mask(batch, length, pattern, generator),
+        draw(batch, vocab_size),
+    )
+    return case
+
+
+def make_mask(batch: int, length: int, pattern: str, generator: torch.Generator) -> Tensor:
+    lengths = torch.randint(0, length + 1, (batch,), generator=generator)
+    lengths[-1:] = length
+    positions = torch.arange(length)
+    if pattern == "full":
+        return torch.ones(batch, length, dtype=torch.bool)
+    if pattern == "ragged":
+        return positions < lengths[:, None]
+    if pattern == "left":
+        return positions >= length - lengths[:, None]
+    if pattern == "holes":
+        return torch.rand(batch, length, generator=generator) < 0.6
+    if pattern == "one":
+        return positions == (lengths[:, None] - 1).clamp_min(0)
+    if pattern == "empty":
+        mask = positions < lengths[:, None]
+        mask[::2] = False
+        return mask
+    raise ValueError(pattern)
+
+
+def attained_maximum(case: Case, argmax: Tensor) -> Tensor:
+    """Dots in float64 at the given positions, ``[B, V]``; 0 for sequences without a real token."""
+    dots = case.hidden.detach().double() @ case.weight.detach().double().t()
+    if dots.shape[1] == 0:
+        return dots.new_zeros(argmax.shape)
+    return dots.gather(1, argmax.long()[:, None])[:, 0]
+
+
+def expected_gradients(
+    case: Case, output: Tensor, argmax: Tensor, activation_function: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, dW, dc in float64 of the maximum, given the argmax: one contribution per active entry, none for the others."""
+    hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
+    y = output.double()
+    slope = torch.exp(-y)
+    if activation_function == "log1p_relu":
+        slope = slope * torch.exp(-(torch.exp(y) - 1))
+    g = torch.where(y <= 0, 0, case.grad.double() * slope)
+    sequence, entry = torch.nonzero(g != 0, as_tuple=True)
+    token = argmax.long()[sequence, entry]
+    active = g[sequence, entry]
+    grad_hidden = torch.zeros_like(hidden).index_put(
+        (sequence, token), active[:, None] * weight[entry], accumulate=True
+    )
+    rows = active[:, None] * hidden[sequence, token]
+    grad_weight = torch.zeros_like(weight).index_put((entry,), rows, accumulate=True)
+    return grad_hidden, grad_weight, g.sum(dim=0)
+
+
+def reference_in_double(case: Case, **options: str) -> tuple[Tensor, list[Tensor]]:
+    """Output and gradients of the dense definition at the case's exact values."""
+    parameters = [tensor.detach().double().requires_grad_() for tensor in case.parameters()]
+    hidden, weight, *bias = parameters
+    output = sk.reference.splade_pool(hidden, weight, bias[0] if bias else None, case.mask, **options)
+    return output.detach(), list(torch.autograd.grad(output, parameters, case.grad.double()))
+
+
+def stock(case: Case, pooling_strategy: str, activation_function: str) -> Tensor:
+    """What the dense head computes in the case's own dtype: its error is what ours is held against."""
+    logits = torch.nn.functional.linear(case.hidden, case.weight, case.bias)
+    values = (logits * case.mask[..., None].to(logits.dtype)).relu().log1p()
+    if activation_function == "log1p_relu":
+        values = values.log1p()
+    if pooling_strategy == "sum":
+        return (values * case.mask[..., None]).sum(dim=1)
+    return values.amax(dim=1) if values.shape[1] else values.new_zeros(case.grad.shape)
+
+
+def forward_with_argmax(case: Case, backend: str, activation_function: str = "relu") -> tuple[Tensor, Tensor]:
+    dtype = case.hidden.dtype
+    bias = None if case.bias is None else case.bias.detach()
+    output, argmax = ops.pool_forward(
+        case.hidden.detach(),
+        case.weight.detach(),
+        bias,
+        case.mask,
+        None,
+        case.hidden.shape[1],
+        "max",
+        activation_function,
+        dtype,
+        dtype,
+        backend,
+        True,
+    )
+    return output, argmax
+
+
+def largest_error(ours: Tensor, exact: Tensor) -> float:
+    return (ours.double() - exact).abs().max().item() if exact.numel() else 0.0

@@ -1,0 +1,65 @@
+"""SpladeHead: nn.Linear's parameters under another forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import splade_kernels as sk
+
+
+def test_from_linear_shares_the_parameters_themselves(backend):
+    decoder = torch.nn.Linear(8, 30)
+    head = sk.SpladeHead.from_linear(decoder, backend=backend, activation_function="log1p_relu")
+    assert head.weight is decoder.weight
+    assert head.bias is decoder.bias
+    hidden, mask = torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.long)
+    expected = sk.reference.splade_pool(hidden, decoder.weight, decoder.bias, mask, activation_function="log1p_relu")
+    assert torch.allclose(head(hidden, mask), expected, atol=1e-6)
+    head(hidden, mask).sum().backward()
+    assert decoder.weight.grad is not None
+
+
+def test_from_linear_without_bias_and_frozen():
+    decoder = torch.nn.Linear(8, 30, bias=False).requires_grad_(False).eval()
+    head = sk.SpladeHead.from_linear(decoder)
+    assert head.bias is None
+    assert not head.training
+    assert not head.weight.requires_grad
+
+
+def test_from_linear_names_what_it_cannot_take():
+    with pytest.raises(TypeError, match="decoder: expected an nn.Linear, got Embedding"):
+        sk.SpladeHead.from_linear(torch.nn.Embedding(3, 4))
+
+
+def test_initialises_and_saves_as_linear():
+    torch.manual_seed(5)
+    linear = torch.nn.Linear(6, 20)
+    torch.manual_seed(5)
+    head = sk.SpladeHead(6, 20)
+    assert torch.equal(head.weight, linear.weight)
+    assert torch.equal(head.bias, linear.bias)
+    assert head.state_dict().keys() == linear.state_dict().keys()
+    head.load_state_dict(linear.state_dict())
+    assert sk.SpladeHead(6, 20, False, dtype=torch.bfloat16, device="meta").weight.dtype == torch.bfloat16
+
+
+def test_packed_options_and_copies():
+    head = sk.SpladeHead(4, 9, pooling_strategy="sum", screening=False)
+    hidden = torch.randn(7, 4)
+    cu_seqlens = torch.tensor([0, 3, 7])
+    expected = sk.reference.splade_pool(hidden, head.weight, head.bias, cu_seqlens=cu_seqlens, pooling_strategy="sum")
+    assert torch.allclose(head(hidden, cu_seqlens=cu_seqlens, max_seqlen=4), expected, atol=1e-6)
+    twin = copy.deepcopy(head)
+    assert twin.weight is not head.weight
+    assert torch.equal(twin(hidden, cu_seqlens=cu_seqlens), head(hidden, cu_seqlens=cu_seqlens))
+    assert "hidden_size=4, vocab_size=9, bias=True, pooling_strategy='sum'" in repr(head)
+
+
+def test_compiles_as_a_module():
+    head = sk.SpladeHead(4, 9)
+    hidden = torch.randn(2, 3, 4)
+    assert torch.equal(torch.compile(head, fullgraph=True)(hidden), head(hidden))
