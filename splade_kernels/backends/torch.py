@@ -66,8 +66,7 @@ def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor
     argmax = call.new_argmax(hidden, vocab_size)
     for part in _slices(call):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
-        for columns, dots in _tiles(packed, part, weight, call.compute_dtype, TILE_ELEMENTS):
-            offset = None if bias is None else bias[columns].to(call.accumulation_dtype)
+        for columns, dots, offset in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS):
             if call.pooling_strategy == "max":
                 dots, index = _segment_maximum(dots, part, call.need_argmax)
                 values = dots.to(call.accumulation_dtype)
@@ -150,10 +149,10 @@ def sum_pool_backward(
         exact = packed.to(dtype)
         grad_packed = torch.zeros_like(exact) if call.need_hidden else None
         # A quarter, since the elementwise gradient holds about four tiles.
-        for columns, dots in _tiles(packed, part, weight, call.compute_dtype, TILE_ELEMENTS // 4):
+        for columns, dots, offset in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS // 4):
             logits = dots.to(dtype)
-            if bias is not None:
-                logits = logits + bias[columns].to(dtype)
+            if offset is not None:
+                logits = logits + offset
             grad_values = grad[:, columns].index_select(0, part.sequences).to(dtype)
             grad_logits = activation_gradient(
                 _spread(grad_values, part), activate(logits, call.activation_function), call
@@ -220,10 +219,15 @@ def _gather_rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _tiles(
-    packed: Tensor, part: Slice, weight: Tensor, compute_dtype: torch.dtype, elements: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(columns, dots [R, columns])``, about ``elements`` at a time, all written into the same buffer."""
-    matmul_dtype = compute_dtype if _has_matmul(compute_dtype) else torch.float32
+    packed: Tensor, part: Slice, weight: Tensor, bias: Tensor | None, call: PoolingCall, elements: int
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield ``(columns, dots [R, columns], bias still to be added)``, about ``elements`` dots at a time.
+
+    All are written into the same buffer. A matmul that rounds its result to half precision gets the bias in its
+    accumulator: dots far from zero would be rounded more coarsely than the logits, and tie more often.
+    """
+    matmul_dtype = call.compute_dtype if _has_matmul(call.compute_dtype) else call.accumulation_dtype
+    rounds = matmul_dtype != call.accumulation_dtype
     packed = packed.to(matmul_dtype)
     vocab_size = weight.shape[0]
     width = max(1, min(part.tile_columns(elements), vocab_size))
@@ -232,8 +236,14 @@ def _tiles(
         columns = slice(first, min(first + width, vocab_size))
         count = columns.stop - columns.start
         tile = buffer[: len(packed) * count].view(len(packed), count)
-        torch.mm(packed, weight[columns].to(compute_dtype).to(matmul_dtype).t(), out=tile)
-        yield columns, tile[: len(part.rows)]
+        rows = weight[columns].to(call.compute_dtype).to(matmul_dtype).t()
+        offset = None if bias is None else bias[columns].to(matmul_dtype)
+        if offset is not None and rounds:
+            torch.addmm(offset, packed, rows, out=tile)
+            offset = None
+        else:
+            torch.mm(packed, rows, out=tile)
+        yield columns, tile[: len(part.rows)], offset
 
 
 def _has_matmul(dtype: torch.dtype) -> bool:
