@@ -150,12 +150,23 @@ def _result(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_summary_times_the_shared_steps_after_the_warm_up() -> None:
-    stock = {"losses": [2.0, 1.0, 1.0, 1.0], "seconds": [9.0, 9.0, 4.0, 6.0], "peak_mib": 800.0}
-    fused = {"losses": [2.0, 1.0, 1.1, 1.0, 7.0], "seconds": [9.0, 9.0, 1.0, 1.0, 9.0], "peak_mib": 100.0}
+    stock = {
+        "losses": [2.0, 1.0, 1.0, 1.0],
+        "seconds": [9.0, 9.0, 4.0, 6.0],
+        "others": [1.0, 1.0, 0.0, 0.1],
+        "peak_mib": 800.0,
+    }
+    fused = {
+        "losses": [2.0, 1.0, 1.1, 1.0, 7.0],
+        "seconds": [9.0, 9.0, 1.0, 1.0, 9.0],
+        "others": [0.0, 0.0, 0.5, 0.7, 0.0],
+        "peak_mib": 100.0,
+    }
     summary = report.summarize(stock, fused)
     assert summary["stock_seconds_per_step"] == 5.0
     assert summary["fused_seconds_per_step"] == 1.0
     assert summary["speedup"] == 5.0
+    assert (summary["stock_others"], summary["fused_others"]) == (pytest.approx(0.05), pytest.approx(0.6))
     assert summary["peak_ratio"] == 8.0
     assert summary["largest_relative_loss_difference"] == pytest.approx(0.1)
     assert (summary["shared_steps"], summary["timed_steps"]) == (4, 2)
@@ -171,6 +182,15 @@ def test_table_is_rectangular_and_says_who_wins(records: dict[str, dict[str, Any
     result["retrieval"]["after"]["ndcg@10"] = 0.7
     assert "BM25 wins" not in report.verdict(result)
     assert "torch 2.13" in report.render(result) and "abababababab" in report.render(result)
+
+
+def test_a_slower_head_and_a_busy_machine_are_said(records: dict[str, dict[str, Any]]) -> None:
+    result = json.loads(json.dumps(_result(records)))
+    result["summary"].update(speedup=0.25, stock_others=0.1, fused_others=0.1)
+    assert "4.0x slower" in report.markdown_table(result)
+    assert report.disturbance(result) == ""
+    result["summary"].update(fused_others=1.5)
+    assert "1.5 beside the median fused" in report.render(result)
 
 
 def test_pictures_are_written(records: dict[str, dict[str, Any]], tmp_path: Path) -> None:

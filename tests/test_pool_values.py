@@ -214,7 +214,7 @@ def test_slices_and_tiles_do_not_show(backend, monkeypatch):
     expected, gradients = oracle.reference_in_double(case)
     monkeypatch.setattr(torch_backend, "SLICE_ROWS", 80)
     monkeypatch.setattr(torch_backend, "TILE_ELEMENTS", 1)
-    monkeypatch.setattr(torch_backend, "BACKWARD_COLUMNS", 64)
+    monkeypatch.setattr(torch_backend, "BACKWARD_ENTRIES", 9 * 64)
     output = pool(case, backend)
     assert oracle.largest_error(output.detach(), expected) < 1e-13
     for ours, theirs in zip(torch.autograd.grad(output, case.parameters(), case.grad), gradients, strict=True):

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.demo.report import markdown_table, summarize, verdict
+from examples.demo.report import disturbance, markdown_table, summarize, verdict
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -77,6 +77,8 @@ def main() -> None:
     plot_memory(result, arguments.output / "memory.png")
     _print_answers(result["answers"])
     print(f"\n{markdown_table(result)}\n\n{textwrap.fill(verdict(result), 118)}")
+    if disturbance(result):
+        print("\n" + textwrap.fill(disturbance(result), 118))
     print(f"\n{result['seconds']:.0f} s in all. Numbers: {result_path}. Pictures: loss.png and memory.png beside it.")
 
 
@@ -128,7 +130,8 @@ def run(settings: Settings, folder: Path, save_model: Path | None) -> dict[str, 
             **memory,
         },
         "training": {
-            head: {key: record[key] for key in ("losses", "seconds", "peak_mib")} for head, record in records.items()
+            head: {key: record[key] for key in ("losses", "seconds", "others", "peak_mib")}
+            for head, record in records.items()
         },
     }
 

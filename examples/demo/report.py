@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["caption", "markdown_table", "render", "summarize", "verdict"]
+__all__ = ["caption", "disturbance", "markdown_table", "render", "summarize", "verdict"]
 
 WARM_UP_STEPS = 2
+BUSY_PROCESSORS = 0.2
 
 Result = dict[str, Any]
 
@@ -31,6 +32,8 @@ def summarize(stock: Result, fused: Result) -> dict[str, float]:
         "stock_seconds_per_step": stock_seconds,
         "fused_seconds_per_step": fused_seconds,
         "speedup": stock_seconds / fused_seconds,
+        "stock_others": _median(stock["others"][warm_up:shared]),
+        "fused_others": _median(fused["others"][warm_up:shared]),
         "stock_peak_mib": stock["peak_mib"],
         "fused_peak_mib": fused["peak_mib"],
         "peak_ratio": stock["peak_mib"] / fused["peak_mib"],
@@ -56,13 +59,13 @@ def markdown_table(result: Result) -> str:
                 f"seconds per step (median of {summary['timed_steps']})",
                 f"{summary['stock_seconds_per_step']:.3f}",
                 f"{summary['fused_seconds_per_step']:.3f}",
-                f"{summary['speedup']:.1f}x faster",
+                _ratio(summary["speedup"], "faster", "slower"),
             ],
             [
                 "peak memory of a step, MiB",
                 f"{summary['stock_peak_mib']:,.0f}",
                 f"{summary['fused_peak_mib']:,.0f}",
-                f"{summary['peak_ratio']:.1f}x less",
+                _ratio(summary["peak_ratio"], "less", "more"),
             ],
             [
                 f"loss, step 1 to step {shared}",
@@ -89,6 +92,17 @@ def verdict(result: Result) -> str:
     )
 
 
+def disturbance(result: Result) -> str:
+    """A warning when other work ran on the machine while the steps were timed; empty when it was quiet."""
+    stock, fused = result["summary"]["stock_others"], result["summary"]["fused_others"]
+    if result["machine"]["gpu"] or max(stock, fused) <= BUSY_PROCESSORS:
+        return ""
+    return (
+        f"The machine was busy: other programs kept {stock:.1f} processors at work beside the median stock step and "
+        f"{fused:.1f} beside the median fused one. The seconds per step compare nothing: run it on a quiet machine."
+    )
+
+
 def caption(result: Result) -> str:
     """Machine, versions, corpus and the command that reproduces the numbers."""
     machine, versions, settings = result["machine"], result["versions"], result["settings"]
@@ -111,7 +125,8 @@ def describe_machine(machine: dict[str, Any]) -> str:
 
 def render(result: Result) -> str:
     """Table, verdict and caption as Markdown."""
-    return f"{markdown_table(result)}\n\n{verdict(result)}\n\n{caption(result)}\n"
+    parts = (markdown_table(result), verdict(result), disturbance(result), caption(result))
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _align(rows: list[list[str]]) -> str:
@@ -120,6 +135,10 @@ def _align(rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def _ratio(ratio: float, better: str, worse: str) -> str:
+    return f"{ratio:.1f}x {better}" if ratio >= 1 else f"{1 / ratio:.1f}x {worse}"
 
 
 def _median(values: list[float]) -> float:

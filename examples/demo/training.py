@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from sentence_transformers import SparseEncoder
@@ -61,6 +62,9 @@ class TrainingJob:
 class Stopwatch(TrainerCallback):
     """Seconds of every whole step (data, forward, backward, optimizer) and the peak memory of the shared ones.
 
+    ``others`` holds how many processors the rest of the machine kept busy in each step: on a CPU, steps taken beside
+    other work are not worth comparing.
+
     Memory counts from the end of the first step on: by then the optimizer's state exists and the libraries have loaded
     what they load late, so the peak is what a step needs for itself.
     """
@@ -68,23 +72,32 @@ class Stopwatch(TrainerCallback):
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.seconds: list[float] = []
+        self.others: list[float] = []
         self.peak_mib = 0.0
+        self._process = psutil.Process()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._last = self._now()
+        self._last, self._last_cpu = self._now(), self._cpu_seconds()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        now = self._now()
-        self.seconds.append(now - self._last)
+        seconds = self._now() - self._last
+        everybody, own = (now - before for now, before in zip(self._cpu_seconds(), self._last_cpu, strict=True))
+        self.seconds.append(seconds)
+        self.others.append(max(0.0, everybody - own) / seconds)
         if state.global_step == 1:
             self._memory = PeakMemory(torch.device(self.job.device))
         if state.global_step == self.job.shared_steps:
             self.peak_mib = self._memory.mib()
         if state.global_step == self.job.steps:
             control.should_training_stop = True
-        self._last = self._now()
+        self._last, self._last_cpu = self._now(), self._cpu_seconds()
+
+    def _cpu_seconds(self) -> tuple[float, float]:
+        """Processor seconds so far: of everybody on the machine, and of this process."""
+        times, own = psutil.cpu_times(), self._process.cpu_times()
+        return times.user + times.system, own.user + own.system
 
     def _now(self) -> float:
         if self.job.device == "cuda":
@@ -170,6 +183,7 @@ def train(job: TrainingJob) -> dict[str, Any]:
     return {
         "losses": [value.item() for value in trainer.step_losses],
         "seconds": stopwatch.seconds,
+        "others": stopwatch.others,
         "peak_mib": stopwatch.peak_mib,
     }
 

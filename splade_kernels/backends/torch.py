@@ -23,21 +23,21 @@ from torch.nn import functional as F
 from . import device as device_tiles
 from .pooling import PoolingCall, activate, activation_gradient
 
-# A tile of dots is at most this many elements (8 MiB of float32), so that it is reduced from cache.
-TILE_ELEMENTS = 2 << 20
-MAX_TILE_COLUMNS = 1024
+# A tile of dots is at most this many elements (16 MiB of float32), so that it is reduced from cache.
+TILE_ELEMENTS = 4 << 20
+MAX_TILE_COLUMNS = 4096
+# The sum and its gradient work on every dot and hold several tiles at a time.
+SUM_TILE_ELEMENTS = TILE_ELEMENTS // 8
 MIN_TILE_COLUMNS = 128
 # Packed rows of one slice of the batch: what bounds the packed copy and keeps a tile at full width.
-SLICE_ROWS = 2048
+SLICE_ROWS = 4096
 # BLAS rows do not depend on the other rows of a call from 16 rows on (float32); smaller calls take other routines.
 MIN_ROWS = 16
 # Tokens whose maximum is taken before anybody asks which; used where filling sequences up to whole groups adds at most
 # this factor to the rows.
 MAXIMUM_GROUP = 8
 MAXIMUM_FILL = 1.07
-# Vocabulary rows, and entries [sequence, vocabulary], of one block of the backward: bounds dW's block, and the index of
-# about 60 bytes an entry.
-BACKWARD_COLUMNS = 4096
+# Entries [sequence, vocabulary] of one block of the backward: bounds its index, about 60 bytes an entry.
 BACKWARD_ENTRIES = 1 << 20
 
 
@@ -50,8 +50,9 @@ class Slice:
     rows: Tensor  # [R] row of each packed token in the flat [N, D] hidden states
     positions: Tensor  # [R] position of each packed token in its sequence
     sequences: Tensor  # [n] index of each sequence in the batch
-    runs: tuple[tuple[int, int], ...]  # (sequences, groups in each) for neighbours of equal length
+    lengths: list[int]  # [n] packed rows of each sequence
     group: int
+    groups: Tensor  # [n, most groups of a sequence] packed groups of each sequence; past its last one, its first
 
     def tile_columns(self, elements: int) -> int:
         return max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, elements // max(len(self.rows), 1)))
@@ -61,28 +62,40 @@ def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor
     """``(y [B, V], argmax [B, V])``; the argmax is a position in the sequence, and empty unless the call needs it."""
     if not _on_host(hidden):
         return device_tiles.pool_forward(call, hidden, weight, bias)
-    vocab_size = weight.shape[0]
-    output = hidden.new_zeros(call.batch_size, vocab_size, dtype=call.out_dtype)
-    argmax = call.new_argmax(hidden, vocab_size)
+    return (_max_pool_forward if call.pooling_strategy == "max" else _sum_pool_forward)(call, hidden, weight, bias)
+
+
+def _max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (call.batch_size, weight.shape[0])
+    dtype = call.accumulation_dtype
+    largest = hidden.new_full(shape, -torch.inf, dtype=dtype)
+    argmax = call.new_argmax(hidden, weight.shape[0])
     for part in _slices(call):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
-        for columns, dots, offset in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS):
-            if call.pooling_strategy == "max":
-                dots, index = _segment_maximum(dots, part, call.need_argmax)
-                values = dots.to(call.accumulation_dtype)
-                if offset is not None:
-                    values += offset
-                values = activate(values, call.activation_function)
-                if call.need_argmax:
-                    index.masked_fill_(values <= 0, 0)
-                    argmax[:, columns].index_copy_(0, part.sequences, index.to(argmax.dtype))
-            else:
-                logits = dots.to(call.accumulation_dtype)
-                if offset is not None:
-                    logits = logits + offset
-                values = _segment_sum(activate(logits, call.activation_function), part)
-            output[:, columns].index_copy_(0, part.sequences, values.to(call.out_dtype))
+        for columns, dots in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS):
+            values, positions = _segment_maximum(dots, part, call.need_argmax)
+            largest[:, columns].index_copy_(0, part.sequences, values.to(dtype))
+            if positions is not None:
+                argmax[:, columns].index_copy_(0, part.sequences, positions.to(argmax.dtype))
+    if bias is not None and not _rounds_dots(call):
+        largest += bias.to(dtype)
+    output = activate(largest, call.activation_function).to(call.out_dtype)
+    _, lengths = call.real_rows()
+    output.masked_fill_((lengths == 0)[:, None], 0)
+    if call.need_argmax:
+        argmax.masked_fill_(output <= 0, 0)
     return output, argmax
+
+
+def _sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    output = hidden.new_zeros(call.batch_size, weight.shape[0], dtype=call.out_dtype)
+    for part in _slices(call):
+        packed = _gather_rows(hidden, part.rows, call.compute_dtype)
+        for columns, dots in _tiles(packed, part, weight, bias, call, SUM_TILE_ELEMENTS):
+            values = activate(_logits(dots, bias, columns, call), call.activation_function)
+            sums = torch.cat([block.sum(dim=0, keepdim=True) for block in values.split(part.lengths)])
+            output[:, columns].index_copy_(0, part.sequences, sums.to(call.out_dtype))
+    return output, call.new_argmax(hidden, weight.shape[0])
 
 
 def max_pool_backward(
@@ -103,7 +116,7 @@ def max_pool_backward(
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if call.need_weight else None
     grad_bias = torch.empty_like(bias) if call.need_bias and bias is not None else None
 
-    step = max(1, min(BACKWARD_COLUMNS, BACKWARD_ENTRIES // max(call.batch_size, 1)))
+    step = max(1, BACKWARD_ENTRIES // max(call.batch_size, 1))
     for first in range(0, vocab_size, step):
         columns = slice(first, min(first + step, vocab_size))
         values = activation_gradient(grad[:, columns], output[:, columns], call).t().contiguous()  # [v, B]
@@ -117,7 +130,11 @@ def max_pool_backward(
         token = (argmax[:, columns].to(torch.int32) + starts[:, None]).clamp_(0, rows - 1).t().reshape(-1)[entries]
         if grad_weight is not None:
             offsets = _exclusive_sum(active.sum(dim=1))
-            grad_weight[columns] = _bag_sum(token, table, offsets, weights)
+            block_gradient = _bag_sum(token, table, offsets, weights)
+            if step >= vocab_size:
+                grad_weight = block_gradient.to(weight.dtype)
+            else:
+                grad_weight[columns] = block_gradient
         if call.need_hidden:
             entry = entries.div(call.batch_size, rounding_mode="floor").to(torch.int32)
             if not _on_host(hidden):
@@ -148,11 +165,8 @@ def sum_pool_backward(
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         exact = packed.to(dtype)
         grad_packed = torch.zeros_like(exact) if call.need_hidden else None
-        # A quarter, since the elementwise gradient holds about four tiles.
-        for columns, dots, offset in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS // 4):
-            logits = dots.to(dtype)
-            if offset is not None:
-                logits = logits + offset
+        for columns, dots in _tiles(packed, part, weight, bias, call, SUM_TILE_ELEMENTS):
+            logits = _logits(dots, bias, columns, call)
             grad_values = grad[:, columns].index_select(0, part.sequences).to(dtype)
             grad_logits = activation_gradient(
                 _spread(grad_values, part), activate(logits, call.activation_function), call
@@ -208,8 +222,9 @@ def _slice(
     within = torch.where(within < torch.repeat_interleave(lengths, packed), within, 0)
     chosen = rows[torch.repeat_interleave(first, packed) + within]
     positions = chosen - torch.repeat_interleave(starts, packed)
-    same, runs = torch.unique_consecutive(counts, return_counts=True)
-    return Slice(chosen, positions, members, tuple(zip(runs.tolist(), same.tolist(), strict=True)), group)
+    groups = torch.arange(int(counts.max()))
+    groups = torch.where(groups < counts[:, None], groups, 0) + (counts.cumsum(0) - counts)[:, None]
+    return Slice(chosen, positions, members, packed.tolist(), group, groups)
 
 
 def _gather_rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,15 +235,14 @@ def _gather_rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _tiles(
     packed: Tensor, part: Slice, weight: Tensor, bias: Tensor | None, call: PoolingCall, elements: int
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield ``(columns, dots [R, columns], bias still to be added)``, about ``elements`` dots at a time.
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(columns, dots [R, columns])``, about ``elements`` dots at a time, all written into the same buffer.
 
-    All are written into the same buffer. A matmul that rounds its result to half precision gets the bias in its
-    accumulator: dots far from zero would be rounded more coarsely than the logits, and tie more often.
+    A matmul that rounds its result to half precision gets the bias in its accumulator: dots far from zero would be
+    rounded more coarsely than the logits, and tie more often.
     """
-    matmul_dtype = call.compute_dtype if _has_matmul(call.compute_dtype) else call.accumulation_dtype
-    rounds = matmul_dtype != call.accumulation_dtype
-    packed = packed.to(matmul_dtype)
+    dtype = _matmul_dtype(call)
+    packed = packed.to(dtype)
     vocab_size = weight.shape[0]
     width = max(1, min(part.tile_columns(elements), vocab_size))
     buffer = packed.new_empty(len(packed) * width)
@@ -236,62 +250,52 @@ def _tiles(
         columns = slice(first, min(first + width, vocab_size))
         count = columns.stop - columns.start
         tile = buffer[: len(packed) * count].view(len(packed), count)
-        rows = weight[columns].to(call.compute_dtype).to(matmul_dtype).t()
-        offset = None if bias is None else bias[columns].to(matmul_dtype)
-        if offset is not None and rounds:
-            torch.addmm(offset, packed, rows, out=tile)
-            offset = None
+        words = weight[columns].to(call.compute_dtype).to(dtype).t()
+        if bias is not None and _rounds_dots(call):
+            torch.addmm(bias[columns].to(dtype), packed, words, out=tile)
         else:
-            torch.mm(packed, rows, out=tile)
-        yield columns, tile[: len(part.rows)], offset
+            torch.mm(packed, words, out=tile)
+        yield columns, tile[: len(part.rows)]
 
 
-def _has_matmul(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies the dtype natively; emulation is slower than float32."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype in (torch.float32, torch.float64)
+def _matmul_dtype(call: PoolingCall) -> torch.dtype:
+    """The compute dtype where this CPU multiplies it natively; emulation is slower than float32."""
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if call.compute_dtype == torch.bfloat16 and has_bfloat16 else call.accumulation_dtype
 
 
-def _segment_maximum(dots: Tensor, part: Slice, need_argmax: bool) -> tuple[Tensor, Tensor]:
+def _rounds_dots(call: PoolingCall) -> bool:
+    """Whether the matmul's result is rounded to half precision, and so has the bias inside."""
+    return _matmul_dtype(call) != call.accumulation_dtype
+
+
+def _logits(dots: Tensor, bias: Tensor | None, columns: slice, call: PoolingCall) -> Tensor:
+    logits = dots.to(call.accumulation_dtype)
+    return logits if bias is None or _rounds_dots(call) else logits + bias[columns].to(call.accumulation_dtype)
+
+
+def _segment_maximum(dots: Tensor, part: Slice, need_position: bool) -> tuple[Tensor, Tensor | None]:
     """Maximum over each sequence's tokens ``[n, columns]`` and its position in the sequence.
 
     NaN is the largest, the lowest position wins ties. PyTorch's maximum without indices is vectorised, the one with is
     not: groups are reduced without, then the winning group is found, and the winner inside it.
     """
-    groups = dots.view(-1, part.group, dots.shape[1])
-    heads = groups.amax(dim=1) if part.group > 1 else dots
-    if not need_argmax:
-        return torch.cat([block.amax(dim=1) for _, block in _runs(heads, part)]), dots.new_empty(0)
-    values, winners = [], []
-    for first, block in _runs(heads, part):
-        largest, index = block.max(dim=1)
-        count, length, _ = block.shape
-        values.append(largest)
-        winners.append(index.add_(torch.arange(first, first + count * length, length)[:, None]))
-    row = torch.cat(winners)
+    members = dots.view(-1, part.group, dots.shape[1])
+    heads = members.amax(dim=1) if part.group > 1 else dots
+    heads = heads.index_select(0, part.groups.view(-1)).view(*part.groups.shape, -1)
+    if not need_position:
+        return heads.amax(dim=1), None
+    largest, winner = heads.max(dim=1)
+    row = part.groups.gather(1, winner)
     if part.group > 1:
-        candidates = groups.gather(0, row[:, None].expand(-1, part.group, -1))
+        candidates = members.gather(0, row[:, None].expand(-1, part.group, -1))
         row.mul_(part.group).add_(candidates.max(dim=1).indices)
-    return torch.cat(values), part.positions[row]
-
-
-def _segment_sum(values: Tensor, part: Slice) -> Tensor:
-    return torch.cat([block.sum(dim=1) for _, block in _runs(values, part)])
-
-
-def _runs(rows: Tensor, part: Slice) -> Iterator[tuple[int, Tensor]]:
-    """First row, and rows as ``[n, length, columns]``, of each run of sequences of equal length."""
-    first = 0
-    for count, length in part.runs:
-        yield first, rows[first : first + count * length].view(count, length, -1)
-        first += count * length
+    return largest, part.positions[row]
 
 
 def _spread(values: Tensor, part: Slice) -> Tensor:
     """``[n, columns]`` of the sequences to ``[R, columns]`` of their tokens."""
-    lengths = torch.tensor([length for count, length in part.runs for _ in range(count)])
-    return values.repeat_interleave(lengths, dim=0)
+    return values.repeat_interleave(torch.tensor(part.lengths), dim=0)
 
 
 def _active_entries(active: Tensor) -> Tensor:
