@@ -12,8 +12,11 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.ready
 	$(RUN) -m examples.demo
 
+# Two processes: Triton's interpreter, in which every kernel runs on the CPU, is on for all of a process or not at all,
+# and nothing can be compiled where it is on.
 test: $(VENV)/.ready
-	$(RUN) -m pytest
+	TRITON_INTERPRET=1 $(RUN) -m pytest --ignore=tests/test_resources.py
+	$(RUN) -m pytest tests/test_resources.py
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

@@ -58,7 +58,9 @@ def _pool_forward(
         need_argmax=need_argmax,
     )
     with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
-        output, argmax = backends.select(backend).pool_forward(call, hidden_states.flatten(0, -2), weight, bias)
+        output, argmax = backends.select(backend, hidden_states.device, compute_dtype).pool_forward(
+            call, hidden_states.flatten(0, -2), weight, bias
+        )
     return output, argmax
 
 
@@ -104,7 +106,7 @@ def _pool_backward(
         need_weight=need_weight,
         need_bias=need_bias,
     )
-    module = backends.select(backend)
+    module = backends.select(backend, hidden_states.device, compute_dtype)
     flat = hidden_states.flatten(0, -2)
     with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
         if call.pooling_strategy == "max":
@@ -138,12 +140,10 @@ def _pool_backward_fake(
 
 def _flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
     """``[V]`` sums over the kept rows in at least float32, and ``[B]`` which rows were kept (empty: all)."""
-    dtype = _statistics_dtype(embeddings)
+    module = backends.select("auto", embeddings.device, embeddings.dtype)
     with torch.autocast(embeddings.device.type, enabled=False), torch.no_grad():
-        if threshold is None:
-            return embeddings.sum(dim=0, dtype=dtype), embeddings.new_empty(0, dtype=torch.bool)
-        kept = (embeddings != 0).sum(dim=1) > threshold
-        return torch.where(kept[:, None], embeddings, 0).sum(dim=0, dtype=dtype), kept
+        sums, kept = module.flops_sums(embeddings, threshold)
+    return sums, kept
 
 
 def _flops_sums_fake(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,24 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
 
 
-@pytest.fixture(params=["torch", "torch-device"])
+@pytest.fixture(params=["torch", "torch-device", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name to pass as ``backend=``. ``torch-device`` is the torch backend without host syncs, as accelerators run it."""
     if request.param == "torch-device":
         monkeypatch.setattr(torch_backend, "_on_host", lambda tensor: False)
         return "torch"
+    if request.param == "triton":
+        reason = sk.available_backends()["triton"]
+        if reason != "available":
+            pytest.skip(reason)
+        if torch.float64 in request.node.callspec.params.values():
+            pytest.skip("Triton's kernels do not compute in float64")
+    # What has no backend argument follows the environment.
+    monkeypatch.setenv("SPLADE_KERNELS_BACKEND", request.param)
     name: str = request.param
     return name
 
@@ -23,7 +32,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def packs(backend: str) -> bool:
     """Whether the backend under test packs the real tokens, so that their rows do not depend on the padding."""
-    return torch_backend._on_host(torch.empty(0))
+    return backend == "triton" or torch_backend._on_host(torch.empty(0))
+
+
+@pytest.fixture
+def widest(request: pytest.FixtureRequest, backend: str) -> torch.dtype:
+    """The dtype in which the backend under test comes closest to the definition."""
+    return torch.float32 if backend == "triton" else torch.float64
 
 
 @pytest.fixture(autouse=True)

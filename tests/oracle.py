@@ -147,3 +147,9 @@ def forward_with_argmax(case: Case, backend: str, activation_function: str = "re
 
 def largest_error(ours: Tensor, exact: Tensor) -> float:
     return (ours.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def close(ours: Tensor, exact: Tensor) -> bool:
+    """Within 100 roundings of our dtype, on the scale of the largest value."""
+    scale = max(1.0, exact.abs().max().item() if exact.numel() else 0.0)
+    return largest_error(ours, exact) <= 100 * torch.finfo(ours.dtype).eps * scale

@@ -186,6 +186,15 @@ def sum_pool_backward(
     )
 
 
+def flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+    """``[V]`` sums over the kept rows in at least float32, and ``[B]`` which rows were kept (empty: all)."""
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    if threshold is None:
+        return embeddings.sum(dim=0, dtype=dtype), embeddings.new_empty(0, dtype=torch.bool)
+    kept = (embeddings != 0).sum(dim=1) > threshold
+    return torch.where(kept[:, None], embeddings, 0).sum(dim=0, dtype=dtype), kept
+
+
 def _on_host(tensor: Tensor) -> bool:
     """Whether reading the data of ``tensor`` costs the host no sync."""
     return tensor.device.type == "cpu"

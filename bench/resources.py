@@ -1,0 +1,142 @@
+"""Compile every kernel in every shipped configuration, with no GPU present, and report what the compiler made of it.
+
+    python -m bench.resources [--json RESULT.json] [--arch 86 --arch 90]
+
+Registers a thread, spilled bytes (stack), shared memory, and the tensor-core and asynchronous-copy instructions found
+in the machine code. It does not work in a process that has ``TRITON_INTERPRET`` set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench.kernel_cases import Case, cases
+from splade_kernels.backends.triton.tuning import ARCHITECTURES
+
+# Shared memory one program may have: CUDA C++ Programming Guide, technical specifications per compute capability.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QMMA", "OMMA")
+ASYNCHRONOUS_COPY = ("LDGSTS", "UTMALDG")
+ATOMIC = ("RED", "REDG", "ATOM", "ATOMG")
+
+
+@dataclass
+class Row:
+    """What one kernel in one configuration needs on one architecture; memory in bytes."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    config: dict[str, Any]
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int] = field(default_factory=dict)
+    matmul: bool = False
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} bytes")
+        if self.shared_bytes > SHARED_LIMIT[self.arch]:
+            found.append(f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {SHARED_LIMIT[self.arch]}")
+        exempt = self.config.get("PRECISION") == "ieee" and self.dtype == "float32"
+        if self.matmul and not exempt and not any(self.instructions.get(name) for name in TENSOR_CORE):
+            found.append("multiplies without tensor cores")
+        return found
+
+
+def compile_case(case: Case) -> Row:
+    """Compile one case and read its machine code."""
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    usage, code = _disassemble(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage: expected REG, STACK and SHARED, got {usage!r}")
+    registers, stack, static_shared = map(int, found.groups())
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in (*TENSOR_CORE, *ASYNCHRONOUS_COPY, *ATOMIC)}
+    return Row(
+        kernel=case.kernel.__name__.strip("_"),
+        arch=case.arch,
+        dtype=case.dtype,
+        config={
+            name: value for name, value in case.constants.items() if isinstance(value, (int, str)) and name.isupper()
+        }
+        | options,
+        registers=registers,
+        spill_bytes=stack,
+        shared_bytes=compiled.metadata.shared + static_shared,
+        instructions={name: count for name, count in counts.items() if count},
+        matmul=case.matmul,
+    )
+
+
+def report(architectures: tuple[int, ...] = ARCHITECTURES, processes: int | None = None) -> Iterator[Row]:
+    """One row for every kernel, shipped configuration and architecture."""
+    with ProcessPoolExecutor(processes) as pool:
+        # Kernels do not pickle: a case travels as its number.
+        numbers = [(arch, number) for arch in architectures for number, _ in enumerate(cases(arch))]
+        yield from pool.map(_compile_numbered, *zip(*numbers, strict=True))
+
+
+def _compile_numbered(arch: int, number: int) -> Row:
+    return compile_case(next(itertools.islice(cases(arch), number, None)))
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        outputs = [
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        ]
+    return outputs[0], outputs[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--json", type=Path, help="write the rows as a list")
+    args = parser.parse_args()
+    rows = list(report(tuple(args.arch or ARCHITECTURES)))
+    for row in rows:
+        config = " ".join(f"{name.lower()}={value}" for name, value in row.config.items())
+        instructions = " ".join(f"{name}:{count}" for name, count in row.instructions.items())
+        print(
+            f"{row.kernel:28} sm_{row.arch:<4}{row.dtype:9} {row.registers:4} registers {row.spill_bytes:4} spilled "
+            f"{row.shared_bytes:7} shared  {instructions:40} {config}"
+        )
+    if args.json:
+        keys = ("kernel", "arch", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "instructions")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([{key: getattr(row, key) for key in keys} for row in rows], indent=1) + "\n")
+    problems = [f"{row.kernel} sm_{row.arch} {row.dtype}: {problem}" for row in rows for problem in row.problems()]
+    print(f"{len(rows)} compiled with torch {torch.__version__}, triton {triton.__version__}; {len(problems)} problems")
+    if problems:
+        raise SystemExit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

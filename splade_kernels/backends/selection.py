@@ -1,0 +1,65 @@
+"""The choice between the backends.
+
+Not in the package's ``__init__``: there, importing the backend ``torch`` would replace the name of the library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_BACKEND"
+BACKENDS = ("torch", "triton")
+
+
+def available_backends() -> dict[str, str]:
+    """Name of each backend and ``"available"``, or the reason why it cannot run."""
+    return {"torch": "available", "triton": _why_not_triton() or "available"}
+
+
+def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend for a call: ``"auto"`` is Triton for what it can do on CUDA, torch elsewhere.
+
+    ``SPLADE_KERNELS_BACKEND`` names another one in place of ``"auto"``.
+
+    Raises:
+        ValueError: ``SPLADE_KERNELS_BACKEND`` names no backend.
+        RuntimeError: the backend was asked for by name and cannot run this call here.
+    """
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower() or "auto"
+        if name not in ("auto", *BACKENDS):
+            expected = ", ".join(repr(choice) for choice in ("auto", *BACKENDS))
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of {expected}, got {name!r}")
+    if name == "auto":
+        name = "triton" if device.type == "cuda" and _why_not_triton(device, dtype) is None else "torch"
+    if name == "torch":
+        from . import torch as torch_backend
+
+        return torch_backend
+    reason = _why_not_triton(device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend 'triton' cannot run: {reason}")
+    from . import triton as triton_backend
+
+    return triton_backend
+
+
+def _why_not_triton(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Why Triton cannot run, here or for tensors of this device and dtype."""
+    if dtype == torch.float64:
+        return "its kernels do not compute in float64; backend='torch' does"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device is available, and TRITON_INTERPRET=1 was not set before triton was imported"
+    if device is not None and device.type != "cuda":
+        return f"the tensors are on {device}, not on a CUDA device"
+    return None
