@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from splade_kernels.backends.triton import flops, pack, pool_sum
+from splade_kernels.backends.triton import flops, pack, pool_backward, pool_sum
 from splade_kernels.backends.triton.common import GROUP
 from splade_kernels.backends.triton.pool_forward import _finalise_kernel, _maximum_descriptor_kernel, _maximum_kernel
 from splade_kernels.backends.triton.tuning import MatmulConfig, matmul_config
@@ -153,4 +153,5 @@ def _others(make: _Maker) -> Iterator[Case]:
 
 
 def _backward(make: _Maker) -> Iterator[Case]:
-    yield from ()
+    for kernel, types, constants, num_warps in pool_backward.compile_cases(HIDDEN_SIZE):
+        yield make(kernel, types, constants, num_warps)

@@ -110,9 +110,9 @@ def max_pool_backward(
 
 
 def _sequence_edges(call: PoolingCall, hidden: Tensor) -> Tensor:
-    """``cu_seqlens``, clamped so that the sequences share out rows of ``hidden`` whatever came."""
+    """``cu_seqlens``, clamped so that every sequence lies in ``hidden`` whatever came."""
     if call.cu_seqlens is not None:
-        return call.cu_seqlens.clamp(0, hidden.shape[0]).cummax(0).values.to(torch.int32)
+        return call.cu_seqlens.clamp(0, hidden.shape[0]).to(torch.int32)
     return torch.arange(call.batch_size + 1, device=hidden.device, dtype=torch.int32) * call.max_seqlen
 
 
@@ -281,7 +281,7 @@ def _weight_kernel(
                     p_row = p_hidden + row.to(tl.int64)[:, None] * stride_hn
                     # [BLOCK_V, BLOCK_D]
                     h = tl.load(p_row, mask=chosen[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-                    weight_sum += tl.where(chosen, g_i, 0.0)[:, None] * h
+                    weight_sum += g_i[:, None] * h
     if grad_weight_ptr is not None:
         p_weight = grad_weight_ptr + o_v.to(tl.int64)[:, None] * hidden_size + o_d[None, :]
         tl.store(p_weight, weight_sum.to(grad_weight_ptr.dtype.element_ty), mask=m_v[:, None] & m_d[None, :])
@@ -306,7 +306,7 @@ def _key_kernel(
     DOUBLE_LOG: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """``value = g``, and ``key`` its row counted from the first row of the slice; ``rows``, the last, without one."""
+    """``value = g``, and ``key`` its row counted from the first row of the slice; ``rows``, past them all, without one."""
     blocks_v = tl.cdiv(vocab_size, BLOCK_V)
     within = tl.program_id(0) // blocks_v
     o_v = (tl.program_id(0) % blocks_v) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -316,10 +316,8 @@ def _key_kernel(
     p_grad = grad_ptr + b * stride_gb + o_v.to(tl.int64) * stride_gv
     # [BLOCK_V]
     g, row, chosen = _winner(p_grad, output_ptr + o_entry, argmax_ptr + o_entry, edge_ptr + b, m_v, DOUBLE_LOG)
-    row -= _first_row(edge_ptr, first)
-    chosen &= row < rows
     o_key = within.to(tl.int64) * vocab_size + o_v
-    tl.store(key_ptr + o_key, tl.where(chosen, row, rows), mask=m_v)
+    tl.store(key_ptr + o_key, tl.where(chosen, row - _first_row(edge_ptr, first), rows), mask=m_v)
     tl.store(value_ptr + o_key, g, mask=m_v)
 
 

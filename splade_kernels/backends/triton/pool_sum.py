@@ -28,6 +28,8 @@ from .tuning import MatmulConfig, architecture, matmul_config
 _GROUP = tl.constexpr(GROUP)
 # Every sequence has its last block of tokens to itself: shorter blocks waste less of it.
 MAX_BLOCK_T = 64
+# Logits of one tile of the backward: the derivative keeps several values of each in registers.
+MAX_TILE = 8192
 # Packed rows and words of one chunk: whole blocks of every configuration, 16 MiB of gradients in half precision.
 CHUNK_ROWS = 2048
 CHUNK_WORDS = 4096
@@ -52,7 +54,7 @@ def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
     if hidden.shape[0] == 0 or vocab_size == 0:
         return output.zero_(), argmax
     precision = dot_precision(call.compute_dtype)
-    config = _configure(call, weight, precision)
+    config = sum_config(_configure(call, weight, precision))
     weight = _with_dense_rows(weight.to(call.compute_dtype))
     offset = weight.new_zeros(vocab_size) if bias is None else bias.contiguous()
     tokens = find_tokens(call, hidden)
@@ -92,7 +94,7 @@ def sum_pool_backward(
     grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if call.need_weight else None
     grad_bias = bias.new_zeros(bias.shape, dtype=torch.float32) if call.need_bias and bias is not None else None
     precision = dot_precision(call.compute_dtype)
-    config = _configure(call, weight, precision)
+    config = logit_grad_config(_configure(call, weight, precision))
     words = _with_dense_rows(weight.to(call.compute_dtype))
     offset = weight.new_zeros(vocab_size) if bias is None else bias.contiguous()
     grad = _with_dense_rows(grad)
@@ -130,10 +132,19 @@ def sum_pool_backward(
     )
 
 
+def sum_config(config: MatmulConfig) -> MatmulConfig:
+    """What the forward makes of the configuration of the maximum."""
+    return replace(config, block_t=min(config.block_t, MAX_BLOCK_T))
+
+
+def logit_grad_config(config: MatmulConfig) -> MatmulConfig:
+    """What the backward makes of it."""
+    return replace(config, block_t=min(config.block_t, MAX_TILE // config.block_v))
+
+
 def _configure(call: PoolingCall, weight: Tensor, precision: str) -> MatmulConfig:
     vocab_size, hidden_size = weight.shape
-    config = matmul_config(architecture(weight.device), hidden_size, vocab_size, call.compute_dtype, precision)
-    return replace(config, block_t=min(config.block_t, MAX_BLOCK_T))
+    return matmul_config(architecture(weight.device), hidden_size, vocab_size, call.compute_dtype, precision)
 
 
 def _with_dense_rows(matrix: Tensor) -> Tensor:
