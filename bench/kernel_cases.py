@@ -133,7 +133,7 @@ def _others(make: _Maker) -> Iterator[Case]:
     yield make(pack._list_kernel, {"mask_ptr": "*i64"}, {"BLOCK_S": 1024, "stride_ms": 1})
     packed = {"row_ptr": "*" + make.element, "start_ptr": "*i64"}
     for has_list in (True, False):
-        constants = {"HAS_LIST": has_list, "GROUP": GROUP, "BLOCK_D": 256, "stride_hd": 1}
+        constants: dict[str, Any] = {"HAS_LIST": has_list, "GROUP": GROUP, "BLOCK_D": 256, "stride_hd": 1}
         if not has_list:
             constants["listed_ptr"] = None
         yield make(pack._pack_kernel, packed, constants)
@@ -145,10 +145,10 @@ def _others(make: _Maker) -> Iterator[Case]:
     yield make(pool_sum._scatter_kernel, rows, {"BLOCK_D": 256})
     yield make(flops._count_kernel, {"kept_ptr": "*u8"}, {"BLOCK_V": 2048, "stride_ev": 1})
     for kept in (True, False):
-        constants = {"HAS_KEPT": kept, "BLOCK_B": flops.BLOCK_B, "BLOCK_V": flops.BLOCK_V, "stride_ev": 1}
+        sums: dict[str, Any] = {"HAS_KEPT": kept, "BLOCK_B": flops.BLOCK_B, "BLOCK_V": flops.BLOCK_V, "stride_ev": 1}
         if not kept:
-            constants["kept_ptr"] = None
-        yield make(flops._sums_kernel, {"kept_ptr": "*u8", "sum_ptr": "*fp32"}, constants)
+            sums["kept_ptr"] = None
+        yield make(flops._sums_kernel, {"kept_ptr": "*u8", "sum_ptr": "*fp32"}, sums)
     yield from _backward(make)
 
 

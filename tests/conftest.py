@@ -13,7 +13,7 @@ import splade_kernels.backends.torch as torch_backend
 
 @pytest.fixture(params=["torch", "torch-device", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name to pass as ``backend=``. ``torch-device`` is the torch backend without host syncs, as accelerators run it."""
+    """Name to pass as ``backend=``. ``torch-device``: the torch backend without host syncs, as accelerators run it."""
     if request.param == "torch-device":
         monkeypatch.setattr(torch_backend, "_on_host", lambda tensor: False)
         return "torch"

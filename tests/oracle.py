@@ -88,7 +88,7 @@ def attained_maximum(case: Case, argmax: Tensor) -> Tensor:
 def expected_gradients(
     case: Case, output: Tensor, argmax: Tensor, activation_function: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, dW, dc in float64 of the maximum, given the argmax: one contribution per active entry, none for the others."""
+    """dh, dW, dc in float64 of the maximum, given the argmax: one contribution for each active entry, no others."""
     hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
     y = output.double()
     slope = torch.exp(-y)

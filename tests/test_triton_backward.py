@@ -110,10 +110,9 @@ def test_gradients_follow_the_argmax(shape, dtype, activation):
     assert_follows(case, backward(call, case, output, argmax), output, argmax, activation)
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("pattern", ["ragged", "left", "holes", "empty"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_padded_packed_and_more_padded_are_the_same_bits(dtype, pattern, index_dtype, monkeypatch):
+def test_padded_packed_and_more_padded_are_the_same_bits(dtype, pattern, monkeypatch):
     monkeypatch.setattr(pool_backward, "CHUNK", 8)
     case = make_case((5, 6, 20, 120), dtype, pattern=pattern)
     output, argmax = oracle.forward_with_argmax(case, "torch")
@@ -123,7 +122,7 @@ def test_padded_packed_and_more_padded_are_the_same_bits(dtype, pattern, index_d
 
     rows, cu_seqlens = case.packed()
     rank = (case.mask.int().cumsum(dim=1) - 1).clamp_min(0).gather(1, argmax.long()).to(argmax.dtype)
-    for bound in (6, len(rows)):
+    for bound, index_dtype in ((6, torch.int32), (len(rows), torch.int64)):
         call = make_call(case, attention_mask=None, cu_seqlens=cu_seqlens.to(DEVICE, index_dtype), max_seqlen=bound)
         packed = backward(call, case, output, rank, hidden=rows)
         assert_same_bits(packed, (grad_hidden[case.mask.to(DEVICE)], *padded[1:]))
@@ -175,6 +174,22 @@ def test_slices_do_not_show(packed, monkeypatch):
     for entries in (1, 120, 200):
         monkeypatch.setattr(pool_backward, "SLICE_ENTRIES", entries)
         assert_same_bits(backward(call, case, output, argmax, hidden), whole)
+
+
+def test_one_long_sequence_among_short_ones_takes_several_turns(monkeypatch):
+    """Its slice has more rows than an even share of the tokens, for which programs were launched."""
+    monkeypatch.setattr(pool_backward, "SLICE_ENTRIES", 1)
+    case = make_case((4, 300, 8, 40), pattern="full")
+    case.mask[[0, 2, 3], 1:] = False
+    rows, cu_seqlens = case.packed()
+    argmax = torch.zeros(4, 40, dtype=torch.int16)
+    argmax[1] = torch.arange(40) * 7 + 20
+    output = torch.ones(4, 40)
+    call = make_call(case, attention_mask=None, cu_seqlens=cu_seqlens.to(DEVICE), max_seqlen=len(rows))
+    grad_hidden, *others = backward(call, case, output, argmax, hidden=rows)
+    padded = torch.zeros(4, 300, 8)
+    padded[case.mask] = grad_hidden.cpu()
+    assert_follows(case, (padded, *others), output, argmax)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0])

@@ -28,9 +28,8 @@ max_forward = importlib.import_module("splade_kernels.backends.triton.pool_forwa
 sum_pooling = importlib.import_module("splade_kernels.backends.triton.pool_sum")
 
 HIDDEN, VOCAB = 64, 1002
-SHAPES = [
-    (b, s) for b, s in zip((1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 1, 16, 32, 33, 1, 48, 9, 2, 64, 6), range(1, 240, 12))
-]
+BATCHES = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 1, 16, 32, 33, 1, 48, 9, 2, 64, 6)
+SHAPES = list(zip(BATCHES, range(1, 240, 12), strict=True))
 Keys = dict[str, set[str]]
 
 

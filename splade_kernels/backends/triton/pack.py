@@ -152,7 +152,7 @@ def _pack_kernel(
     inside = g < tl.load(offset_ptr + sequences)
 
     # The last sequence whose first group is not past g; empty sequences share their offset with the next one.
-    low = 0
+    low = tl.full((), 0, tl.int32)
     high = sequences
     while high - low > 1:
         middle = (low + high) // 2

@@ -306,7 +306,7 @@ def _key_kernel(
     DOUBLE_LOG: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """``value = g``, and ``key`` its row counted from the first row of the slice; ``rows``, past them all, without one."""
+    """``value = g``, and ``key`` its row counted from the first row of the slice; ``rows``, past them all, if none."""
     blocks_v = tl.cdiv(vocab_size, BLOCK_V)
     within = tl.program_id(0) // blocks_v
     o_v = (tl.program_id(0) % blocks_v) * BLOCK_V + tl.arange(0, BLOCK_V)
