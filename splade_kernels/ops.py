@@ -6,7 +6,8 @@ ones); the compute dtype was chosen once by the caller. No output aliases an inp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,14 @@ def _define(name: str, signature: str, implementation: Callable[..., Any], fake:
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"splade_kernels::{name}", fake, lib=_library)
+
+
+@contextmanager
+def _isolated(tensor: Tensor) -> Iterator[None]:
+    """No autocast, no graph, and the device of ``tensor`` as the current one: Triton launches on that."""
+    device = tensor.device.type
+    with torch.autocast(device, enabled=False), torch.no_grad(), torch.cuda.device_of(tensor):
+        yield
 
 
 def _batch_size(hidden_states: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -57,7 +66,7 @@ def _pool_forward(
         out_dtype,
         need_argmax=need_argmax,
     )
-    with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
+    with _isolated(hidden_states):
         output, argmax = backends.select(backend, hidden_states.device, compute_dtype).pool_forward(
             call, hidden_states.flatten(0, -2), weight, bias
         )
@@ -108,7 +117,7 @@ def _pool_backward(
     )
     module = backends.select(backend, hidden_states.device, compute_dtype)
     flat = hidden_states.flatten(0, -2)
-    with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
+    with _isolated(hidden_states):
         if call.pooling_strategy == "max":
             gradients = module.max_pool_backward(call, grad, output, argmax, flat, weight, bias)
         else:
@@ -141,7 +150,7 @@ def _pool_backward_fake(
 def _flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
     """``[V]`` sums over the kept rows in at least float32, and ``[B]`` which rows were kept (empty: all)."""
     module = backends.select("auto", embeddings.device, embeddings.dtype)
-    with torch.autocast(embeddings.device.type, enabled=False), torch.no_grad():
+    with _isolated(embeddings):
         sums, kept = module.flops_sums(embeddings, threshold)
     return sums, kept
 

@@ -110,11 +110,11 @@ def test_gradients_follow_the_argmax(shape, dtype, activation):
     assert_follows(case, backward(call, case, output, argmax), output, argmax, activation)
 
 
-@pytest.mark.parametrize("pattern", ["ragged", "left", "holes", "empty"])
+@pytest.mark.parametrize("pattern", ["left", "holes", "empty"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_padded_packed_and_more_padded_are_the_same_bits(dtype, pattern, monkeypatch):
     monkeypatch.setattr(pool_backward, "CHUNK", 8)
-    case = make_case((5, 6, 20, 120), dtype, pattern=pattern)
+    case = make_case((4, 6, 20, 80), dtype, pattern=pattern)
     output, argmax = oracle.forward_with_argmax(case, "torch")
     padded = backward(make_call(case), case, output, argmax)
     assert_follows(case, padded, output, argmax)
@@ -127,7 +127,7 @@ def test_padded_packed_and_more_padded_are_the_same_bits(dtype, pattern, monkeyp
         packed = backward(call, case, output, rank, hidden=rows)
         assert_same_bits(packed, (grad_hidden[case.mask.to(DEVICE)], *padded[1:]))
 
-    wider = torch.full((5, 21, 20), math.nan, dtype=dtype)
+    wider = torch.full((4, 21, 20), math.nan, dtype=dtype)
     wider[:, 9 : 9 + 6] = case.hidden.detach()
     call = make_call(case, max_seqlen=21)
     more = backward(call, case, output, argmax + 9 * (output > 0), hidden=wider.flatten(0, 1))
@@ -366,7 +366,7 @@ def test_one_row_for_the_whole_batch_and_scattered_alignment():
 
 
 def test_two_runs_are_bitwise_the_same():
-    case = make_case((6, 20, 70, 300), pattern="ragged")
+    case = make_case((4, 12, 70, 150), pattern="ragged")
     output, argmax = oracle.forward_with_argmax(case, "torch")
     first = backward(make_call(case), case, output, argmax)
     assert_same_bits(backward(make_call(case), case, output, argmax), first)
@@ -384,8 +384,8 @@ def test_each_gradient_has_the_dtype_of_its_parameter():
 
 
 def test_positions_of_four_bytes():
-    case = make_case((1, 40000, 2, 3), pattern="full")
-    argmax = torch.tensor([[39990, 0, 39990]], dtype=torch.int32)
+    case = make_case((1, 33000, 2, 3), pattern="full")
+    argmax = torch.tensor([[32990, 0, 32990]], dtype=torch.int32)
     output = torch.ones(1, 3)
     assert_follows(case, backward(make_call(case), case, output, argmax), output, argmax)
 

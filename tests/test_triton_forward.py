@@ -1,0 +1,143 @@
+"""The grouped-maximum kernels, a few tiles each: tails, group boundaries, slices, and both ways of fetching tiles."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import splade_kernels as sk
+from splade_kernels.backends.pooling import PoolingCall
+from tests import oracle
+from tests.oracle import Case, make_case
+
+REASON = sk.available_backends()["triton"]
+pytestmark = pytest.mark.skipif(REASON != "available", reason=REASON)
+
+forward = importlib.import_module("splade_kernels.backends.triton.pool_forward") if REASON == "available" else None
+pack = importlib.import_module("splade_kernels.backends.triton.pack") if REASON == "available" else None
+tuning = importlib.import_module("splade_kernels.backends.triton.tuning") if REASON == "available" else None
+
+
+@pytest.fixture(params=["pointers", "descriptors"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tile sizes smaller than every case, fetched one way or the other; lists the kernels that were launched."""
+    config = tuning.MatmulConfig(32, 32, 16, 4, 1, group_v=2, tma=request.param == "descriptors")
+    monkeypatch.setattr(forward, "matmul_config", lambda *arguments: config)
+    launched: list[str] = []
+    for name in ("_maximum_kernel", "_maximum_descriptor_kernel"):
+        kernel = getattr(forward, name)
+
+        class Recorder:
+            def __init__(self, kernel: object, name: str) -> None:
+                self.kernel, self.name = kernel, name
+
+            def __getitem__(self, grid: object) -> object:
+                launched.append(self.name)
+                return self.kernel[grid]
+
+        monkeypatch.setattr(forward, name, Recorder(kernel, name))
+    return launched
+
+
+def run(case: Case, need_argmax: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, length, _ = case.hidden.shape
+    dtype = case.hidden.dtype
+    call = PoolingCall(batch, case.mask, None, length, "max", "relu", dtype, dtype, need_argmax=need_argmax)
+    bias = None if case.bias is None else case.bias.detach()
+    return forward.max_pool_forward(call, case.hidden.detach().flatten(0, 1), case.weight.detach(), bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 33, 16, 65), (2, 16, 40, 32), (1, 17, 24, 31), (5, 1, 8, 33)], ids=str)
+def test_every_tail_on_both_kernels(tiles, shape, dtype):
+    case = make_case(shape, dtype, pattern="holes", integers=True)
+    output, argmax = run(case)
+    inferred, _ = run(case, need_argmax=False)
+    dots = torch.where(case.mask[..., None], case.hidden.double() @ case.weight.double().t(), -torch.inf)
+    expected = (dots.amax(dim=1) + case.bias.double()).relu().log1p()
+    assert torch.equal(output, inferred)
+    assert torch.equal(output > 0, expected > 0)
+    assert oracle.close(output, expected.detach())
+    lowest = (dots == dots.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    assert torch.equal(argmax.long(), torch.where(output > 0, lowest, 0))
+    # Rows of 8, 16, 24 and 40 elements are whole multiples of 16 bytes in every dtype: all fit a descriptor.
+    descriptors = forward.matmul_config().tma
+    assert set(tiles) == {"_maximum_descriptor_kernel" if descriptors else "_maximum_kernel"}
+
+
+def test_rows_that_no_descriptor_can_describe_take_the_pointer_kernel(tiles):
+    case = make_case((2, 20, 7, 40))
+    expected, _ = oracle.reference_in_double(case)
+    output, _ = run(case)
+    assert oracle.close(output, expected)
+    assert set(tiles) == {"_maximum_kernel"}
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 48])
+def test_lengths_around_a_group_boundary(tiles, length):
+    case = make_case((3, 50, 16, 40))
+    case.mask = torch.arange(50).expand(3, -1) < torch.tensor([[length], [1], [length]])
+    expected, _ = oracle.reference_in_double(case)
+    assert oracle.close(run(case)[0], expected)
+
+
+@pytest.mark.parametrize("bias", [-1000.0, 1000.0], ids=["none active", "all active"])
+def test_none_and_all_active(tiles, bias):
+    case = make_case((2, 40, 16, 40))
+    with torch.no_grad():
+        case.bias.fill_(bias)
+    output, argmax = run(case)
+    expected, _ = oracle.reference_in_double(case)
+    assert oracle.close(output, expected)
+    assert bool((output > 0).all()) == (bias > 0)
+    if bias < 0:
+        assert not argmax.any()
+
+
+def test_ties_across_groups_tiles_and_zeros_of_both_signs(tiles):
+    hidden = torch.zeros(1, 70, 16)
+    hidden[0, 20:] = -0.0
+    hidden[0, [23, 41, 69], 0] = 1.0
+    weight = torch.zeros(33, 16)
+    weight[:20, 0] = 1.0
+    case = Case(hidden, weight, torch.ones(33), torch.ones(1, 70, dtype=torch.bool), torch.ones(1, 33))
+    _, argmax = run(case)
+    assert argmax[0].tolist() == [23] * 20 + [0] * 13
+
+
+def test_one_hot_token_wins_everything(tiles):
+    hidden = torch.randn(2, 40, 16) * 0.01
+    hidden[:, 33] = 5.0
+    weight = torch.rand(64, 16)
+    case = Case(hidden, weight, None, torch.ones(2, 40, dtype=torch.bool), torch.ones(2, 64))
+    assert bool((run(case)[1] == 33).all())
+
+
+def test_nan_in_one_token_of_one_group(tiles):
+    case = make_case((2, 40, 16, 40), pattern="full")
+    with torch.no_grad():
+        case.hidden[1, 18, 5] = torch.nan
+    output, argmax = run(case)
+    assert output[1].isnan().all()
+    assert not output[0].isnan().any()
+    assert bool((argmax[1] == 18).all())
+
+
+def test_slices_of_one_sequence_are_the_same_bits(tiles, monkeypatch):
+    case = make_case((5, 40, 16, 40), pattern="ragged")
+    whole = run(case)
+    monkeypatch.setattr(pack, "SLICE_BYTES", 1)
+    sliced = run(case)
+    assert torch.equal(whole[0], sliced[0])
+    assert torch.equal(whole[1], sliced[1])
+    assert len(tiles) == 1 + 5
+
+
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(tiles):
+    case = make_case((6, 40, 16, 40), pattern="ragged")
+    together = run(case)[0]
+    for b in range(6):
+        alone = Case(case.hidden[b : b + 1], case.weight, case.bias, case.mask[b : b + 1], case.grad[b : b + 1])
+        assert torch.equal(run(alone)[0], together[b : b + 1])
