@@ -163,9 +163,10 @@ def _flops_sums_fake(embeddings: Tensor, threshold: float | None) -> tuple[Tenso
 
 def _flops_value(statistics: Tensor) -> tuple[Tensor, Tensor]:
     """From ``[V]`` column sums and the number of rows: ``Σ mean²``, and its gradient in each row, ``2 mean / rows``."""
-    rows = statistics[-1]
-    mean = statistics[:-1] / rows
-    return mean.square().sum(), mean * (2 / rows)
+    with _isolated(statistics):
+        rows = statistics[-1]
+        mean = statistics[:-1] / rows
+        return mean.square().sum(), mean * (2 / rows)
 
 
 def _flops_value_fake(statistics: Tensor) -> tuple[Tensor, Tensor]:
