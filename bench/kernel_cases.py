@@ -6,7 +6,7 @@ Types follow the names of the arguments; a kernel that is missing here, or an ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -123,10 +123,18 @@ def _matmuls(make: _Maker, config: MatmulConfig, precision: str) -> Iterator[Cas
                 "row_tiles": f"tensordesc<{make.element}[{config.block_t}, {config.block_k}]>",
             }
             yield make(_maximum_descriptor_kernel, keys | tiles, maximum, *launch)
-    short = replace(config, block_t=min(config.block_t, pool_sum.MAX_BLOCK_T))
-    summed = constants(short, DOUBLE_LOG=True, stride_wd=1)
-    yield make(pool_sum._sum_kernel, {}, summed, *launch)
-    yield make(pool_sum._logit_grad_kernel, {"partial_ptr": "*fp32"}, summed | {"ROWS": pool_sum.CHUNK_ROWS}, *launch)
+    for kernel, chosen, types, more in (
+        (pool_sum._sum_kernel, pool_sum.sum_config(config), {}, {}),
+        (
+            pool_sum._logit_grad_kernel,
+            pool_sum.logit_grad_config(config),
+            {"partial_ptr": "*fp32"},
+            {"ROWS": pool_sum.CHUNK_ROWS},
+        ),
+    ):
+        summed = constants(chosen, DOUBLE_LOG=True, **more)
+        del summed["HAS_BIAS"]
+        yield make(kernel, types, summed, *launch)
 
 
 def _others(make: _Maker) -> Iterator[Case]:
