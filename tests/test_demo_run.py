@@ -56,7 +56,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
             shared_steps=8,
             schedule_steps=12,
             batch_size=8,
-            # Much larger, and Adam blows rounding up to more than the bound: its steps have one size, whatever the gradient.
+            # Adam's steps have one size whatever the gradient: a much larger one would amplify rounding.
             learning_rate=1e-3,
             query_regularizer_weight=1e-3,
             document_regularizer_weight=1e-3,
