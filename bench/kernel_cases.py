@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from splade_kernels.backends.triton import flops, pack, pool_backward, pool_sum
-from splade_kernels.backends.triton.common import GROUP
-from splade_kernels.backends.triton.pool_forward import _finalise_kernel, _maximum_descriptor_kernel, _maximum_kernel
+from splade_kernels.backends.triton import flops, grad_hidden, pack, pool_backward, pool_sum
+from splade_kernels.backends.triton.pool_forward import FINALISE_BLOCK, _finalise_kernel, _maximum_kernel
 from splade_kernels.backends.triton.tuning import MatmulConfig, matmul_config
 
 # (name for the report, Triton's name, dtype, precision of float32 products)
@@ -25,6 +24,8 @@ DTYPES = (
 )
 # The shapes that decide nothing but the choice of a configuration.
 HIDDEN_SIZE, VOCAB_SIZE = 768, 30522
+# The backward's tiles follow the hidden size: usual ones, and one whose rows are aligned to nothing.
+HIDDEN_SIZES = (128, 384, 768, 1000, 4096)
 # Pointers that are slices of something, and so may be aligned to an element only.
 UNALIGNED = {
     "group_count_ptr",
@@ -70,12 +71,19 @@ class _Maker:
     element: str
 
     def __call__(
-        self, kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int = 4, num_stages: int = 3
+        self,
+        kernel: Any,
+        types: dict[str, str],
+        constants: dict[str, Any],
+        num_warps: int = 4,
+        num_stages: int = 3,
+        aligned_rows: bool = True,
     ) -> Case:
         names = [name for name in kernel.arg_names if name not in constants]
         chosen = {name: types.get(name) or _default_type(name, self.element) for name in names}
-        aligned = [name for name in names if name.endswith("_ptr") and name not in UNALIGNED]
-        aligned += [name for name in names if name in ("hidden_size", "stride_wv", "stride_hn")]
+        aligned = [name for name in names if chosen[name].startswith("*") and name not in UNALIGNED]
+        if aligned_rows:
+            aligned += [name for name in names if name in ("hidden_size", "stride_wv", "stride_hn")]
         matmul = "PRECISION" in constants
         return Case(kernel, self.arch, self.dtype, chosen, constants, tuple(aligned), num_warps, num_stages, matmul)
 
@@ -88,7 +96,10 @@ def _default_type(name: str, element: str) -> str:
 
 
 _INDICES = {
-    "argmax_ptr",
+    "bound_ptr",
+    "chunk_offset_ptr",
+    "chunk_row_ptr",
+    "edge_ptr",
     "group_count_ptr",
     "group_sequence_ptr",
     "length_ptr",
@@ -96,70 +107,66 @@ _INDICES = {
     "offset_ptr",
     "position_ptr",
     "sequence_ptr",
+    "start_ptr",
+    "word_ptr",
 }
 
 
 def _matmuls(make: _Maker, config: MatmulConfig, precision: str) -> Iterator[Case]:
     def constants(chosen: MatmulConfig, **more: Any) -> dict[str, Any]:
-        return {
-            "HAS_BIAS": True,
-            "BLOCK_V": chosen.block_v,
-            "BLOCK_T": chosen.block_t,
-            "BLOCK_K": chosen.block_k,
-            "GROUP_V": chosen.group_v,
-            "PRECISION": precision,
-            "UPCAST": False,
-            **more,
-        }
+        tile = {"BLOCK_V": chosen.block_v, "BLOCK_T": chosen.block_t, "BLOCK_K": chosen.block_k}
+        return {**tile, "GROUP_V": chosen.group_v, "PRECISION": precision, **more}
 
     launch = (config.num_warps, config.num_stages)
+    pointers = {"weight": "*" + make.element, "row": "*" + make.element}
+    descriptors = {
+        "weight": f"tensordesc<{make.element}[{config.block_v}, {config.block_k}]>",
+        "row": f"tensordesc<{make.element}[{config.block_t}, {config.block_k}]>",
+    }
     for training in (True, False):
         keys = {"key_ptr": "*i64" if training else "*i32"}
-        maximum = constants(config, GROUP=GROUP, NEED_ARGMAX=training)
-        yield make(_maximum_kernel, keys, maximum | {"stride_wd": 1}, *launch)
-        if config.tma:
-            tiles = {
-                "weight_tiles": f"tensordesc<{make.element}[{config.block_v}, {config.block_k}]>",
-                "row_tiles": f"tensordesc<{make.element}[{config.block_t}, {config.block_k}]>",
-            }
-            yield make(_maximum_descriptor_kernel, keys | tiles, maximum, *launch)
-    for kernel, chosen, types, more in (
-        (pool_sum._sum_kernel, pool_sum.sum_config(config), {}, {}),
-        (
-            pool_sum._logit_grad_kernel,
-            pool_sum.logit_grad_config(config),
-            {"partial_ptr": "*fp32"},
-            {"ROWS": pool_sum.CHUNK_ROWS},
-        ),
-    ):
-        summed = constants(chosen, DOUBLE_LOG=True, **more)
-        del summed["HAS_BIAS"]
-        yield make(kernel, types, summed, *launch)
+        for tiles in (pointers, descriptors) if config.tma else (pointers,):
+            maximum = constants(config, DESCRIPTORS=tiles is descriptors, stride_wd=1)
+            yield make(_maximum_kernel, keys | tiles, maximum, *launch)
+    summed = constants(pool_sum.sum_config(config), DOUBLE_LOG=True, stride_wd=1)
+    yield make(pool_sum._sum_kernel, {}, summed, *launch)
+    gradient = constants(
+        pool_sum.logit_grad_config(config), DOUBLE_LOG=True, ROWS=pool_sum.CHUNK_ROWS, stride_wd=1, stride_gv=1
+    )
+    yield make(pool_sum._logit_grad_kernel, {"partial_ptr": "*fp32"}, gradient, *launch)
 
 
 def _others(make: _Maker) -> Iterator[Case]:
     yield make(pack._list_kernel, {"mask_ptr": "*i64"}, {"BLOCK_S": 1024, "stride_ms": 1})
-    packed = {"row_ptr": "*" + make.element, "start_ptr": "*i64"}
-    for has_list in (True, False):
-        constants: dict[str, Any] = {"HAS_LIST": has_list, "GROUP": GROUP, "BLOCK_D": 256, "stride_hd": 1}
-        if not has_list:
-            constants["listed_ptr"] = None
-        yield make(pack._pack_kernel, packed, constants)
-    for training in (True, False):
-        constants = {"HAS_BIAS": True, "NEED_ARGMAX": training, "DOUBLE_LOG": True, "BLOCK_V": 1024}
-        keys = {"key_ptr": "*i64" if training else "*i32", "argmax_ptr": "*i16"}
-        yield make(_finalise_kernel, keys, constants)
-    rows = {"row_ptr": "*fp32", "source_ptr": "*i64"}
-    yield make(pool_sum._scatter_kernel, rows, {"BLOCK_D": 256})
+    for absent in ({}, {"listed_ptr": None}):
+        yield make(pack._pack_kernel, {}, {"BLOCK_D": 256, "stride_hd": 1, **absent})
+    finalise = {"DOUBLE_LOG": True, "BLOCK_V": FINALISE_BLOCK}
+    yield make(_finalise_kernel, {"key_ptr": "*i64", "argmax_ptr": "*i16"}, finalise)
+    yield make(_finalise_kernel, {"key_ptr": "*i32"}, finalise | {"argmax_ptr": None})
     yield make(flops._count_kernel, {"kept_ptr": "*u8"}, {"BLOCK_V": 2048, "stride_ev": 1})
-    for kept in (True, False):
-        sums: dict[str, Any] = {"HAS_KEPT": kept, "BLOCK_B": flops.BLOCK_B, "BLOCK_V": flops.BLOCK_V, "stride_ev": 1}
-        if not kept:
-            sums["kept_ptr"] = None
+    for absent in ({}, {"kept_ptr": None}):
+        sums = {"BLOCK_B": flops.BLOCK_B, "BLOCK_V": flops.BLOCK_V, "stride_ev": 1, **absent}
         yield make(flops._sums_kernel, {"kept_ptr": "*u8", "sum_ptr": "*fp32"}, sums)
     yield from _backward(make)
 
 
 def _backward(make: _Maker) -> Iterator[Case]:
-    for kernel, types, constants, num_warps in pool_backward.compile_cases(HIDDEN_SIZE):
-        yield make(kernel, types, constants, num_warps)
+    entry = {"DOUBLE_LOG": True, "stride_gv": 1}
+    for hidden_size in HIDDEN_SIZES:
+        block_d, num_warps = pool_backward.weight_tile(hidden_size)
+        tile = {"BLOCK_B": pool_backward.BLOCK_B, "BLOCK_V": pool_backward.BLOCK_V, "BLOCK_D": block_d}
+        aligned = hidden_size % 16 == 0
+        yield make(
+            pool_backward._weight_kernel,
+            {"argmax_ptr": "*i16"},
+            {**entry, **tile, "stride_hd": 1},
+            num_warps,
+            3,
+            aligned,
+        )
+        block_d, num_warps = grad_hidden.hidden_tile(hidden_size)
+        sums = {"CHUNK": grad_hidden.CHUNK, "ENTRIES": grad_hidden.ENTRIES, "BLOCK_D": block_d, "stride_wd": 1}
+        types = {"value_ptr": "*fp32", "partial_ptr": "*fp32"}
+        yield make(grad_hidden._chunk_kernel, types, sums, num_warps, 3, aligned)
+        yield make(grad_hidden._hidden_kernel, types, sums | {"ROWS": grad_hidden.ROWS}, num_warps, 3, aligned)
+    yield make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, entry | {"BLOCK_V": grad_hidden.GRADIENT_BLOCK})

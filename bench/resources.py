@@ -75,6 +75,7 @@ def compile_case(case: Case) -> Row:
         raise RuntimeError(f"cuobjdump -res-usage: expected REG, STACK and SHARED, got {usage!r}")
     registers, stack, static_shared = map(int, found.groups())
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in (*TENSOR_CORE, *ASYNCHRONOUS_COPY, *ATOMIC)}
+    counts["total"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE))
     return Row(
         kernel=case.kernel.__name__.strip("_"),
         arch=case.arch,

@@ -19,6 +19,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
 pool_backward = pytest.importorskip("splade_kernels.backends.triton.pool_backward")
+grad_hidden_module = pytest.importorskip("splade_kernels.backends.triton.grad_hidden")
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -113,7 +114,7 @@ def test_gradients_follow_the_argmax(shape, dtype, activation):
 @pytest.mark.parametrize("pattern", ["left", "holes", "empty"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_padded_packed_and_more_padded_are_the_same_bits(dtype, pattern, monkeypatch):
-    monkeypatch.setattr(pool_backward, "CHUNK", 8)
+    monkeypatch.setattr(grad_hidden_module, "CHUNK", 8)
     case = make_case((4, 6, 20, 80), dtype, pattern=pattern)
     output, argmax = oracle.forward_with_argmax(case, "torch")
     padded = backward(make_call(case), case, output, argmax)
@@ -139,20 +140,20 @@ def test_padded_packed_and_more_padded_are_the_same_bits(dtype, pattern, monkeyp
 
 @pytest.mark.parametrize("entries", [15, 16, 17, 32, 33, 200])
 def test_runs_around_and_beyond_a_chunk(entries, monkeypatch):
-    monkeypatch.setattr(pool_backward, "CHUNK", 16)
+    monkeypatch.setattr(grad_hidden_module, "CHUNK", 16)
     case, output, argmax = hot_token(entries)
     assert_follows(case, backward(make_call(case), case, output, argmax), output, argmax)
 
 
 def test_a_run_longer_than_the_real_chunk():
-    entries = 3 * pool_backward.CHUNK + 5
+    entries = 3 * grad_hidden_module.CHUNK + 5
     case, output, argmax = hot_token(entries, batch=1)
     assert_follows(case, backward(make_call(case), case, output, argmax), output, argmax)
 
 
 def test_every_row_may_be_a_long_run(monkeypatch):
     """The chunks of all rows together fill the capacity that the host reserved for them."""
-    monkeypatch.setattr(pool_backward, "CHUNK", 4)
+    monkeypatch.setattr(grad_hidden_module, "CHUNK", 4)
     case = make_case((2, 3, 8, 15), pattern="full")
     argmax = (torch.arange(15) % 3).expand(2, 15).to(torch.int16)
     output = torch.ones(2, 15)
@@ -163,7 +164,7 @@ def test_every_row_may_be_a_long_run(monkeypatch):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_slices_do_not_show(packed, monkeypatch):
-    monkeypatch.setattr(pool_backward, "CHUNK", 8)
+    monkeypatch.setattr(grad_hidden_module, "CHUNK", 8)
     case = make_case((7, 9, 20, 60), pattern="empty")
     output, argmax = oracle.forward_with_argmax(case, "torch")
     call, hidden = make_call(case), None
@@ -172,13 +173,13 @@ def test_slices_do_not_show(packed, monkeypatch):
         call = make_call(case, attention_mask=None, cu_seqlens=cu_seqlens.to(DEVICE), max_seqlen=len(hidden))
     whole = backward(call, case, output, argmax, hidden)
     for entries in (1, 120, 200):
-        monkeypatch.setattr(pool_backward, "SLICE_ENTRIES", entries)
+        monkeypatch.setattr(grad_hidden_module, "SLICE_ENTRIES", entries)
         assert_same_bits(backward(call, case, output, argmax, hidden), whole)
 
 
 def test_one_long_sequence_among_short_ones_takes_several_turns(monkeypatch):
     """Its slice has more rows than an even share of the tokens, for which programs were launched."""
-    monkeypatch.setattr(pool_backward, "SLICE_ENTRIES", 1)
+    monkeypatch.setattr(grad_hidden_module, "SLICE_ENTRIES", 1)
     case = make_case((4, 300, 8, 40), pattern="full")
     case.mask[[0, 2, 3], 1:] = False
     rows, cu_seqlens = case.packed()
@@ -313,7 +314,7 @@ def test_rows_of_no_sequence_are_zero():
 )
 def test_wrong_lengths_on_a_device_read_nothing_outside_and_leave_nothing_unwritten(cu_seqlens, bound, monkeypatch):
     """They cannot be checked there; rows outside h are NaN here, and so is every row that no kernel writes."""
-    monkeypatch.setattr(pool_backward, "SLICE_ENTRIES", 40)
+    monkeypatch.setattr(grad_hidden_module, "SLICE_ENTRIES", 40)
     case = make_case((3, 12, 20, 40), pattern="full")
     call = make_call(case, cu_seqlens=torch.tensor(cu_seqlens, device=DEVICE), max_seqlen=bound)
     surrounded = torch.full((36, 20), math.nan)
@@ -329,7 +330,7 @@ def test_wrong_lengths_on_a_device_read_nothing_outside_and_leave_nothing_unwrit
 
 
 def test_any_strides(monkeypatch):
-    monkeypatch.setattr(pool_backward, "CHUNK", 8)
+    monkeypatch.setattr(grad_hidden_module, "CHUNK", 8)
     case = make_case((3, 7, 20, 45), pattern="holes")
     output, argmax = oracle.forward_with_argmax(case, "torch")
     expected = backward(make_call(case), case, output, argmax)
@@ -394,4 +395,4 @@ def test_positions_of_four_bytes():
     ("hidden_size", "block"), [(1, 16), (20, 32), (100, 128), (312, 64), (384, 128), (768, 256), (4096, 256)]
 )
 def test_blocks_of_dw_leave_few_lanes_idle(hidden_size, block):
-    assert pool_backward.backward_config(hidden_size).weight_block_d == block
+    assert pool_backward.weight_tile(hidden_size)[0] == block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,22 +23,21 @@ tuning = importlib.import_module("splade_kernels.backends.triton.tuning") if REA
 
 @pytest.fixture(params=["pointers", "descriptors"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Tile sizes smaller than every case, fetched one way or the other; lists the kernels that were launched."""
+    """Tile sizes smaller than every case, fetched one way or the other; lists how each launch fetched them."""
     config = tuning.MatmulConfig(32, 32, 16, 4, 1, group_v=2, tma=request.param == "descriptors")
     monkeypatch.setattr(forward, "matmul_config", lambda *arguments: config)
     launched: list[str] = []
-    for name in ("_maximum_kernel", "_maximum_descriptor_kernel"):
-        kernel = getattr(forward, name)
+    kernel = forward._maximum_kernel
 
-        class Recorder:
-            def __init__(self, kernel: object, name: str) -> None:
-                self.kernel, self.name = kernel, name
+    class Recorder:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            def launch(*arguments: object, **options: object) -> None:
+                launched.append("descriptors" if options["DESCRIPTORS"] else "pointers")
+                kernel[grid](*arguments, **options)
 
-            def __getitem__(self, grid: object) -> object:
-                launched.append(self.name)
-                return self.kernel[grid]
+            return launch
 
-        monkeypatch.setattr(forward, name, Recorder(kernel, name))
+    monkeypatch.setattr(forward, "_maximum_kernel", Recorder())
     return launched
 
 
@@ -63,16 +63,15 @@ def test_every_tail_on_both_kernels(tiles, shape, dtype):
     lowest = (dots == dots.amax(dim=1, keepdim=True)).int().argmax(dim=1)
     assert torch.equal(argmax.long(), torch.where(output > 0, lowest, 0))
     # Rows of 8, 16, 24 and 40 elements are whole multiples of 16 bytes in every dtype: all fit a descriptor.
-    descriptors = forward.matmul_config().tma
-    assert set(tiles) == {"_maximum_descriptor_kernel" if descriptors else "_maximum_kernel"}
+    assert set(tiles) == {"descriptors" if forward.matmul_config().tma else "pointers"}
 
 
-def test_rows_that_no_descriptor_can_describe_take_the_pointer_kernel(tiles):
+def test_rows_that_no_descriptor_can_describe_are_fetched_by_pointers(tiles):
     case = make_case((2, 20, 7, 40))
     expected, _ = oracle.reference_in_double(case)
     output, _ = run(case)
     assert oracle.close(output, expected)
-    assert set(tiles) == {"_maximum_kernel"}
+    assert set(tiles) == {"pointers"}
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 48])

@@ -61,7 +61,7 @@ def record(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
 
 def _cached() -> Keys:
     found: Keys = {}
-    for name in ("common", "flops", "pack", "pool_backward", "pool_forward", "pool_sum"):
+    for name in ("common", "flops", "grad_hidden", "pack", "pool_backward", "pool_forward", "pool_sum"):
         for kernel in vars(importlib.import_module(f"splade_kernels.backends.triton.{name}")).values():
             if isinstance(kernel, triton.JITFunction):
                 caches = kernel.device_caches.values()

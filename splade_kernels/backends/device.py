@@ -73,19 +73,10 @@ def sum_pool_backward(
 
 
 def _segments(call: PoolingCall, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``offsets [B + 1]``; per row its sequence, its position there (float32: exact to 2^24), whether it is real.
-
-    ``cu_seqlens`` cannot be checked here without reading it back, so it is clamped: no row outside ``hidden`` is read.
-    """
+    """``offsets [B + 1]``; per row its sequence, its position there (float32: exact to 2^24), whether it is real."""
     rows = torch.arange(hidden.shape[0], device=hidden.device)
-    if call.cu_seqlens is None:
-        offsets = torch.arange(call.batch_size + 1, device=hidden.device) * call.max_seqlen
-        real = torch.ones_like(rows, dtype=torch.bool)
-        if call.attention_mask is not None:
-            real = call.attention_mask.reshape(-1) != 0
-    else:
-        offsets = call.cu_seqlens.to(torch.int64).clamp(0, hidden.shape[0]).cummax(0).values
-        real = (rows >= offsets[0]) & (rows < offsets[-1])
+    offsets = call.edges(hidden).to(torch.int64)
+    real = rows < offsets[-1] if call.attention_mask is None else call.attention_mask.reshape(-1) != 0
     sequence = torch.searchsorted(offsets[1:], rows, right=True).clamp_max(max(call.batch_size - 1, 0))
     position = (rows - offsets[sequence]).to(torch.float32)
     return offsets, sequence, position, real

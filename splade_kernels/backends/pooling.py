@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,16 @@ class PoolingCall:
         shape = (self.batch_size, vocab_size) if self.need_argmax else (0,)
         return like.new_zeros(shape, dtype=argmax_dtype(self.max_seqlen))
 
-    def sequence_starts(self, device: torch.device) -> Tensor:
-        """``[B]`` int32 row at which each sequence begins in the flat hidden states."""
-        if self.cu_seqlens is not None:
-            return self.cu_seqlens[:-1].to(torch.int32)
-        return torch.arange(self.batch_size, device=device, dtype=torch.int32) * self.max_seqlen
+    def edges(self, hidden: Tensor) -> Tensor:
+        """``[B + 1]`` int32: sequence b has the rows ``edges[b] .. edges[b + 1] - 1`` of the flat hidden states.
+
+        ``cu_seqlens`` cannot be checked on a device without reading it back. Whatever it holds there, edges begin at 0,
+        do not fall, and name no row outside ``hidden``.
+        """
+        if self.cu_seqlens is None:
+            return torch.arange(self.batch_size + 1, device=hidden.device, dtype=torch.int32) * self.max_seqlen
+        edges = self.cu_seqlens.clamp(0, hidden.shape[0]).to(torch.int32)
+        return F.pad(edges[1:].cummax(0).values, (1, 0))
 
     def real_rows(self) -> tuple[Tensor, Tensor]:
         """Flat rows of the real tokens in order, and ``[B]`` real tokens per sequence (syncs: for a CPU)."""

@@ -70,7 +70,7 @@ def _max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: T
     dtype = call.accumulation_dtype
     largest = hidden.new_full(shape, -torch.inf, dtype=dtype)
     argmax = call.new_argmax(hidden, weight.shape[0])
-    for part in _slices(call):
+    for part in _slices(call, hidden):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         for columns, dots in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS):
             values, positions = _segment_maximum(dots, part, call.need_argmax)
@@ -89,7 +89,7 @@ def _max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: T
 
 def _sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     output = hidden.new_zeros(call.batch_size, weight.shape[0], dtype=call.out_dtype)
-    for part in _slices(call):
+    for part in _slices(call, hidden):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         for columns, dots in _tiles(packed, part, weight, bias, call, SUM_TILE_ELEMENTS):
             values = activate(_logits(dots, bias, columns, call), call.activation_function)
@@ -111,7 +111,7 @@ def max_pool_backward(
     if rows == 0:
         return torch.zeros_like(hidden), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
     table = hidden.to(call.accumulation_dtype).contiguous() if call.need_weight else hidden
-    starts = call.sequence_starts(hidden.device)
+    starts = call.edges(hidden)[:-1]
     grad_hidden: Tensor | None = None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if call.need_weight else None
     grad_bias = torch.empty_like(bias) if call.need_bias and bias is not None else None
@@ -161,7 +161,7 @@ def sum_pool_backward(
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if call.need_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=dtype) if call.need_weight else None
     grad_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if call.need_bias else None
-    for part in _slices(call):
+    for part in _slices(call, hidden):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         exact = packed.to(dtype)
         grad_packed = torch.zeros_like(exact) if call.need_hidden else None
@@ -200,11 +200,11 @@ def _on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _slices(call: PoolingCall) -> Iterator[Slice]:
+def _slices(call: PoolingCall, hidden: Tensor) -> Iterator[Slice]:
     """The batch as packed slices: sequences sorted by length, at most ``SLICE_ROWS`` tokens unless one is longer."""
     rows, lengths = call.real_rows()
     first = lengths.cumsum(0) - lengths
-    starts = call.sequence_starts(rows.device)
+    starts = call.edges(hidden)[:-1]
     order = torch.argsort(lengths, stable=True)
     order = order[lengths[order] > 0]
     sizes = lengths[order].tolist()

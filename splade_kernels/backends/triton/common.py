@@ -10,11 +10,13 @@ from ..pooling import PoolingCall
 
 # Rows of a packed group: what one reduction combines, and what sequences are filled up to.
 GROUP = 16
+GROUP_ROWS = tl.constexpr(GROUP)
+# Whether kernels run on the CPU through Triton's interpreter (``TRITON_INTERPRET=1`` before the import).
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def interpreted() -> bool:
-    """Whether kernels run on the CPU through Triton's interpreter (``TRITON_INTERPRET=1`` before the import)."""
-    return bool(triton.knobs.runtime.interpret)
+    return bool(INTERPRETED)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -35,21 +37,43 @@ def activation_is_double_log(call: PoolingCall) -> bool:
 
 
 @triton.jit
-def ordered(x):
-    """float32 to int32 of the same order: NaN is the largest, both zeros are equal.
+def canonical(x):
+    """``x`` with one zero and one NaN, so that equal values have equal bits.
 
-    ``tl.max`` drops NaN in floats, and its NaN-propagating form is slow in the interpreter; on these integers a maximum
-    is a maximum everywhere.
+    On a GPU adding zero is enough: zeros become +0, and arithmetic returns no NaN but 0x7FFFFFFF.
     """
+    x = x + 0.0
+    if INTERPRETED:
+        x = tl.where(x != x, tl.full((), 0x7FFFFFFF, tl.int32).to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
+def ordered(x):
+    """Canonical float32 to int32 of the same order; NaN is the largest."""
     bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(x == 0, 0, bits)
-    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def unordered(o):
-    """Inverse of :func:`ordered`; NaN comes back as a NaN."""
+    """Inverse of :func:`ordered`."""
     return (o ^ ((o >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(x, AXIS: tl.constexpr):
+    """Maximum of canonical floats over an axis. NaN is the largest, which ``tl.max`` would drop."""
+    if INTERPRETED:
+        # A combining function of one's own takes the interpreter a second a tile.
+        return unordered(tl.max(ordered(x), axis=AXIS))
+    else:
+        return tl.reduce(x, AXIS, _larger)
 
 
 @triton.jit
@@ -67,3 +91,65 @@ def activate(x, DOUBLE_LOG: tl.constexpr):
     if DOUBLE_LOG:
         y = log1p(y)
     return y
+
+
+@triton.jit
+def tile_of(program, tiles_v, tiles_t, GROUP_V: tl.constexpr):
+    """Tile of a program: strips of GROUP_V vocabulary tiles, tokens inside, so that a strip's rows of W stay in L2."""
+    strip = program // (GROUP_V * tiles_t)
+    first = strip * GROUP_V
+    height = tl.minimum(tiles_v - first, GROUP_V)
+    within = program - strip * (GROUP_V * tiles_t)
+    return first + within % height, within // height
+
+
+@triton.jit
+def dots(
+    weight_ptr,
+    row_ptr,
+    o_v,
+    o_t,
+    m_v,
+    m_t,
+    depth,
+    hidden_size,
+    stride_wv,
+    stride_wd,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``W[v] · h[t]`` over the first ``depth`` hidden dimensions: ``[BLOCK_V, BLOCK_T]`` in float32."""
+    p_w = weight_ptr + o_v.to(tl.int64)[:, None] * stride_wv
+    p_h = row_ptr + o_t.to(tl.int64)[None, :] * hidden_size
+    acc = tl.zeros((o_v.shape[0], o_t.shape[0]), dtype=tl.float32)
+    for first in range(0, depth, BLOCK_K):
+        o_k = first + tl.arange(0, BLOCK_K)
+        m_k = o_k < hidden_size
+        b_w = tl.load(p_w + o_k[None, :] * stride_wd, mask=m_v[:, None] & m_k[None, :], other=0.0)
+        b_h = tl.load(p_h + o_k[:, None], mask=m_t[None, :] & m_k[:, None], other=0.0)
+        acc = multiply(b_w, b_h, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def multiply(b_w, b_h, acc, PRECISION: tl.constexpr):
+    """``acc + b_w @ b_h``.
+
+    The interpreter would multiply the bit patterns of bfloat16, and leaves float32 to a BLAS whose rounding may depend
+    on the place in the tile; rounded from float64 it does not.
+    """
+    if INTERPRETED:
+        return acc + tl.dot(b_w.to(tl.float64), b_h.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    else:
+        return tl.dot(b_w, b_h, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def logit_gradient(p_grad, p_output, mask, DOUBLE_LOG: tl.constexpr):
+    """``g = where(y <= 0, 0, dy · dact)`` from the activated output; NaN stays NaN."""
+    y = tl.load(p_output, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(p_grad, mask=mask, other=0.0).to(tl.float32)
+    slope = tl.exp(-y)
+    if DOUBLE_LOG:
+        slope *= tl.exp(1.0 - tl.exp(y))
+    return tl.where(y <= 0, 0.0, dy * slope)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..pooling import PoolingCall
-from .common import GROUP
+from .common import GROUP, GROUP_ROWS
 
 # Bytes of the packed rows, and of the [sequences, V] keys, of one slice.
 SLICE_BYTES = 64 << 20
@@ -25,11 +25,12 @@ SLICE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where the real tokens of every sequence are."""
+    """Where the real tokens of every sequence are, and where they are packed."""
 
-    starts: Tensor  # [B] int64 row of each sequence's position 0 in the flat hidden states
+    starts: Tensor  # [B] int32 row of each sequence's position 0 in the flat hidden states
     lengths: Tensor  # [B] int32 real tokens
     listed: Tensor | None  # [B, S] int32 positions of the real tokens, in order; None: positions 0 .. length - 1
+    group_offsets: Tensor  # [B + 1] int32 first group of each sequence
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,22 @@ class Packed:
 
 
 def find_tokens(call: PoolingCall, hidden: Tensor) -> Tokens:
-    """Lengths and positions; values of ``cu_seqlens`` are clamped, so that no row outside ``hidden`` is ever named."""
-    if call.cu_seqlens is not None:
-        bounds = call.cu_seqlens.to(torch.int64).clamp(0, hidden.shape[0])
-        lengths = bounds.diff().clamp(0, call.max_seqlen)
-        return Tokens(bounds[:-1], lengths.to(torch.int32), None)
-    starts = torch.arange(call.batch_size, device=hidden.device) * call.max_seqlen
-    lengths = torch.full((call.batch_size,), call.max_seqlen, device=hidden.device, dtype=torch.int32)
-    mask = call.attention_mask
-    if mask is None:
-        return Tokens(starts, lengths, None)
-    listed = torch.empty(mask.shape, device=hidden.device, dtype=torch.int32)
-    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    if mask.numel() > 0:
-        _list_kernel[(call.batch_size,)](
-            mask, listed, lengths, mask.shape[1], mask.stride(0), mask.stride(1), BLOCK_S=1024, num_warps=4
-        )
-    return Tokens(starts, lengths, listed)
+    """Lengths and positions of the real tokens, and the groups that they will be packed into."""
+    edges = call.edges(hidden)
+    lengths = edges.diff().clamp_(max=call.max_seqlen)
+    mask, listed = call.attention_mask, None
+    if mask is not None:
+        listed = torch.empty(mask.shape, device=hidden.device, dtype=torch.int32)
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        if mask.numel() > 0:
+            _list_kernel[(call.batch_size,)](
+                mask, listed, lengths, mask.shape[1], mask.stride(0), mask.stride(1), BLOCK_S=1024, num_warps=4
+            )
+    groups = (lengths + (GROUP - 1)) // GROUP
+    return Tokens(edges[:-1], lengths, listed, F.pad(groups.cumsum(0, dtype=torch.int32), (1, 0)))
 
 
-def slices(call: PoolingCall, vocab_size: int, hidden_size: int, key_bytes: int, rows: int) -> Iterator[slice]:
+def slices(call: PoolingCall, vocab_size: int, hidden_size: int, key_bytes: int) -> Iterator[slice]:
     """The batch in pieces whose keys and packed rows stay below ``SLICE_BYTES`` each, as far as the host can tell."""
     longest = GROUP * triton.cdiv(call.max_seqlen, GROUP)
     by_keys = SLICE_BYTES // max(1, vocab_size * key_bytes)
@@ -72,21 +69,31 @@ def slices(call: PoolingCall, vocab_size: int, hidden_size: int, key_bytes: int,
         yield slice(first, min(first + step, call.batch_size))
 
 
-def pack(call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slice) -> Packed:
-    """Gather the real tokens of the sequences ``part`` into packed groups, in the compute dtype."""
-    count = part.stop - part.start
-    total_rows, hidden_size = hidden.shape
-    capacity = count * triton.cdiv(call.max_seqlen, GROUP)
-    if call.cu_seqlens is not None:
-        capacity = min(capacity, count + total_rows // GROUP)
-    lengths = tokens.lengths[part]
-    groups = (lengths + (GROUP - 1)) // GROUP
-    offsets = F.pad(groups.cumsum(0), (1, 0)).to(torch.int32)
-    rows = hidden.new_empty(capacity * GROUP, hidden_size, dtype=call.compute_dtype)
-    positions = torch.empty(capacity * GROUP, device=hidden.device, dtype=torch.int32)
-    group_sequence = torch.empty(capacity, device=hidden.device, dtype=torch.int32)
-    listed = tokens.listed
-    _pack_kernel[(capacity,)](
+def group_capacity(call: PoolingCall, sequences: int, total_rows: int) -> int:
+    """Most groups that so many of the sequences can have, as far as the host can tell."""
+    capacity = sequences * triton.cdiv(call.max_seqlen, GROUP)
+    return capacity if call.cu_seqlens is None else min(capacity, sequences + total_rows // GROUP)
+
+
+def pack_sequences(call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slice) -> Packed:
+    """The real tokens of the sequences ``part``."""
+    offsets = tokens.group_offsets[part.start : part.stop + 1]
+    groups = group_capacity(call, part.stop - part.start, hidden.shape[0])
+    return _pack(call, tokens, hidden, part, offsets - offsets[0], groups)
+
+
+def pack_groups(call: PoolingCall, tokens: Tokens, hidden: Tensor, first: int, groups: int) -> Packed:
+    """``groups`` groups of the whole packed batch from ``first`` on; sequences that begin earlier have offsets < 0."""
+    return _pack(call, tokens, hidden, slice(0, call.batch_size), tokens.group_offsets - first, groups)
+
+
+def _pack(call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slice, offsets: Tensor, groups: int) -> Packed:
+    hidden_size = hidden.shape[1]
+    lengths, listed = tokens.lengths[part], tokens.listed
+    rows = hidden.new_empty(groups * GROUP, hidden_size, dtype=call.compute_dtype)
+    positions = torch.empty(groups * GROUP, device=hidden.device, dtype=torch.int32)
+    group_sequence = torch.empty(groups, device=hidden.device, dtype=torch.int32)
+    _pack_kernel[(groups,)](
         hidden,
         tokens.starts[part],
         lengths,
@@ -95,13 +102,10 @@ def pack(call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slice) -> Pack
         rows,
         positions,
         group_sequence,
-        count,
+        len(lengths),
         hidden_size,
         call.max_seqlen,
-        hidden.stride(0),
-        hidden.stride(1),
-        HAS_LIST=listed is not None,
-        GROUP=GROUP,
+        *hidden.stride(),
         BLOCK_D=min(256, triton.next_power_of_2(max(hidden_size, 1))),
         num_warps=4,
     )
@@ -141,14 +145,12 @@ def _pack_kernel(
     list_stride,
     stride_hn,
     stride_hd,
-    HAS_LIST: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One group of 16 packed rows: ``row[16 g + i] = h[start + position(rank)]``, rank 0 again past the end."""
     g = tl.program_id(0)
-    o_i = tl.arange(0, GROUP)
-    packed_row = g.to(tl.int64) * GROUP + o_i
+    o_i = tl.arange(0, GROUP_ROWS)
+    packed_row = g.to(tl.int64) * GROUP_ROWS + o_i
     inside = g < tl.load(offset_ptr + sequences)
 
     # The last sequence whose first group is not past g; empty sequences share their offset with the next one.
@@ -160,16 +162,16 @@ def _pack_kernel(
             low = middle
         else:
             high = middle
-    rank = (g - tl.load(offset_ptr + low)) * GROUP + o_i
+    rank = (g - tl.load(offset_ptr + low)) * GROUP_ROWS + o_i
     rank = tl.where(inside & (rank < tl.load(length_ptr + low)), rank, 0)
-    if HAS_LIST:
+    if listed_ptr is not None:
         position = tl.load(listed_ptr + low.to(tl.int64) * list_stride + rank, mask=inside, other=0)
     else:
         position = rank
     tl.store(group_sequence_ptr + g, tl.where(inside, low, -1))
     tl.store(position_ptr + packed_row, position)
 
-    source = (tl.load(start_ptr + low) + position) * stride_hn
+    source = (tl.load(start_ptr + low) + position).to(tl.int64) * stride_hn
     for first in range(0, hidden_size, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
         m_d = (o_d < hidden_size)[None, :]

@@ -29,14 +29,16 @@ class MatmulConfig:
     group_v: int = 8
     # Host-side TMA descriptors and a persistent grid (sm_90 and later).
     tma: bool = False
+    # Programs of that grid for each multiprocessor: while one reduces its tile, another one multiplies.
+    resident: int = 1
 
 
 _INTERPRETED = MatmulConfig(64, 64, 64, 4, 1, group_v=2)
-_IEEE = MatmulConfig(64, 128, 32, 8, 2)
+_IEEE = MatmulConfig(64, 128, 16, 8, 2)
 _AMPERE_HALF = MatmulConfig(128, 128, 32, 8, 3)
 _AMPERE_TF32 = MatmulConfig(128, 128, 16, 8, 3)
-_HOPPER_HALF = MatmulConfig(128, 128, 64, 8, 4, tma=True)
-_HOPPER_TF32 = MatmulConfig(128, 128, 32, 8, 4, tma=True)
+_HOPPER_HALF = MatmulConfig(128, 128, 64, 4, 3, tma=True, resident=2)
+_HOPPER_TF32 = MatmulConfig(128, 128, 32, 4, 3, tma=True, resident=2)
 
 
 def architecture(device: torch.device) -> int:
