@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,17 +46,11 @@ def _batch_size(hidden_states: Tensor, cu_seqlens: Tensor | None) -> int:
     return hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _pool_forward(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    pooling_strategy, activation_function, compute_dtype, out_dtype, backend, need_argmax = options
-    _check_cu_seqlens(cu_seqlens, hidden_states, max_seqlen)
+def _describe(
+    hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, options: Any
+) -> tuple[PoolingCall, ModuleType]:
+    """The call as backends are told it, and the backend."""
+    pooling_strategy, activation_function, compute_dtype, out_dtype, backend = options
     call = PoolingCall(
         _batch_size(hidden_states, cu_seqlens),
         attention_mask,
@@ -64,12 +60,25 @@ def _pool_forward(
         activation_function,
         compute_dtype,
         out_dtype,
-        need_argmax=need_argmax,
     )
+    return call, backends.select(backend, hidden_states.device, compute_dtype)
+
+
+def _pool_forward(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    *more: Any,
+) -> tuple[Tensor, Tensor]:
+    *options, need_argmax = more
+    _check_cu_seqlens(cu_seqlens, hidden_states, max_seqlen)
+    call, backend = _describe(hidden_states, attention_mask, cu_seqlens, max_seqlen, options)
+    call = replace(call, need_argmax=need_argmax)
     with _isolated(hidden_states):
-        output, argmax = backends.select(backend, hidden_states.device, compute_dtype).pool_forward(
-            call, hidden_states.flatten(0, -2), weight, bias
-        )
+        output, argmax = backend.pool_forward(call, hidden_states.flatten(0, -2), weight, bias)
     return output, argmax
 
 
@@ -98,30 +107,17 @@ def _pool_backward(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int,
-    *options: Any,
+    *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pooling_strategy, activation_function, compute_dtype, out_dtype, backend, *need = options
-    need_hidden, need_weight, need_bias = need
-    call = PoolingCall(
-        _batch_size(hidden_states, cu_seqlens),
-        attention_mask,
-        cu_seqlens,
-        max_seqlen,
-        pooling_strategy,
-        activation_function,
-        compute_dtype,
-        out_dtype,
-        need_hidden=need_hidden,
-        need_weight=need_weight,
-        need_bias=need_bias,
-    )
-    module = backends.select(backend, hidden_states.device, compute_dtype)
+    *options, need_hidden, need_weight, need_bias = more
+    call, backend = _describe(hidden_states, attention_mask, cu_seqlens, max_seqlen, options)
+    call = replace(call, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias)
     flat = hidden_states.flatten(0, -2)
     with _isolated(hidden_states):
         if call.pooling_strategy == "max":
-            gradients = module.max_pool_backward(call, grad, output, argmax, flat, weight, bias)
+            gradients = backend.max_pool_backward(call, grad, output, argmax, flat, weight, bias)
         else:
-            gradients = module.sum_pool_backward(call, grad, flat, weight, bias)
+            gradients = backend.sum_pool_backward(call, grad, flat, weight, bias)
     grad_hidden, grad_weight, grad_bias = gradients
     return (
         grad_hidden.view(hidden_states.shape) if need_hidden else hidden_states.new_empty(0),

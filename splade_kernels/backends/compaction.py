@@ -11,7 +11,7 @@ def bucket_by_token(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> t
 
     Row r has the entries ``bounds[r, 0] <= e < bounds[r, 1]``, vocabulary ids ascending.
     """
-    count, vocab_size = grad.shape
+    vocab_size = grad.shape[1]
     edges = edges.to(torch.int64)
     position = argmax.to(torch.int64)
     row = position + (edges[:-1] - edges[0])[:, None]

@@ -58,7 +58,6 @@ def _launch_sums(values: Tensor, kept: Tensor | None, sums: Tensor, rows_each: i
             vocab_size,
             values.stride(0),
             values.stride(1),
-            HAS_KEPT=kept is not None,
             BLOCK_B=BLOCK_B,
             BLOCK_V=BLOCK_V,
             num_warps=4,
@@ -87,7 +86,6 @@ def _sums_kernel(
     vocab_size,
     stride_eb,
     stride_ev,
-    HAS_KEPT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -102,7 +100,7 @@ def _sums_kernel(
     for first in range(i * rows_each, last, BLOCK_B):
         o_b = first + tl.arange(0, BLOCK_B)
         m_b = o_b < last
-        if HAS_KEPT:
+        if kept_ptr is not None:
             m_b = m_b & (tl.load(kept_ptr + o_b, mask=m_b, other=0) != 0)
         values = tl.load(p_v + o_b.to(tl.int64)[:, None] * stride_eb, mask=m_b[:, None] & m_v, other=0.0)
         acc += values.to(tl.float32)

@@ -71,7 +71,7 @@ def slices(call: PoolingCall, vocab_size: int, hidden_size: int, key_bytes: int)
 
 def group_capacity(call: PoolingCall, sequences: int, total_rows: int) -> int:
     """Most groups that so many of the sequences can have, as far as the host can tell."""
-    capacity = sequences * triton.cdiv(call.max_seqlen, GROUP)
+    capacity: int = sequences * triton.cdiv(call.max_seqlen, GROUP)
     return capacity if call.cu_seqlens is None else min(capacity, sequences + total_rows // GROUP)
 
 

@@ -19,7 +19,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..pooling import PoolingCall
 from .common import (
-    GROUP,
     GROUP_ROWS,
     activate,
     activation_is_double_log,
