@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import mmap
 from collections.abc import Callable
 
 import pytest
@@ -39,6 +40,24 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
     monkeypatch.setattr(forward, "_maximum_kernel", Recorder())
     return launched
+
+
+if REASON == "available":
+    import triton
+    import triton.language as tl
+
+    canonical, training_key, key_dot, key_row = (
+        forward.canonical, forward.training_key, forward.key_dot, forward.key_row,
+    )  # fmt: skip
+
+    @triton.jit
+    def _key_round_trip(value_ptr, row_ptr, key_ptr, back_ptr, row_back_ptr, count, BLOCK: tl.constexpr):
+        o = tl.arange(0, BLOCK)
+        m = o < count
+        key = training_key(canonical(tl.load(value_ptr + o, mask=m, other=0.0)), tl.load(row_ptr + o, mask=m, other=0))
+        tl.store(key_ptr + o, key, mask=m)
+        tl.store(back_ptr + o, key_dot(key), mask=m)
+        tl.store(row_back_ptr + o, key_row(key), mask=m)
 
 
 def run(case: Case, need_argmax: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,3 +159,40 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(tiles):
     for b in range(6):
         alone = Case(case.hidden[b : b + 1], case.weight, case.bias, case.mask[b : b + 1], case.grad[b : b + 1])
         assert torch.equal(run(alone)[0], together[b : b + 1])
+
+
+@pytest.mark.parametrize("need_argmax", [True, False], ids=["training", "inference"])
+def test_strides_beyond_two_to_the_31_elements(tiles, need_argmax):
+    """Rows 2^30 elements apart, in memory of which only the pages of the rows themselves exist."""
+    case = make_case((1, 4, 8, 4), torch.float16, pattern="full", integers=True)
+    expected = run(case, need_argmax)
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        pages = mmap.mmap(-1, ((3 << 30) + 8) * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=torch.float16).as_strided((4, 8), (1 << 30, 1)).copy_(tensor)
+
+    call = PoolingCall(1, case.mask, None, 4, "max", "relu", torch.float16, torch.float16, need_argmax=need_argmax)
+    hidden, weight = spread(case.hidden.detach()[0]), spread(case.weight.detach())
+    output, argmax = forward.max_pool_forward(call, hidden, weight, case.bias.detach())
+    assert torch.equal(output, expected[0])
+    assert torch.equal(argmax, expected[1])
+
+
+@pytest.mark.parametrize("row", [0, 1, 15, 1 << 16, 2**31 - 17, 2**31 - 2, 2**31 - 1])
+def test_keys_order_by_dot_then_by_the_lower_row_up_to_the_last_one(row):
+    """Rows up to 2^31 - 1 leave the dot's bits alone, and every key is above 0, which means nothing was written."""
+    dots = [-torch.inf, -3.4e38, -1.0, -1e-45, 0.0, 1e-45, 1.0, 1.0000001, 3.4e38, torch.inf, torch.nan]
+    values = torch.tensor(dots)
+    rows = torch.full((len(dots),), row, dtype=torch.int32)
+    keys, back, rows_back = (torch.empty(16, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.int32))
+    _key_round_trip[(1,)](values, rows, keys, back, rows_back, len(dots), BLOCK=16)
+    keys = keys[: len(dots)]
+    assert bool((keys > 0).all())
+    assert bool((keys.diff() > 0).all())
+    assert torch.equal(back[: len(dots) - 1], values[:-1])
+    assert bool(back[len(dots) - 1].isnan())
+    assert torch.equal(rows_back[: len(dots)], rows)
+    if row > 0:
+        others = torch.empty(16, dtype=torch.int64)
+        _key_round_trip[(1,)](values, rows - 1, others, back, rows_back, len(dots), BLOCK=16)
+        assert bool((others[: len(dots)] == keys + 1).all()), "the lower row of equal dots has the larger key"

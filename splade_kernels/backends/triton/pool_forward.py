@@ -104,6 +104,22 @@ def _launch_maximum(
     )
 
 
+@triton.jit
+def training_key(dot, packed_row):
+    """The larger the canonical dot, then the lower its row, the larger the key; never 0."""
+    return ((ordered(dot).to(tl.int64) + 0x80000000) << 31) | (0x7FFFFFFF - packed_row).to(tl.int64)
+
+
+@triton.jit
+def key_dot(key):
+    return unordered(((key >> 31) - 0x80000000).to(tl.int32))
+
+
+@triton.jit
+def key_row(key):
+    return (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group_count_ptr"])
 def _maximum_kernel(
     weight,
@@ -186,7 +202,7 @@ def _combine(
         attains = dot.to(tl.int32, bitcast=True) == largest.to(tl.int32, bitcast=True)[:, :, None]
         index = tl.min(tl.where(attains, tl.arange(0, WIDTH)[None, None, :], WIDTH), axis=2)
         packed_row = (o_g * GROUP_ROWS)[None, :] + index
-        key = ((key.to(tl.int64) + 0x80000000) << 31) | (0x7FFFFFFF - packed_row).to(tl.int64)
+        key = training_key(largest, packed_row)
     tl.atomic_max(p_key, key, mask=matters, sem="relaxed")
 
 
@@ -208,7 +224,7 @@ def _finalise_kernel(
     key = tl.load(key_ptr + b * vocab_size + o_v, mask=m_v, other=0)
     if argmax_ptr is not None:
         written = key != 0
-        logit = unordered(((key >> 31) - 0x80000000).to(tl.int32))
+        logit = key_dot(key)
     else:
         written = key != _NOTHING
         logit = unordered(key)
@@ -217,7 +233,7 @@ def _finalise_kernel(
     y = tl.where(written, activate(logit, DOUBLE_LOG), 0.0).to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + b * vocab_size + o_v, y, mask=m_v)
     if argmax_ptr is not None:
-        packed_row = (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+        packed_row = key_row(key)
         active = m_v & written & ((y > 0) | (y != y))
         position = tl.load(position_ptr + packed_row, mask=active, other=0)
         tl.store(argmax_ptr + b * vocab_size + o_v, position.to(argmax_ptr.dtype.element_ty), mask=m_v)
