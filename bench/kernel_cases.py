@@ -25,7 +25,7 @@ DTYPES = (
 # The shapes that decide nothing but the choice of a configuration.
 HIDDEN_SIZE, VOCAB_SIZE = 768, 30522
 # The backward's tiles follow the hidden size: usual ones, and one whose rows are aligned to nothing.
-HIDDEN_SIZES = (128, 384, 768, 1000, 4096)
+HIDDEN_SIZES = (128, 768, 1000)
 # Pointers that are slices of something, and so may be aligned to an element only.
 UNALIGNED = {
     "group_count_ptr",
@@ -52,6 +52,7 @@ class Case:
     num_warps: int
     num_stages: int
     matmul: bool = False
+    maxnreg: int | None = None
 
 
 def cases(arch: int) -> Iterator[Case]:
@@ -78,6 +79,7 @@ class _Maker:
         num_warps: int = 4,
         num_stages: int = 3,
         aligned_rows: bool = True,
+        maxnreg: int | None = None,
     ) -> Case:
         names = [name for name in kernel.arg_names if name not in constants]
         chosen = {name: types.get(name) or _default_type(name, self.element) for name in names}
@@ -85,7 +87,8 @@ class _Maker:
         if aligned_rows:
             aligned += [name for name in names if name in ("hidden_size", "stride_wv", "stride_hn")]
         matmul = "PRECISION" in constants
-        return Case(kernel, self.arch, self.dtype, chosen, constants, tuple(aligned), num_warps, num_stages, matmul)
+        launch = (num_warps, num_stages, matmul, maxnreg)
+        return Case(kernel, self.arch, self.dtype, chosen, constants, tuple(aligned), *launch)
 
 
 def _default_type(name: str, element: str) -> str:
@@ -128,12 +131,12 @@ def _matmuls(make: _Maker, config: MatmulConfig, precision: str) -> Iterator[Cas
         for tiles in (pointers, descriptors) if config.tma else (pointers,):
             maximum = constants(config, DESCRIPTORS=tiles is descriptors, stride_wd=1)
             yield make(_maximum_kernel, keys | tiles, maximum, *launch)
-    summed = constants(pool_sum.sum_config(config), DOUBLE_LOG=True, stride_wd=1)
-    yield make(pool_sum._sum_kernel, {}, summed, *launch)
-    gradient = constants(
-        pool_sum.logit_grad_config(config), DOUBLE_LOG=True, ROWS=pool_sum.CHUNK_ROWS, stride_wd=1, stride_gv=1
-    )
-    yield make(pool_sum._logit_grad_kernel, {"partial_ptr": "*fp32"}, gradient, *launch)
+    chosen = pool_sum.sum_config(config)
+    summed = constants(chosen, DOUBLE_LOG=True, stride_wd=1)
+    yield make(pool_sum._sum_kernel, {}, summed, chosen.num_warps, chosen.num_stages)
+    chosen = pool_sum.logit_grad_config(config)
+    gradient = constants(chosen, DOUBLE_LOG=True, ROWS=pool_sum.CHUNK_ROWS, stride_wd=1, stride_gv=1)
+    yield make(pool_sum._logit_grad_kernel, {"partial_ptr": "*fp32"}, gradient, chosen.num_warps, chosen.num_stages)
 
 
 def _others(make: _Maker) -> Iterator[Case]:
@@ -156,14 +159,9 @@ def _backward(make: _Maker) -> Iterator[Case]:
         block_d, num_warps = pool_backward.weight_tile(hidden_size)
         tile = {"BLOCK_B": pool_backward.BLOCK_B, "BLOCK_V": pool_backward.BLOCK_V, "BLOCK_D": block_d}
         aligned = hidden_size % 16 == 0
-        yield make(
-            pool_backward._weight_kernel,
-            {"argmax_ptr": "*i16"},
-            {**entry, **tile, "stride_hd": 1},
-            num_warps,
-            3,
-            aligned,
-        )
+        sums = {**entry, **tile, "stride_hd": 1}
+        limit = pool_backward.MAX_REGISTERS
+        yield make(pool_backward._weight_kernel, {"argmax_ptr": "*i16"}, sums, num_warps, 3, aligned, limit)
         block_d, num_warps = grad_hidden.hidden_tile(hidden_size)
         sums = {"CHUNK": grad_hidden.CHUNK, "ENTRIES": grad_hidden.ENTRIES, "BLOCK_D": block_d, "stride_wd": 1}
         types = {"value_ptr": "*fp32", "partial_ptr": "*fp32"}

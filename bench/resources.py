@@ -68,6 +68,8 @@ def compile_case(case: Case) -> Row:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
     source = ASTSource(case.kernel, signature, case.constants, attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
     compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     usage, code = _disassemble(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)

@@ -38,6 +38,7 @@ from .tuning import MatmulConfig, architecture, matmul_config
 MAX_BLOCK_T = 64
 # Logits of one tile of the backward: the derivative keeps several values of each in registers.
 MAX_TILE = 8192
+WARP_LOGITS = 1024
 # Packed rows and words of one chunk: whole blocks of every configuration, 16 MiB of gradients in half precision. Every
 # program costs the interpreter milliseconds, those without a token too.
 CHUNK_ROWS = 128 if INTERPRETED else 2048
@@ -138,12 +139,18 @@ def sum_pool_backward(
 
 def sum_config(config: MatmulConfig) -> MatmulConfig:
     """What the forward makes of the configuration of the maximum."""
-    return replace(config, block_t=min(config.block_t, MAX_BLOCK_T))
+    return _with_short_blocks(config, MAX_BLOCK_T)
 
 
 def logit_grad_config(config: MatmulConfig) -> MatmulConfig:
     """What the backward makes of it."""
-    return replace(config, block_t=min(config.block_t, MAX_TILE // config.block_v))
+    return _with_short_blocks(config, MAX_TILE // config.block_v)
+
+
+def _with_short_blocks(config: MatmulConfig, longest: int) -> MatmulConfig:
+    """Fewer tokens at a time, and warps enough to work on every logit without spills."""
+    block_t = min(config.block_t, longest)
+    return replace(config, block_t=block_t, num_warps=max(config.num_warps, config.block_v * block_t // WARP_LOGITS))
 
 
 def _configure(

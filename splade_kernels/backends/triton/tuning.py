@@ -34,7 +34,7 @@ class MatmulConfig:
 
 
 _INTERPRETED = MatmulConfig(64, 64, 64, 4, 1, group_v=2)
-_IEEE = MatmulConfig(64, 128, 16, 8, 2)
+_IEEE = MatmulConfig(64, 64, 16, 8, 2)
 _AMPERE_HALF = MatmulConfig(128, 128, 32, 8, 3)
 _AMPERE_TF32 = MatmulConfig(128, 128, 16, 8, 3)
 _HOPPER_HALF = MatmulConfig(128, 128, 64, 4, 3, tma=True, resident=2)
