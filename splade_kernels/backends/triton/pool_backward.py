@@ -26,7 +26,7 @@ BLOCK_B = 16
 # Rows of dW of one program.
 BLOCK_V = 16
 # Left alone, the compiler spills a few bytes to fit one more program, or takes 169 where rows are aligned to nothing.
-MAX_REGISTERS = 96
+MAX_REGISTERS = 112
 
 
 def max_pool_backward(
