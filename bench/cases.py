@@ -22,7 +22,7 @@ LengthGenerator = Callable[[int, int, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: ``[batch_size, length, hidden_size]`` times ``[vocab_size, hidden_size]``, and how long sequences are."""
+    """One shape: ``[batch_size, length, hidden_size]`` times ``[vocab_size, hidden_size]``, and the lengths in it."""
 
     name: str
     batch_size: int

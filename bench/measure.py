@@ -1,6 +1,6 @@
 """Measure one kind of job on the device at hand and write a result file.
 
-    python -m bench.measure head|backward|flops --output RESULT.json [--case dev ...] [--precision bf16 ...] [--budget 300]
+    python -m bench.measure head|backward|flops --output RESULT.json [--case dev ...] [--precision bf16 ...]
 
 Every variant is first checked against the truth and against a second run of itself: a red one is not timed. Then all
 variants of a case are timed in interleaved rounds (:mod:`bench.timing`). Extra memory is the peak above inputs, outputs
@@ -11,263 +11,27 @@ survives an end by timeout.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import splade_kernels as sk
 from bench import cases as shapes
-from bench import distributions, roofline, timing, truth, variants
-from bench.cases import Case, Inputs, Precision
+from bench import distributions, jobs, roofline, rows, timing, variants
+from bench.cases import Precision
 from bench.environment import describe
-from bench.steps import Step, Tensors, cuda_extra_bytes, train_or_infer, unweighed, weigher
+from bench.rows import Job, Row
 
 SCHEMA = 1
 KINDS = ("head", "backward", "flops")
 CURVES = "curves"
-
-
-@dataclass
-class Row:
-    """One variant of one case in one precision. Times in seconds, memory in bytes."""
-
-    case: str
-    shape: str
-    precision: str
-    job: str
-    variant: str
-    # "measured", "out of memory", "red: …" (wrong, so not timed), "failed: …" or "not here: …".
-    status: str = "measured"
-    scaled_from: str | None = None
-    median: float | None = None
-    spread: tuple[float, float] | None = None
-    rounds: int = 0
-    clock: str | None = None
-    extra_bytes: int | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-    repeatable: bool | None = None
-    operations: int | None = None
-    bytes: int | None = None
-    real_tokens: int | None = None
-    active_share: float | None = None
-
-
-@dataclass
-class Job:
-    """One variant to check and time: a step for each set of inputs."""
-
-    row: Row
-    steps: Callable[[], Sequence[Step]]
-    # Relative distances by name of what a step returned; None for floors, which return nothing to check.
-    check: Callable[[Tensors], dict[str, float]] | None = None
-    bound: float = 0.0
-    # Whether two runs have to agree to the bit.
-    strict: bool = False
-    weigh: Callable[[Step], int | None] = unweighed
-
-
-def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
-    """Check all, time those that passed, and return every row."""
-    samplers: dict[str, timing.Sampler] = {}
-    for job in jobs:
-        if job.row.status != "measured":
-            continue
-        try:
-            steps = job.steps()
-            job.row.status = _verdict(job, steps[0])
-            if job.row.status == "measured":
-                job.row.extra_bytes = job.weigh(steps[0])
-                samplers[job.row.variant] = timing.Sampler(steps, device)
-        except Exception as error:  # a rival that fails must not take the others with it
-            job.row.status = _reason(error)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    timed = timing.interleave(samplers, seconds)
-    for job in jobs:
-        if job.row.variant in timed:
-            result = timed[job.row.variant]
-            job.row.median, job.row.spread = result.median, result.spread
-            job.row.rounds, job.row.clock = len(result.samples), result.clock
-    return [job.row for job in jobs]
-
-
-def _verdict(job: Job, step: Step) -> str:
-    if job.check is None:
-        step()
-        return "measured"
-    first = step()
-    job.row.errors = job.check(first)
-    second = step()
-    job.row.repeatable = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    wrong = {name: error for name, error in job.row.errors.items() if not error <= job.bound}
-    if wrong:
-        return f"red: beyond {job.bound}: {wrong}"
-    if job.strict and not job.row.repeatable:
-        return "red: two runs differ"
-    return "measured"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
-        return "out of memory"
-    return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def head(case: Case, precision: Precision, job: str, device: torch.device, names: Sequence[str]) -> list[Job]:
-    """The variants of ``forward`` or ``forward_backward``."""
-    training = job == "forward_backward"
-    sets = _input_sets(case, precision, device)
-    exact = truth.compute(sets[0], precision)
-    real = variants.tokens(case, padded=False)
-    active = int((exact.output > 0).sum())
-    work = (
-        roofline.forward_backward(case, precision, active, real)
-        if training
-        else roofline.forward(case, precision, real)
-    )
-    row = Row(case.name, case.shape, precision.name, job, "", scaled_from=case.scaled_from, real_tokens=real)
-    row = replace(row, operations=work.operations, bytes=work.bytes, active_share=active / exact.output.numel())
-
-    def check(found: Tensors) -> dict[str, float]:
-        return truth.differences(exact, found[0], found[1:], sets[0])
-
-    def steps(make: Callable[[bool], variants.Head]) -> list[Step]:
-        function = make(training)
-        return [train_or_infer(function, inputs, precision, training) for inputs in sets]
-
-    jobs = []
-    for name in names:
-        reason = variants.why_not(name, device)
-        # A floor's rows and their own dictionaries: replace() would share the dictionary.
-        mine = replace(row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
-        make = variants.VARIANTS[name].make
-        weigh = weigher(case, precision, name, training, device)
-        jobs.append(
-            Job(mine, lambda make=make: steps(make), check, truth.BOUNDS[precision.name], name == "ours", weigh)
-        )  # type: ignore[misc]
-    for name in () if training else variants.MATMULS:
-
-        def floor(name: str = name) -> list[Step]:
-            products = [variants.matmul(name, inputs, precision) for inputs in sets]
-            return [lambda product=product: (product(),) for product in products]  # type: ignore[misc]
-
-        rows = variants.tokens(case, padded=name == "matmul-padded")
-        jobs.append(Job(replace(row, variant=name, errors={}, real_tokens=rows), floor))
-    return jobs
-
-
-def backward(case: Case, precision: Precision, distribution: str, device: torch.device) -> list[Job]:
-    """The backward operator alone on one distribution, beside the training forward of the same shape."""
-    sets = _input_sets(case, precision, device)
-    drawn = [distributions.draw(distribution, case, precision, device, seed) for seed in range(len(sets))]
-    exact = truth.backward(*drawn[0], sets[0])
-    real, active = variants.tokens(case, padded=False), int((drawn[0][0] > 0).sum())
-    row = Row(case.name, case.shape, precision.name, f"backward-{distribution}", "ours", scaled_from=case.scaled_from)
-    row = replace(row, real_tokens=real, active_share=active / drawn[0][0].numel())
-    work, base = roofline.backward(case, precision, active, real), roofline.forward(case, precision, real)
-
-    def operator(inputs: Inputs, output: Tensor, argmax: Tensor, grad: Tensor) -> Step:
-        def gradients() -> Tensors:
-            hidden, weight, bias = (leaf.detach() for leaf in inputs.leaves)
-            found: Tensors = torch.ops.splade_kernels.pool_backward(
-                grad=grad,
-                output=output,
-                argmax=argmax,
-                hidden_states=hidden,
-                weight=weight,
-                bias=bias,
-                attention_mask=inputs.mask,
-                cu_seqlens=None,
-                max_seqlen=case.length,
-                pooling_strategy="max",
-                activation_function="relu",
-                compute_dtype=precision.compute_dtype,
-                out_dtype=precision.out_dtype,
-                backend="auto",
-                need_hidden=True,
-                need_weight=True,
-                need_bias=True,
-            )
-            return found
-
-        return gradients
-
-    def forward(inputs: Inputs) -> Step:
-        def training_forward() -> Tensors:
-            with precision.forward(device):
-                return (sk.splade_pool(*inputs.leaves, inputs.mask).detach(),)
-
-        return training_forward
-
-    def check(found: Tensors) -> dict[str, float]:
-        names = ("grad_hidden", "grad_weight", "grad_bias")
-        return {name: truth.relative_distance(*pair) for name, *pair in zip(names, found, exact, strict=True)}
-
-    weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
-    mine = replace(row, operations=work.operations, bytes=work.bytes)
-    beside = replace(row, variant="training-forward", errors={}, operations=base.operations, bytes=base.bytes)
-    steps = [operator(inputs, *tensors) for inputs, tensors in zip(sets, drawn, strict=True)]
-    bound = 1e-4 if precision.compute_dtype == torch.float32 else 1e-2
-    return [
-        Job(mine, lambda: steps, check, bound, True, weigh),
-        Job(beside, lambda: [forward(inputs) for inputs in sets]),
-    ]
-
-
-def flops(rows: int, columns: int, precision: Precision, job: str, device: torch.device) -> list[Job]:
-    """The regulariser, as sentence-transformers computes it and ours."""
-    training = job == "forward_backward"
-    dtype = precision.out_dtype
-    count = timing.rotation(rows * columns * dtype.itemsize, device)
-    tensors = [torch.rand(rows, columns, device=device).sub_(0.9).relu_().to(dtype) for _ in range(count)]
-    mean = torch.cat([part.sum(0, dtype=torch.float64)[None] for part in tensors[0].split(64)]).sum(0) / rows
-    exact = (mean.square().sum(), (2 / rows * mean).expand(rows, -1))
-    work = roofline.flops(rows, columns, dtype.itemsize)
-    row = Row("flops", f"B{rows} V{columns}", precision.name, job, "", operations=work.operations, bytes=work.bytes)
-
-    def stock(embeddings: Tensor) -> Tensor:
-        return torch.sum(torch.mean(embeddings, dim=0) ** 2)
-
-    def make(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Step:
-        leaf = tensor.requires_grad_(training)
-
-        def one() -> Tensors:
-            value = function(leaf)
-            return (value.detach(), *torch.autograd.grad(value, leaf)) if training else (value,)
-
-        return one
-
-    def check(found: Tensors) -> dict[str, float]:
-        errors = {"value": truth.relative_distance(found[0], exact[0])}
-        return errors | ({"grad": truth.relative_distance(found[1][0], exact[1][0])} if training else {})
-
-    weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
-    return [
-        Job(
-            replace(row, variant=name, errors={}),
-            lambda function=function: [make(function, tensor) for tensor in tensors],  # type: ignore[misc]
-            check,
-            1e-5 if dtype == torch.float32 else 2e-2,
-            name == "ours",
-            weigh,
-        )
-        for name, function in (("stock", stock), ("ours", sk.flops_loss))
-    ]
-
-
-def _input_sets(case: Case, precision: Precision, device: torch.device) -> list[Inputs]:
-    size = case.hidden_size * (case.batch_size * case.length + case.vocab_size) * precision.dtype.itemsize
-    return [shapes.make_inputs(case, precision, device, seed) for seed in range(timing.rotation(size, device))]
 
 
 def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tuple[str, Any]]:
@@ -301,33 +65,30 @@ def default_precisions(device: torch.device) -> list[str]:
     return ["bf16", "bf16-autocast", "tf32", "float32"] if device.type == "cuda" else ["float32"]
 
 
-def groups(kind: str, subject: Any, precision: Precision, device: torch.device, names: Sequence[str]) -> Iterator[Any]:
-    """Functions that make the jobs to be interleaved with each other."""
+def groups(
+    kind: str, subject: Any, precision: Precision, device: torch.device, names: Sequence[str]
+) -> dict[str, Callable[[], list[Job]]]:
+    """By name, functions that make the jobs to be interleaved with each other."""
     if kind == "head":
-        for job in roofline.PASSES:
-            yield lambda job=job: head(subject, precision, job, device, names)
-    elif kind == "backward":
-        for distribution in distributions.DISTRIBUTIONS:
-            yield lambda distribution=distribution: backward(subject, precision, distribution, device)
-    else:
-        for job in roofline.PASSES:
-            yield lambda job=job: flops(*subject, precision, job, device)
+        return {job: partial(jobs.head, subject, precision, job, device, names) for job in roofline.PASSES}
+    if kind == "flops":
+        shape: tuple[int, int] = subject
+        return {job: partial(jobs.flops, shape, precision, job, device) for job in roofline.PASSES}
+    return {name: partial(jobs.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS}
 
 
 def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.device, seconds: float) -> list[Row]:
-    """Rows of one group. When not even its inputs fit, there is nothing to name but that."""
+    """Rows of one group."""
     with precision.settings():
-        jobs = make()
-        rows = run(jobs, device, seconds)
-    del jobs
+        measured = rows.run(make(), device, seconds)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return rows
+    return measured
 
 
 def document(kind: str, device: torch.device, precisions: Sequence[str], command: str) -> dict[str, Any]:
-    """What a result file holds besides its rows: where it was measured, and how fast that machine copies and multiplies."""
+    """A result without rows: where it is measured, and how fast that machine copies and multiplies."""
     machine = {}
     for name in precisions:
         precision = shapes.PRECISIONS[name]
@@ -375,14 +136,14 @@ def main() -> None:
             if time.monotonic() - begin > args.budget:
                 result["left_out"].append(f"{name} {precision.name}")
                 continue
-            for make in groups(args.kind, subject, precision, device, args.variant):
+            for job, make in groups(args.kind, subject, precision, device, args.variant).items():
                 try:
-                    rows = measure(make, precision, device, args.seconds)
+                    measured = measure(make, precision, device, args.seconds)
                 except Exception as error:  # the inputs themselves may not fit
-                    result["left_out"].append(f"{name} {precision.name}: {_reason(error)}")
+                    result["left_out"].append(f"{name} {precision.name} {job}: {rows.reason(error)}")
                     continue
-                result["rows"] += [asdict(row) for row in rows]
-                for row in rows:
+                result["rows"] += [asdict(row) for row in measured]
+                for row in measured:
                     print(_line(row), flush=True)
             write(args.output, result)
     result["environment"]["load_average"] = os.getloadavg()[0]
@@ -399,5 +160,4 @@ def _line(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()

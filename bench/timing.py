@@ -7,10 +7,12 @@ its operands there. Short steps are captured into a CUDA graph, because launchin
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,8 @@ class Timed:
 
     samples: list[float]
     clock: str
+    # Processors that other programs kept busy meanwhile; beside much of that, times on a CPU mean little.
+    others: float = 0.0
 
     @property
     def median(self) -> float:
@@ -107,16 +111,27 @@ class Sampler:
 
 
 def interleave(samplers: dict[str, Sampler], seconds: float, rounds: tuple[int, int] = (3, 20)) -> dict[str, Timed]:
-    """Rounds over all samplers until ``seconds`` have passed, within the bounds of ``rounds``. What is timed ran before:
-    it was checked."""
+    """Rounds over all samplers until ``seconds`` have passed, within the bounds of ``rounds``. Nothing warms up here:
+    what is timed has run before, when it was checked."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
-    begin = time.perf_counter()
+    begin, everybody, own = time.perf_counter(), _processor_seconds(), time.process_time()
     for number in range(rounds[1]):
         if number >= rounds[0] and time.perf_counter() - begin > seconds:
             break
         for name, sampler in samplers.items():
             samples[name].append(sampler.sample())
-    return {name: Timed(samples[name], samplers[name].clock) for name in samplers}
+    busy = _processor_seconds() - everybody - (time.process_time() - own)
+    others = max(0.0, busy / (time.perf_counter() - begin))
+    return {name: Timed(samples[name], samplers[name].clock, others) for name in samplers}
+
+
+def _processor_seconds() -> float:
+    """Processor seconds of everybody on the machine so far (Linux; elsewhere those of this process)."""
+    try:
+        _, user, nice, system = Path("/proc/stat").read_text().split(maxsplit=4)[:4]
+    except OSError:
+        return time.process_time()
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def copy_rate(device: torch.device, size: int | None = None) -> float:

@@ -1,7 +1,7 @@
 """The heads that are compared: each a function ``(hidden, weight, bias, mask) -> [B, V]``, made for one case.
 
-Sparton (arXiv:2603.25011) is measured when it can be imported. Its adapter is written against the public API of its
-README: ``SpartonHead(vocab_size, hidden_dim, use_bias=True)``, ``tie_weights(linear)``, ``head(hidden, attention_mask)``.
+Sparton (arXiv:2603.25011) is measured when it can be imported. Its adapter is written against the API of its
+README: ``SpartonHead(vocab_size, hidden_dim, use_bias=True)``, ``.weight``, ``.bias``, ``head(hidden, attention_mask)``.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     return None
 
 
-def matmul(name: str, inputs: Inputs, precision: Precision) -> Callable[[], Tensor]:
+def matmul(name: str, inputs: Inputs, precision: Precision) -> Callable[[], tuple[Tensor]]:
     """``h @ W.T`` of operands already in the dtype of the products, into memory already there."""
     rows = inputs.hidden.detach().flatten(0, 1)
     if name == "matmul-real":
@@ -110,10 +110,10 @@ def matmul(name: str, inputs: Inputs, precision: Precision) -> Callable[[], Tens
     step = max(1, MATMUL_SLICE_BYTES // (columns.shape[1] * rows.element_size()))
     buffer = rows.new_empty(min(step, len(rows)), columns.shape[1])
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor]:
         for part in rows.split(step):
             torch.mm(part, columns, out=buffer[: len(part)])
-        return buffer
+        return (buffer,)
 
     return run
 
