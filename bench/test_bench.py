@@ -11,6 +11,7 @@ from bench.conftest import parameters, replay, report
 from bench.rows import Job
 from bench.variants import MATMULS, VARIANTS
 
+Make = Callable[[], list[Job]]
 pytestmark = pytest.mark.benchmark(timer=replay.clock, min_rounds=1)
 _NAMES = {
     "head": [*VARIANTS, *MATMULS],
@@ -28,20 +29,19 @@ def _cases(kind: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("case", "precision", "job", "make", "variant"), _cases("head"))
-def test_head(benchmark: Any, case: str, precision: str, job: str, make: Callable[[], list[Job]], variant: str) -> None:
+_ARGUMENTS = ("case", "precision", "job", "make", "variant")
+
+
+@pytest.mark.parametrize(_ARGUMENTS, _cases("head"))
+def test_head(benchmark: Any, case: str, precision: str, job: str, make: Make, variant: str) -> None:
     report(benchmark, case, precision, job, make, variant)
 
 
-@pytest.mark.parametrize(("case", "precision", "job", "make", "variant"), _cases("backward"))
-def test_backward(
-    benchmark: Any, case: str, precision: str, job: str, make: Callable[[], list[Job]], variant: str
-) -> None:
+@pytest.mark.parametrize(_ARGUMENTS, _cases("backward"))
+def test_backward(benchmark: Any, case: str, precision: str, job: str, make: Make, variant: str) -> None:
     report(benchmark, case, precision, job, make, variant)
 
 
-@pytest.mark.parametrize(("case", "precision", "job", "make", "variant"), _cases("flops"))
-def test_flops(
-    benchmark: Any, case: str, precision: str, job: str, make: Callable[[], list[Job]], variant: str
-) -> None:
+@pytest.mark.parametrize(_ARGUMENTS, _cases("flops"))
+def test_flops(benchmark: Any, case: str, precision: str, job: str, make: Make, variant: str) -> None:
     report(benchmark, case, precision, job, make, variant)

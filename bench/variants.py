@@ -1,7 +1,7 @@
 """The heads that are compared: each a function ``(hidden, weight, bias, mask) -> [B, V]``, made for one case.
 
 Sparton (arXiv:2603.25011) is measured when it can be imported. Its adapter is written against the API of its
-README: ``SpartonHead(vocab_size, hidden_dim, use_bias=True)``, ``.weight``, ``.bias``, ``head(hidden, attention_mask)``.
+README: ``SpartonHead(vocab_size, hidden_dim, use_bias=True)``, its weight and bias, ``head(hidden, attention_mask)``.
 """
 
 from __future__ import annotations
