@@ -60,13 +60,9 @@ def section(rows: Sequence[dict[str, Any]]) -> str:
             largest_batch(length, size, precision, name) for size in (30522, 250002) for name in ("stock", "ours")
         ]
         cells.append([str(length), *(f"{batch:,}" for batch in batches)])
-    return "\n\n".join(
-        [
-            "## Largest batch of the head alone in 24 GiB: computed",
-            f"Forward and backward, {precision.name}, hidden size 768, by the formula of `bench/limits.py`. {_check(rows)}",
-            table(cells),
-        ]
-    )
+    formula = f"Forward and backward, {precision.name}, hidden size 768, by the formula of `bench/limits.py`."
+    title = "## Largest batch of the head alone in 24 GiB: computed"
+    return "\n\n".join([title, f"{formula} {_check(rows)}", table(cells)])
 
 
 def _check(rows: Sequence[dict[str, Any]]) -> str:
@@ -82,7 +78,8 @@ def _check(rows: Sequence[dict[str, Any]]) -> str:
         found[row["variant"]].append(row["extra_bytes"] / formula)
     if not found["stock"] or not found["ours"]:
         return "It has not been held against a measurement yet."
+    stock, ours = found["stock"], found["ours"]
     return (
-        f"Measured extra memory over the formula's ({', '.join(sorted(precisions))}): stock {min(found['stock']):.2f} to {max(found['stock']):.2f} in "
-        f"{len(found['stock'])} cases, fused (a bound) at most {max(found['ours']):.2f} in {len(found['ours'])}."
+        f"Measured extra memory over the formula's ({', '.join(sorted(precisions))}): stock {min(stock):.2f} to "
+        f"{max(stock):.2f} in {len(stock)} cases, fused (a bound) at most {max(ours):.2f} in {len(ours)}."
     )
