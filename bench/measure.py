@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -32,6 +33,18 @@ from bench.rows import Job, Row
 SCHEMA = 1
 KINDS = ("head", "backward", "flops")
 CURVES = "curves"
+# Other cases would be scaled to one of these shapes.
+CPU_CASES = (
+    "dev-ragged",
+    "gooaq-question",
+    "gooaq-answer",
+    "query",
+    "splade-v3-ragged",
+    "xlmr-16-ragged",
+    "qwen-ragged",
+    "long-ragged",
+    "dev",
+)
 
 
 def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tuple[str, Any]]:
@@ -57,7 +70,7 @@ def default_cases(kind: str, device: torch.device) -> list[str]:
     if kind == "backward":
         return ["dev", "splade-v3"] if device.type == "cuda" else ["dev"]
     if device.type == "cpu":
-        return [name for name in shapes.CASES if name not in ("xlmr-64-ragged", "xlmr-420-ragged")]
+        return list(CPU_CASES)
     return [*shapes.CASES, CURVES]
 
 
@@ -129,8 +142,8 @@ def main() -> None:
     names = args.case or default_cases(args.kind, device)
     precisions = args.precision or default_precisions(device)
     begin = time.monotonic()
-    command = f"python -m bench.measure {args.kind}"
-    result = document(args.kind, device, precisions, command)
+    options = [word for word in sys.argv[1:] if not word.startswith("--output")]
+    result = document(args.kind, device, precisions, " ".join(["python -m bench.measure", *options]))
     for precision in (shapes.PRECISIONS[name] for name in precisions):
         for name, subject in plan(args.kind, names, device):
             if time.monotonic() - begin > args.budget:
@@ -146,7 +159,6 @@ def main() -> None:
                 for row in measured:
                     print(_line(row), flush=True)
             write(args.output, result)
-    result["environment"]["load_average"] = os.getloadavg()[0]
     write(args.output, result)
     red = [row for row in result["rows"] if row["variant"] == "ours" and row["status"].startswith(("red", "failed"))]
     if red:

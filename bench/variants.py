@@ -37,7 +37,7 @@ def stock(training: bool) -> Head:
 
 
 def compiled(training: bool) -> Head:
-    """``torch.compile`` of :func:`stock`, for this shape alone: what was compiled for others counts towards its limit."""
+    """``torch.compile`` of :func:`stock`, for this shape alone (others would count towards the limit of recompiles)."""
     torch._dynamo.reset()
     head: Head = torch.compile(stock(training), fullgraph=True, dynamic=False)
     return head

@@ -11,7 +11,6 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
 
-
 # Where there is a GPU, the backends made for one run on its tensors: the same tests on another device.
 ACCELERATOR = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
