@@ -28,9 +28,11 @@ TEST_NEEDS = {
     "datasets": ("test_train_example.py", "test_st_trainer.py"),
     "bm25s": ("test_demo_corpus.py", "test_demo_run.py", "test_demo_vocabulary.py"),
 }
-SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# cuBLAS is deterministic only with a fixed workspace, which the tests ask for.
-ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Seconds of each; the first one compiles the kernels.
+SANITIZERS = {"memcheck": 40, "racecheck": 20, "initcheck": 20}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# cuBLAS is deterministic only with a fixed workspace, which PyTorch demands in the tests.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 @dataclass
@@ -64,23 +66,25 @@ def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
     def tests(name: str, chosen: Sequence[str], seconds: float) -> Stage:
         paths = [f"tests/{file}" for file in chosen]
         command = [python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", f"--junitxml={output}/{name}.xml"]
-        return Stage(name, command + paths, seconds, pytest)
+        return Stage(name, command + paths, seconds, pytest, DETERMINISTIC)
 
     def measure(kind: str, name: str, seconds: float, *options: str) -> Stage:
         command = [python, "-m", "bench.measure", kind, f"--output={output}/{name}.json", "--seconds=0.5"]
         return Stage(name, [*command, f"--budget={0.8 * seconds:.0f}", *options], seconds)
 
-    yield tests("tests-kernels", first, 120)
-    for tool in SANITIZERS:
-        yield _sanitizer(tool, python)
-    yield measure("head", "head-gpu", 130, "--variant", "stock", "tiled", "sparton", "ours")
-    yield measure("backward", "backward-gpu", 40)
-    yield measure("flops", "flops-gpu", 20)
-    compiled = ("--variant", "stock", "compile", "ours", "--case", "splade-v3", "dev", "--precision", "bf16")
-    yield measure("head", "head-gpu-compile", 40, *compiled)
+    yield tests("tests-kernels", first, 110)
+    for tool, seconds in SANITIZERS.items():
+        yield _sanitizer(tool, seconds, python)
+    two = ("--case", "splade-v3", "dev")
+    yield measure("head", "head-gpu", 130, "--variant", "stock", "sparton", "ours", "--precision", "bf16")
+    yield measure("backward", "backward-gpu", 30, "--precision", "bf16")
+    yield measure("flops", "flops-gpu", 15, "--precision", "bf16")
+    rivals = ("--variant", "stock", "compile", "tiled", "ours", "--precision", "bf16", *two)
+    yield measure("head", "head-gpu-rivals", 40, *rivals)
+    yield measure("head", "head-gpu-precisions", 35, "--precision", "bf16-autocast", "tf32", "float32", *two)
     # The integrations' models are built on the CPU, where a trainer that sees a GPU would not leave them.
-    others = tests("tests-others", [name for name in files if name not in first], 100)
-    yield replace(others, environment={"CUDA_VISIBLE_DEVICES": ""})
+    others = tests("tests-others", [name for name in files if name not in first], 60)
+    yield replace(others, environment=DETERMINISTIC | {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def report_stage(output: Path, python: str = sys.executable) -> Stage:
@@ -134,13 +138,13 @@ def run_all(plan: Sequence[Stage], output: Path, seconds: float) -> list[Outcome
     return outcomes
 
 
-def _sanitizer(tool: str, python: str) -> Stage:
+def _sanitizer(tool: str, seconds: float, python: str) -> Stage:
     places = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
     found = shutil.which("compute-sanitizer") or (str(places[-1]) if places else None)
     command = [found or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "bench.sanitize"]
     # With PyTorch's cache of memory, a read past the end of one tensor lands in another and is not seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Stage(tool, command, 25, None if found else "not here: compute-sanitizer is not installed", environment)
+    return Stage(tool, command, seconds, None if found else "not here: compute-sanitizer is not installed", environment)
 
 
 def main() -> None:

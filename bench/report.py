@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
     ]
     if not _on_gpu(results):
         parts += [NOT_ON_A_GPU + " What a GPU would need at least is computed below, from its datasheet.", floors()]
-    parts += [f"![Cost against one size](../{figure})" for figure in figures]
+    parts += [f"![Cost against one size]({figure})" for figure in figures]
     parts += [SECTIONS.get(result["kind"], plain_section)(result) for result in ranked]
     parts.append(limits.section([row for result in results if result["kind"] == "head" for row in result["rows"]]))
     return "\n\n".join(parts) + "\n"
@@ -327,15 +328,19 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="folder for the plots; needs matplotlib")
     args = parser.parse_args()
     results = load(args.results)
-    figures: list[str] = []
+    figures: list[Path] = []
     if args.figures:
         from bench.figures import plot_curves
 
-        figures = [path.as_posix() for path in plot_curves(results, args.figures)]
+        figures = plot_curves(results, args.figures)
+
+    def links(document: Path) -> list[str]:
+        return [os.path.relpath(path, document.parent) for path in figures]
+
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(render(results, figures))
+    args.output.write_text(render(results, links(args.output)))
     if args.readme:
-        args.readme.write_text(replace_block(args.readme.read_text(), readme_block(results, figures)))
+        args.readme.write_text(replace_block(args.readme.read_text(), readme_block(results, links(args.readme))))
 
 
 if __name__ == "__main__":

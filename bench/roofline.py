@@ -72,8 +72,3 @@ def flops(rows: int, columns: int, itemsize: int) -> Work:
 def logits_bytes(case: Case, precision: Precision) -> int:
     """``[B, S, V]`` in the dtype of the products: what the dense head holds and this one does not."""
     return case.batch_size * case.length * case.vocab_size * precision.compute_dtype.itemsize
-
-
-def arithmetic_rate_seconds(work: Work, machine: Machine) -> tuple[float, float]:
-    """``(seconds of operations, seconds of bytes)``: which of the two binds."""
-    return work.operations / machine.operations_per_second, work.bytes / machine.bytes_per_second

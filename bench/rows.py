@@ -67,6 +67,8 @@ def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
                 samplers[job.row.variant] = timing.Sampler(steps, device)
         except Exception as error:  # a rival that fails must not take the others with it
             job.row.status = reason(error)
+        if job.row.status != "measured":
+            # Only now: inside the handler the traceback still holds the tensors.
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
