@@ -91,7 +91,7 @@ def head_section(result: Result) -> str:
                     [
                         case,
                         *(_cell(variants.get(name)) for name in names),
-                        _ratio(variants.get("stock"), ours, "{:.2f}x faster"),
+                        _speedup(variants.get("stock"), ours),
                         _ratio(ours, floor, "{:.2f}x"),
                         f"{machine.seconds(work) / ours['median']:.0%}" if work and ours.get("median") else "-",
                     ]
@@ -179,10 +179,8 @@ def caption(result: Result) -> str:
         f"{_device(result)}{driver}; python {environment['python']}, {packages}; commit {environment['commit']}. "
         f"Command: `{result.get('command', '')}`; file `bench/results/{result['file']}`."
     )
-    others = [row["others"] for row in result["rows"] if row.get("others") is not None]
-    if not environment.get("gpu") and others and sorted(others)[len(others) // 2] > BUSY_PROCESSORS:
-        busy = sorted(others)[len(others) // 2]
-        text += f" The machine was busy: beside the median case other programs kept {busy:.1f} processors at work."
+    if any(_beside_others(row) for row in result["rows"]):
+        text += f" \\* other programs kept more than {BUSY_PROCESSORS} processors busy meanwhile."
     if result.get("left_out"):
         text += f" Left out: {'; '.join(result['left_out'])}."
     return text
@@ -236,7 +234,9 @@ def _sum(rows: Sequence[Row]) -> Row:
         values = [row[name] for row in rows]
         total[name] = None if None in values else sum(values)
     memory = [row["extra_bytes"] for row in rows]
-    return total | {"extra_bytes": None if None in memory else max(memory)}
+    busiest = max(rows, key=lambda row: row.get("others") or 0)
+    shared = {"clock": busiest.get("clock"), "others": busiest.get("others")}
+    return total | shared | {"extra_bytes": None if None in memory else max(memory)}
 
 
 def _short(case: str, variants: dict[str, Row]) -> list[list[str]]:
@@ -244,7 +244,7 @@ def _short(case: str, variants: dict[str, Row]) -> list[list[str]]:
         return []
     stock, ours = variants["stock"], variants["ours"]
     cells = [f"{_cell(row)} ms" if row.get("median") else _cell(row) for row in (stock, ours)]
-    return [[case, *cells, _ratio(stock, ours, "{:.1f}x faster"), *(_mebibytes(row) for row in (stock, ours))]]
+    return [[case, *cells, _speedup(stock, ours), *(_mebibytes(row) for row in (stock, ours))]]
 
 
 def _memory(result: Result, precision: str) -> list[str]:
@@ -274,14 +274,26 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
     if row["median"] is not None:
-        return f"{row['median'] * 1e3:.3g}" if row["median"] < 1 else f"{row['median'] * 1e3:,.0f}"
+        mark = "\\*" if _beside_others(row) else ""
+        return (f"{row['median'] * 1e3:.3g}" if row["median"] < 1 else f"{row['median'] * 1e3:,.0f}") + mark
     return str(row["status"]).split(":")[0]
+
+
+def _beside_others(row: Row) -> bool:
+    return bool(row.get("clock") == "perf_counter" and (row.get("others") or 0) > BUSY_PROCESSORS)
 
 
 def _ratio(top: Row | None, bottom: Row | None, pattern: str) -> str:
     if not top or not bottom or top["median"] is None or bottom["median"] is None:
         return "-"
     return pattern.format(top["median"] / bottom["median"])
+
+
+def _speedup(stock: Row | None, ours: Row | None) -> str:
+    if not stock or not ours or stock["median"] is None or ours["median"] is None:
+        return "-"
+    ratio = stock["median"] / ours["median"]
+    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
 
 
 def _mebibytes(row: Row | None) -> str:

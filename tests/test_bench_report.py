@@ -54,13 +54,18 @@ def test_the_head_table_compares_with_stock_matmul_and_roofline():
     text = report.render([HEAD])
     forward, trained, memory = cells(text, "dev (")
     # 1e9 operations at 1e14 a second are 10 µs of the 2 ms.
-    assert forward[1:] == ["4", "out of memory", "2", "1.6", "2.00x faster", "1.25x", "0%"]
-    assert trained[1:] == ["10", "2", "5.00x faster", "-", "0%"]
+    assert forward[1:] == ["4", "out of memory", "2", "1.6", "2.0x faster", "1.25x", "0%"]
+    assert trained[1:] == ["10", "2", "5.0x faster", "-", "0%"]
     assert memory[1:] == ["500 MiB", "20 MiB", "900 MiB", "30 MiB"]
     assert cells(text, "gooaq (both")[0][1:5] == ["4", "-", "1", "-"]
-    assert "4.00x faster" in cells(text, "gooaq (both")[0]
+    assert "4.0x faster" in cells(text, "gooaq (both")[0]
     assert "two runs were identical to the bit in 4; 0 were wrong" in text
     assert "Test GPU, driver 570, CUDA 12.8; python 3.11, torch 2.11; commit abc. Command: `python -m bench`" in text
+
+
+def test_slower_is_called_slower():
+    rows = [row("dev", "stock", 1e-3, "forward_backward"), row("dev", "ours", 2e-3, "forward_backward")]
+    assert "2.0x slower" in cells(report.readme_block([result("head", rows)]), "dev")[0]
 
 
 def test_a_red_result_is_shown_and_counted():
@@ -82,11 +87,13 @@ def test_without_a_gpu_the_report_says_so_and_computes_the_floor():
     assert "RTX 3090" not in report.render([HEAD])
 
 
-def test_a_busy_cpu_is_named():
-    rows = [row("dev", "ours", 1.0, others=1.5)]
-    assert "other programs kept 1.5 processors" in report.caption(result("head", rows, gpu=False))
-    assert "other programs" not in report.caption(result("head", [row("dev", "ours", 1.0, others=0.1)], gpu=False))
-    assert "other programs" not in report.caption(result("head", rows))
+@pytest.mark.parametrize(
+    ("others", "clock", "marked"), [(1.5, "perf_counter", True), (0.1, "perf_counter", False), (1.5, "graph", False)]
+)
+def test_times_beside_other_programs_are_marked_on_a_cpu(others, clock, marked):
+    text = report.render([result("head", [row("dev", "ours", 0.5, others=others, clock=clock)], gpu=False)])
+    assert cells(text, "dev (")[0][1] == ("500\\*" if marked else "500")
+    assert ("\\* other programs kept more than 0.2 processors" in text) == marked
 
 
 def test_backward_and_flops_tables():
