@@ -25,7 +25,7 @@ def plot_curves(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     for result in results:
         rows = [row for row in result["rows"] if row.get("case", "").startswith("curve-") and row["median"]]
         if result["kind"] == "head" and rows:
-            path = folder / f"{Path(result['file']).stem}-curves.png"
+            path = folder / f"{Path(result['file']).stem.removesuffix('-curves')}-curves.png"
             _plot(result, rows, path)
             paths.append(path)
     return paths
@@ -52,6 +52,7 @@ def _plot(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) ->
         )
         if floor:
             panel.plot(*zip(*floor, strict=True), color="black", linestyle="--", linewidth=1, label="roofline of ours")
+        panel.set_visible(bool(points))
         others = re.sub(rf"\b{axis}\d+ ?", "", points[0]["shape"]) if points else ""
         panel.set(xscale="log", yscale="log", xlabel=f"{label} ({others.strip()})")
     panels[0].set_ylabel("forward and backward, ms")

@@ -71,18 +71,21 @@ def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
             for row in _short(case, variants)
         ]
         header = ["forward and backward", "stock", "fused", "", "extra memory, stock", "fused"]
-        parts += [table([header, *rows]), caption(result)]
+        parts += [table([header, *rows]), caption(result)] if rows else []
     parts += [f"![Cost against one size]({figure})" for figure in figures]
     return "\n\n".join([*parts, "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md).", END])
 
 
 def head_section(result: Result) -> str:
-    parts = [f"## Head: {_device(result)}", caption(result)]
+    only_curves = all(row["case"].startswith("curve") for row in result["rows"])
+    parts = [f"## Head{', curves' if only_curves else ''}: {_device(result)}", caption(result)]
     for precision in result["machine"]:
         machine = _machine(result, precision)
         for job in roofline.PASSES:
             measured = _table(result, precision, job)
-            names = [name for name in COLUMNS if any("median" in row.get(name, {}) for _, row in measured)]
+            present = [row for _, variants in measured for row in variants.items()]
+            here = {name for name, row in present if not row["status"].startswith("not here")}
+            names = [name for name in COLUMNS if name in here]
             rows = [["case", *names, "ours against stock", "against matmul", "roofline / ours"]]
             for case, variants in measured:
                 ours, floor = variants.get("ours", {}), variants.get("matmul-padded", {})
