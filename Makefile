@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 RUN := $(VENV)/bin/python
+OUT ?= outputs/gpu
 
-.PHONY: demo test lint format types clean
+.PHONY: demo test gpu lint format types clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready
@@ -17,6 +18,16 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(RUN) -m pytest --ignore=tests/test_resources.py --ignore=tests/test_triton_specialization.py
 	$(RUN) -m pytest tests/test_resources.py tests/test_triton_specialization.py
+
+# Tests, sanitizer and benchmarks on a GPU, within nine minutes, into $(OUT). Downloads nothing: it takes $(PYTHON) when
+# that has a PyTorch that sees the GPU, else the virtual environment.
+gpu:
+	@for python in $(PYTHON) $(RUN); do \
+		if $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+			exec $$python -m bench.gpu --output $(OUT); \
+		fi; \
+	done; \
+	echo "make gpu: no PyTorch that sees a CUDA device, neither in $(PYTHON) nor in $(RUN)" >&2; exit 1
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

@@ -15,12 +15,26 @@ _PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers"
 def describe() -> dict[str, object]:
     """Device, threads, instruction set, package versions and the commit the code was at."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        **_device(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
+    }
+
+
+def _device() -> dict[str, object]:
+    if not torch.cuda.is_available():
+        return {"device": _cpu_name(), "gpu": False}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "gpu": True,
+        "arch": 10 * properties.major + properties.minor,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]),
     }
 
 
@@ -41,14 +55,12 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str | None:
     """Commit of the working tree, marked when it has changes."""
+    return _output(["git", "describe", "--always", "--dirty", "--abbrev=12"])
+
+
+def _output(command: list[str]) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,23 +11,33 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
 
+# Where there is a GPU, the backends made for one run on its tensors: the same tests on another device.
+ACCELERATOR = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+
 
 @pytest.fixture(params=["torch", "torch-device", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name to pass as ``backend=``. ``torch-device``: the torch backend without host syncs, as accelerators run it."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name to pass as ``backend=``. ``torch-device``: the torch backend without host syncs, as accelerators run it.
+
+    The default device is the one that the backend is tested on, so tensors that a test makes are there.
+    """
     if request.param == "torch-device":
         monkeypatch.setattr(torch_backend, "_on_host", lambda tensor: False)
-        return "torch"
-    if request.param == "triton":
+    elif request.param == "triton":
         reason = sk.available_backends()["triton"]
         if reason != "available":
             pytest.skip(reason)
         if torch.float64 in request.node.callspec.params.values():
             pytest.skip("Triton's kernels do not compute in float64")
+    name = request.param.removesuffix("-device")
     # What has no backend argument follows the environment.
-    monkeypatch.setenv("SPLADE_KERNELS_BACKEND", request.param)
-    name: str = request.param
-    return name
+    monkeypatch.setenv("SPLADE_KERNELS_BACKEND", name)
+    if request.param == "torch" or ACCELERATOR == "cpu":
+        yield name
+        return
+    torch.set_default_device(ACCELERATOR)
+    yield name
+    torch.set_default_device(None)
 
 
 @pytest.fixture

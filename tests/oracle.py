@@ -36,14 +36,19 @@ def make_case(
     integers: bool = False,
     seed: int = 0,
 ) -> Case:
-    """``shape`` is (B, S, D, V). Integer cases have small whole numbers, whose dots are exact in every dtype."""
+    """``shape`` is (B, S, D, V). Integer cases have small whole numbers, whose dots are exact in every dtype.
+
+    Drawn on the CPU, so that the numbers do not depend on the device, and moved to the default one.
+    """
     batch, length, hidden_size, vocab_size = shape
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
         if integers:
-            return torch.randint(-2, 3, size, generator=generator).to(dtype)
-        return torch.randn(*size, generator=generator).to(dtype)
+            values = torch.randint(-2, 3, size, generator=generator, device="cpu")
+        else:
+            values = torch.randn(*size, generator=generator, device="cpu")
+        return values.to(torch.get_default_device(), dtype)
 
     scale = 1 if integers or hidden_size == 0 else hidden_size**-0.5
     case = Case(
@@ -57,17 +62,21 @@ def make_case(
 
 
 def make_mask(batch: int, length: int, pattern: str, generator: torch.Generator) -> Tensor:
-    lengths = torch.randint(0, length + 1, (batch,), generator=generator)
+    lengths = torch.randint(0, length + 1, (batch,), generator=generator, device="cpu")
     lengths[-1:] = length
-    positions = torch.arange(length)
+    return _mask(lengths, torch.arange(length, device="cpu"), pattern, generator).to(torch.get_default_device())
+
+
+def _mask(lengths: Tensor, positions: Tensor, pattern: str, generator: torch.Generator) -> Tensor:
+    shape = len(lengths), len(positions)
     if pattern == "full":
-        return torch.ones(batch, length, dtype=torch.bool)
+        return positions < lengths.new_full(shape, shape[1])
     if pattern == "ragged":
         return positions < lengths[:, None]
     if pattern == "left":
-        return positions >= length - lengths[:, None]
+        return positions >= shape[1] - lengths[:, None]
     if pattern == "holes":
-        return torch.rand(batch, length, generator=generator) < 0.6
+        return torch.rand(shape, generator=generator, device="cpu") < 0.6
     if pattern == "one":
         return positions == (lengths[:, None] - 1).clamp_min(0)
     if pattern == "empty":

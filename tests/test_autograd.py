@@ -84,7 +84,7 @@ def test_compiled_without_graph_breaks_equals_eager_bit_for_bit(packed, autocast
         return (y * case.grad).sum() + sk.flops_loss(y) + sk.flops_loss(y, threshold=20)
 
     def run(function: object) -> list[torch.Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
             value = function(hidden, case.weight, case.bias)  # type: ignore[operator]
         return [value.detach(), *torch.autograd.grad(value, (hidden, case.weight, case.bias))]
 
@@ -98,7 +98,7 @@ def test_compiled_without_graph_breaks_equals_eager_bit_for_bit(packed, autocast
 @pytest.mark.parametrize("pooling", ["max", "sum"])
 def test_autocast_computes_in_its_dtype_and_returns_float32(pooling, backend):
     case = make_case((4, 30, 64, 200))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         output = sk.splade_pool(
             case.hidden, case.weight, case.bias, case.mask, pooling_strategy=pooling, backend=backend
         )
@@ -109,7 +109,7 @@ def test_autocast_computes_in_its_dtype_and_returns_float32(pooling, backend):
     assert all(torch.equal(first, second) for first, second in zip(inside, outside, strict=True))
 
     exact, _ = oracle.reference_in_double(case, pooling_strategy=pooling)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         stock = oracle.stock(case, pooling, "relu").detach()
     plain = sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, pooling_strategy=pooling, backend=backend)
     assert not torch.equal(output, plain), "the products were not computed in bfloat16"
@@ -119,7 +119,7 @@ def test_autocast_computes_in_its_dtype_and_returns_float32(pooling, backend):
 def test_autocast_leaves_the_accumulation_of_gradients_in_float32(backend):
     """Given the argmax of the bfloat16 products, dh and dW are float32 sums, not bfloat16 ones."""
     case = make_case((4, 30, 64, 200))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         output, argmax = ops.pool_forward(
             case.hidden.detach(), case.weight.detach(), case.bias.detach(), case.mask, None, 30, "max", "relu",
             torch.bfloat16, torch.float32, backend, True,
@@ -133,7 +133,7 @@ def test_autocast_leaves_the_accumulation_of_gradients_in_float32(backend):
 
 def test_autocast_takes_mixed_dtypes_and_leaves_float64_alone(backend):
     case = make_case((2, 5, 4, 6))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         mixed = sk.splade_pool(case.hidden.bfloat16(), case.weight, case.bias, case.mask, backend=backend)
         assert mixed.dtype == torch.float32
         double = sk.splade_pool(case.hidden.double(), case.weight.double(), backend="torch")

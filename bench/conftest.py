@@ -1,0 +1,75 @@
+"""pytest-benchmark as a front end: ``pytest bench --benchmark-json=RESULT.json``.
+
+pytest-benchmark times one callable after another, which would let a drift of the machine pass for a difference between
+variants. So all variants of a case are measured together, in interleaved rounds, by :mod:`bench.rows`; each test then
+hands its own samples to pytest-benchmark, whose clock (``replay.clock``) they move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from bench import measure, rows
+from bench.cases import PRECISIONS
+from bench.environment import describe
+from bench.rows import Job
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SECONDS = 2.0
+
+
+class Replay:
+    """A clock that is moved by measured samples."""
+
+    now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def __call__(self, samples: Any) -> None:
+        self.now += next(samples)
+
+
+replay = Replay()
+_measured: dict[tuple[str, ...], dict[str, Job]] = {}
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["splade_kernels"] = describe()
+
+
+def parameters(kind: str) -> list[tuple[str, str, str, Callable[[], list[Job]]]]:
+    """``(case, precision, job, function)`` of everything a kind measures on this device."""
+    from bench.variants import VARIANTS
+
+    found = []
+    for precision in measure.default_precisions(DEVICE):
+        for name, subject in measure.plan(kind, measure.default_cases(kind, DEVICE), DEVICE):
+            for job, make in measure.groups(kind, subject, PRECISIONS[precision], DEVICE, list(VARIANTS)).items():
+                found.append((name, precision, job, make))
+    return found
+
+
+def report(benchmark: Any, case: str, precision: str, job: str, make: Callable[[], list[Job]], variant: str) -> None:
+    """Measure the group once, then play back one variant's samples."""
+    key = (case, precision, job)
+    if key not in _measured:
+        _measured.clear()  # tests of a group follow each other; inputs of the last one are let go
+        with PRECISIONS[precision].settings():
+            made = make()
+            rows.run(made, DEVICE, SECONDS)
+        for one in made:
+            one.steps, one.check = list, None
+        _measured[key] = {one.row.variant: one for one in made}
+    found = _measured[key][variant]
+    benchmark.group = f"{case} {precision} {job}"
+    benchmark.extra_info.update(asdict(found.row))
+    if found.row.status != "measured":
+        (pytest.fail if found.row.status.startswith(("red", "failed")) else pytest.skip)(found.row.status)
+    samples = iter(found.samples)
+    benchmark.pedantic(replay, args=(samples,), rounds=len(found.samples), iterations=1)

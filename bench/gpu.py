@@ -1,0 +1,179 @@
+"""All that needs a GPU, in one go and within nine minutes: tests, sanitizer, benchmarks, report. ``make gpu``.
+
+Every stage has a budget of seconds, a log of its own and results that survive its end by timeout; what a stage leaves
+of its time goes to the next. Nothing is downloaded. The status of each stage is in ``status.json``; the exit status is
+1 when a stage failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KERNEL_TESTS = ("pool", "triton", "autograd", "flops", "modules", "sparsify", "bench")
+# Test files that import a package which a machine without network may lack.
+TEST_NEEDS = {
+    "datasets": ("test_train_example.py", "test_st_trainer.py"),
+    "bm25s": ("test_demo_corpus.py", "test_demo_run.py", "test_demo_vocabulary.py"),
+}
+# Seconds of each; the first one compiles the kernels.
+SANITIZERS = {"memcheck": 40, "racecheck": 20, "initcheck": 20}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# cuBLAS is deterministic only with a fixed workspace, which PyTorch demands in the tests.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+@dataclass
+class Stage:
+    """One command with the seconds it may take; ``needs`` is why it cannot run here, if so."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    needs: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    name: str
+    # "passed", "failed", "timeout" or "not here: …".
+    status: str
+    seconds: float
+    exit_status: int | None = None
+
+
+def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
+    """In the order of their worth: a later one may not get its turn."""
+    pytest = None if importlib.util.find_spec("pytest") else "not here: pytest is not installed"
+    missing = [name for name in TEST_NEEDS if importlib.util.find_spec(name) is None]
+    left_out = {file for name in missing for file in TEST_NEEDS[name]}
+    files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py") if path.name not in left_out)
+    first = [name for name in files if name.split("_")[1].removesuffix(".py") in KERNEL_TESTS]
+
+    def tests(name: str, chosen: Sequence[str], seconds: float) -> Stage:
+        paths = [f"tests/{file}" for file in chosen]
+        command = [
+            python,
+            "-m",
+            "pytest",
+            "-v",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={output}/{name}.xml",
+        ]
+        return Stage(name, command + paths, seconds, pytest, DETERMINISTIC)
+
+    def measure(kind: str, name: str, seconds: float, *options: str) -> Stage:
+        command = [python, "-m", "bench.measure", kind, f"--output={output}/{name}.json", "--seconds=0.5"]
+        return Stage(name, [*command, f"--budget={0.8 * seconds:.0f}", *options], seconds)
+
+    yield tests("tests-kernels", first, 150)
+    for tool, seconds in SANITIZERS.items():
+        yield _sanitizer(tool, seconds, python)
+    two = ("--case", "splade-v3", "dev")
+    yield measure("head", "head-gpu", 110, "--variant", "stock", "sparton", "ours", "--precision", "bf16")
+    yield measure("backward", "backward-gpu", 30, "--precision", "bf16")
+    yield measure("flops", "flops-gpu", 15, "--precision", "bf16", "bf16-autocast")
+    rivals = ("--variant", "stock", "compile", "tiled", "ours", "--precision", "bf16", *two)
+    yield measure("head", "head-gpu-rivals", 40, *rivals)
+    yield measure("head", "head-gpu-precisions", 35, "--precision", "bf16-autocast", "tf32", "float32", *two)
+    # The integrations' models are built on the CPU, where a trainer that sees a GPU would not leave them.
+    others = tests("tests-others", [name for name in files if name not in first], 50)
+    yield replace(others, environment=DETERMINISTIC | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def report_stage(output: Path, python: str = sys.executable) -> Stage:
+    results = [str(path) for path in sorted(output.glob("*.json")) if path.name != "status.json"]
+    command = [python, "-m", "bench.report", *results, f"--output={output}/RESULTS.md"]
+    if importlib.util.find_spec("matplotlib"):
+        command.append(f"--figures={output}")
+    return Stage("report", command, 20, None if results else "not here: no result to report")
+
+
+def run_stage(stage: Stage, logs: Path, seconds: float) -> Outcome:
+    """Run one command in a process group of its own, which ends with it; its log is ``logs/NAME.log``."""
+    if stage.needs:
+        return Outcome(stage.name, stage.needs, 0.0)
+    logs.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with open(logs / f"{stage.name}.log", "w") as log:
+        print("$", *stage.command, file=log, flush=True)
+        process = subprocess.Popen(
+            stage.command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT, **stage.environment},
+            start_new_session=True,
+        )
+        try:
+            status = "passed" if process.wait(timeout=seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    code = None if status == "timeout" else process.returncode
+    return Outcome(stage.name, status, time.monotonic() - begin, code)
+
+
+def run_all(plan: Sequence[Stage], output: Path, seconds: float) -> list[Outcome]:
+    """Run the stages in order; unused time is passed on, and ``status.json`` is written after each."""
+    outcomes: list[Outcome] = []
+    end = time.monotonic() + seconds
+    saved = 0.0
+    for stage in plan:
+        granted = min(stage.seconds + saved, end - time.monotonic())
+        outcome = run_stage(stage, output / "logs", granted) if granted > 0 else Outcome(stage.name, "timeout", 0.0)
+        saved = max(0.0, granted - outcome.seconds)
+        outcomes.append(outcome)
+        (output / "status.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
+        print(f"{outcome.name:20} {outcome.status:10} {outcome.seconds:6.1f} s", flush=True)
+    return outcomes
+
+
+def _sanitizer(tool: str, seconds: float, python: str) -> Stage:
+    places = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
+    found = shutil.which("compute-sanitizer") or (str(places[-1]) if places else None)
+    command = [found or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "bench.sanitize"]
+    # With PyTorch's cache of memory, a read past the end of one tensor lands in another and is not seen.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage(tool, command, seconds, None if found else "not here: compute-sanitizer is not installed", environment)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/gpu"))
+    parser.add_argument("--seconds", type=float, default=535)
+    args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("make gpu: expected a CUDA device, found none")
+    output = args.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    reserve = 20.0
+    outcomes = run_all(list(stages(output)), output, args.seconds - reserve)
+    reported = run_stage(report_stage(output), output / "logs", reserve)
+    bad = [f"{one.name}: {one.status}" for one in [*outcomes, reported] if one.status in ("failed", "timeout")]
+    if bad:
+        raise SystemExit("\n".join([*bad, f"logs: {output / 'logs'}"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Measure one kind of job on the device at hand and write a result file.
+
+    python -m bench.measure head|backward|flops --output RESULT.json [--case dev ...] [--precision bf16 ...]
+
+Every variant is first checked against the truth and against a second run of itself: a red one is not timed. Then all
+variants of a case are timed in interleaved rounds (:mod:`bench.timing`). Extra memory is the peak above inputs, outputs
+and gradients. Running out of memory is a result. The file is rewritten after every case, so that what was measured
+survives an end by timeout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import cases as shapes
+from bench import distributions, jobs, roofline, rows, timing, variants
+from bench.cases import Precision
+from bench.environment import describe
+from bench.rows import Job, Row
+
+SCHEMA = 1
+KINDS = ("head", "backward", "flops")
+CURVES = "curves"
+# Other cases would be scaled to one of these shapes.
+CPU_CASES = (
+    "dev-ragged",
+    "gooaq-question",
+    "gooaq-answer",
+    "query",
+    "splade-v3-ragged",
+    "xlmr-16-ragged",
+    "qwen-ragged",
+    "long-ragged",
+    "dev",
+)
+
+
+def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tuple[str, Any]]:
+    """``(name, case or arguments)`` of a kind on this device; scaled shapes that coincide are measured once."""
+    if kind == "flops":
+        limit = shapes.CPU_FLOPS_ELEMENTS if device.type == "cpu" else None
+        for rows, columns in shapes.FLOPS_SHAPES:
+            if limit is None or rows * columns <= limit:
+                yield f"B{rows}-V{columns}", (rows, columns)
+        return
+    curves = [case for axis in shapes.CURVES for case in shapes.curve_points(axis, device)] if CURVES in names else []
+    chosen = [shapes.CASES[name] for name in names if name != CURVES]
+    seen: set[tuple[str, str]] = set()
+    for case in [*chosen, *curves]:
+        scaled = shapes.for_device(case, device)
+        key = (scaled.shape, scaled.lengths)
+        if scaled.scaled_from is None or key not in seen:
+            seen.add(key)
+            yield case.name, scaled
+
+
+def default_cases(kind: str, device: torch.device) -> list[str]:
+    if kind == "backward":
+        return ["dev", "splade-v3"] if device.type == "cuda" else ["dev"]
+    if device.type == "cpu":
+        return list(CPU_CASES)
+    return [*shapes.CASES, CURVES]
+
+
+def default_precisions(device: torch.device) -> list[str]:
+    return ["bf16", "bf16-autocast", "tf32", "float32"] if device.type == "cuda" else ["float32"]
+
+
+def groups(
+    kind: str, subject: Any, precision: Precision, device: torch.device, names: Sequence[str]
+) -> dict[str, Callable[[], list[Job]]]:
+    """By name, functions that make the jobs to be interleaved with each other."""
+    if kind == "head":
+        return {job: partial(jobs.head, subject, precision, job, device, names) for job in roofline.PASSES}
+    if kind == "flops":
+        shape: tuple[int, int] = subject
+        return {job: partial(jobs.flops, shape, precision, job, device) for job in roofline.PASSES}
+    return {name: partial(jobs.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS}
+
+
+def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.device, seconds: float) -> list[Row]:
+    """Rows of one group."""
+    with precision.settings():
+        measured = rows.run(make(), device, seconds)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return measured
+
+
+def document(kind: str, device: torch.device, precisions: Sequence[str], command: str) -> dict[str, Any]:
+    """A result without rows: where it is measured, and how fast that machine copies and multiplies."""
+    machine = {}
+    for name in precisions:
+        precision = shapes.PRECISIONS[name]
+        with precision.settings():
+            rate = timing.matmul_rate(device, precision.compute_dtype)
+        machine[name] = {"bytes_per_second": timing.copy_rate(device), "operations_per_second": rate}
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "command": command,
+        "environment": describe(),
+        "machine": machine,
+        "rows": [],
+        "left_out": [],
+    }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """In one move, so that an end by timeout leaves the last whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(draft, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--case", nargs="+", choices=[*shapes.CASES, CURVES], help="default: all; 'curves': S, V and B")
+    parser.add_argument("--precision", nargs="+", choices=list(shapes.PRECISIONS))
+    parser.add_argument("--variant", nargs="+", choices=list(variants.VARIANTS), default=list(variants.VARIANTS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=2.0, help="to spend on the rounds of one group")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    names = args.case or default_cases(args.kind, device)
+    precisions = args.precision or default_precisions(device)
+    begin = time.monotonic()
+    options = [word for word in sys.argv[1:] if not word.startswith("--output")]
+    result = document(args.kind, device, precisions, " ".join(["python -m bench.measure", *options]))
+    for precision in (shapes.PRECISIONS[name] for name in precisions):
+        for name, subject in plan(args.kind, names, device):
+            if time.monotonic() - begin > args.budget:
+                result["left_out"].append(f"{name} {precision.name}")
+                continue
+            for job, make in groups(args.kind, subject, precision, device, args.variant).items():
+                try:
+                    measured = measure(make, precision, device, args.seconds)
+                except Exception as error:  # the inputs themselves may not fit
+                    result["left_out"].append(f"{name} {precision.name} {job}: {rows.reason(error)}")
+                    continue
+                result["rows"] += [asdict(row) for row in measured]
+                for row in measured:
+                    print(_line(row), flush=True)
+            write(args.output, result)
+    write(args.output, result)
+    red = [row for row in result["rows"] if row["variant"] == "ours" and row["status"].startswith(("red", "failed"))]
+    if red:
+        raise SystemExit("\n".join(f"{row['case']} {row['precision']} {row['job']}: {row['status']}" for row in red))
+
+
+def _line(row: Row) -> str:
+    time_text = row.status if row.median is None else f"{row.median * 1e3:10.3f} ms {row.clock}"
+    extra = "" if row.extra_bytes is None else f" extra {row.extra_bytes / 2**20:.0f} MiB"
+    return f"{row.case:20} {row.shape:28} {row.precision:14} {row.job:18} {row.variant:16} {time_text}{extra}"
+
+
+if __name__ == "__main__":
+    main()

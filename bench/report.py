@@ -1,0 +1,362 @@
+"""Result files to ``bench/RESULTS.md`` and the README's block; every number in either comes from a file named there.
+
+    python -m bench.report bench/results/*.json [--output bench/RESULTS.md] [--readme README.md] [--figures docs/bench]
+
+A file's ``kind`` chooses its section; a kind without one is shown as a plain table of its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import limits, roofline
+from bench.cases import CASES, GOOAQ, PRECISIONS
+from bench.roofline import Machine, Work
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+NOT_ON_A_GPU = "**Not measured on a GPU yet.**"
+# Beside more work of others than this, in processors, times on a CPU are marked.
+BUSY_PROCESSORS = 0.2
+COLUMNS = ("stock", "compile", "tiled", "sparton", "ours", "matmul-padded", "matmul-real")
+README_CASES = ("gooaq", "dev-ragged", "splade-v3-ragged", "xlmr-16-ragged", "query", "dev", "splade-v3")
+FLOOR_CASES = ("gooaq-question", "gooaq-answer", "dev", "splade-v3", "long", "xlmr-16", "qwen", "query")
+BEGIN, END = "<!-- bench: python -m bench.report bench/results/*.json -->", "<!-- bench end -->"
+
+
+def load(paths: Iterable[Path]) -> list[Result]:
+    """Results with the name of their file; ``bench.resources --json`` writes a bare list of rows, of kind resources."""
+    results = []
+    for path in sorted(paths):
+        content = json.loads(path.read_text())
+        result = {"kind": "resources", "rows": content} if isinstance(content, list) else content
+        results.append(result | {"file": path.name})
+    return results
+
+
+def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
+    """The whole of RESULTS.md."""
+    order = list(SECTIONS)
+    ranked = sorted(results, key=lambda result: order.index(result["kind"]) if result["kind"] in order else 99)
+    parts = [
+        "# Results",
+        "Written by `python -m bench.report bench/results/*.json`; how it is measured: "
+        "[docs/benchmarks.md](../docs/benchmarks.md).",
+    ]
+    if not _on_gpu(results):
+        parts += [NOT_ON_A_GPU + " What a GPU would need at least is computed below, from its datasheet.", floors()]
+    parts += [f"![Cost against one size]({figure})" for figure in figures]
+    parts += [SECTIONS.get(result["kind"], plain_section)(result) for result in ranked]
+    parts.append(limits.section([row for result in results if result["kind"] == "head" for row in result["rows"]]))
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
+    """Forward and backward of the named cases, stock against ours, one table a device."""
+    parts = [BEGIN]
+    if not _on_gpu(results):
+        parts.append(NOT_ON_A_GPU)
+    for result in results:
+        if result["kind"] != "head":
+            continue
+        rows = [
+            row
+            for case, variants in _table(result, _first(result), "forward_backward")
+            for row in _short(case, variants)
+        ]
+        header = ["forward and backward", "stock", "fused", "", "extra memory, stock", "fused"]
+        parts += [table([header, *rows]), caption(result)] if rows else []
+    parts += [f"![Cost against one size]({figure})" for figure in figures]
+    return "\n\n".join([*parts, "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md).", END])
+
+
+def head_section(result: Result) -> str:
+    only_curves = all(row["case"].startswith("curve") for row in result["rows"])
+    parts = [f"## Head{', curves' if only_curves else ''}: {_device(result)}", caption(result)]
+    for precision in result["machine"]:
+        machine = _machine(result, precision)
+        for job in roofline.PASSES:
+            measured = _table(result, precision, job)
+            present = [row for _, variants in measured for row in variants.items()]
+            here = {name for name, row in present if not row["status"].startswith("not here")}
+            names = [name for name in COLUMNS if name in here]
+            rows = [["case", *names, "ours against stock", "against matmul", "roofline / ours"]]
+            for case, variants in measured:
+                ours, floor = variants.get("ours", {}), variants.get("matmul-padded", {})
+                work = _work(ours)
+                rows.append(
+                    [
+                        case,
+                        *(_cell(variants.get(name)) for name in names),
+                        _speedup(variants.get("stock"), ours),
+                        _ratio(ours, floor, "{:.2f}x"),
+                        f"{machine.seconds(work) / ours['median']:.0%}" if work and ours.get("median") else "-",
+                    ]
+                )
+            if measured:
+                parts += [f"### {job.replace('_', ' and ')}, {precision}, milliseconds", table(rows)]
+        parts += _memory(result, precision)
+    parts.append(_checks(result))
+    return "\n\n".join(part for part in parts if part)
+
+
+def backward_section(result: Result) -> str:
+    rows = [["case", "precision", "distribution", "active", "backward, ms", "training forward, ms", "ratio"]]
+    for case, precision, job, variants in _grouped(result["rows"]):
+        ours, forward = variants["ours"], variants.get("training-forward")
+        share = f"{ours['active_share']:.1%}"
+        cells = [_cell(ours), _cell(forward), _ratio(ours, forward, "{:.2f}")]
+        rows.append([case, precision, job.removeprefix("backward-"), share, *cells])
+    return "\n\n".join([f"## Backward alone: {_device(result)}", caption(result), table(rows), _checks(result)])
+
+
+def flops_section(result: Result) -> str:
+    rows = [["rows and columns", "precision", "job", "stock, ms", "ours, ms", "ours, GB/s", "of copy bandwidth"]]
+    for _, precision, job, variants in _grouped(result["rows"], "shape"):
+        ours = variants["ours"]
+        rate = ours["bytes"] / ours["median"] if ours["median"] else 0.0
+        share = rate / result["machine"][precision]["bytes_per_second"]
+        shown = [f"{rate / 1e9:.1f}", f"{share:.0%}"] if job == "forward" and rate else ["-", "-"]
+        rows.append([ours["shape"], precision, job, _cell(variants["stock"]), _cell(ours), *shown])
+    return "\n\n".join([f"## FLOPS regulariser: {_device(result)}", caption(result), table(rows), _checks(result)])
+
+
+def resources_section(result: Result) -> str:
+    """What the compiler made of the kernels for the RTX 3090's architecture."""
+    rows = [["kernel", "dtype", "registers", "spilled bytes", "shared bytes", "tensor cores"]]
+    for row in result["rows"]:
+        if row["arch"] == 86:
+            tensor = ", ".join(name for name in row["instructions"] if name.endswith("MMA")) or "-"
+            rows.append([row["kernel"], row["dtype"], *map(str, (row["registers"], row["spill_bytes"]))])
+            rows[-1] += [str(row["shared_bytes"]), tensor]
+    return f"## Compiled for sm_86 (`python -m bench.resources`, {result['file']})\n\n{table(rows)}"
+
+
+def plain_section(result: Result) -> str:
+    """A kind that has no section of its own: the scalars of its rows."""
+    names = list(dict.fromkeys(k for row in result["rows"] for k, v in row.items() if not isinstance(v, (dict, list))))
+    rows = [names, *([_scalar(row.get(name)) for name in names] for row in result["rows"])]
+    parts = [f"## {result['kind']}: {_device(result)}", caption(result), table(rows) if names else "No rows."]
+    return "\n\n".join(part for part in parts if part)
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {
+    "head": head_section,
+    "backward": backward_section,
+    "flops": flops_section,
+    "training": plain_section,
+    "limits": plain_section,
+    "compaction": plain_section,
+    "resources": resources_section,
+}
+
+
+def floors() -> str:
+    """Computed, not measured: the RTX 3090's datasheet against the work of the named cases."""
+    rows = [["case", "shape", "forward, all tokens real, ms", "forward, real tokens, ms", "binds"]]
+    precision, machine = PRECISIONS["bf16"], roofline.RTX_3090["bf16"]
+    for case in (CASES[name] for name in FLOOR_CASES):
+        works = [roofline.forward(case, precision, count) for count in (case.batch_size * case.length, _real(case))]
+        compute, memory = works[1].operations / machine.operations_per_second, works[1].bytes / machine.bytes_per_second
+        cells = [f"{machine.seconds(work) * 1e3:.3f}" for work in works]
+        rows.append([case.name, case.shape, *cells, "operations" if compute > memory else "bytes"])
+    rates = f"{machine.bytes_per_second / 1e9:.0f} GB/s and {machine.operations_per_second / 1e12:.0f} TFLOP/s"
+    note = f"Floors of the forward in bfloat16 from the datasheet's {rates} (dense, float32 accumulation)."
+    return f"## RTX 3090: computed, not measured\n\n{note}\n\n{table(rows)}"
+
+
+def caption(result: Result) -> str:
+    """Machine, versions, commit, command; and whether the machine was quiet."""
+    environment = result.get("environment")
+    if not environment:
+        return ""
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
+    driver = f", driver {environment['driver']}, CUDA {environment['cuda']}" if environment.get("driver") else ""
+    text = (
+        f"{_device(result)}{driver}; python {environment['python']}, {packages}; commit {environment['commit']}. "
+        f"Command: `{result.get('command', '')}`; file `bench/results/{result['file']}`."
+    )
+    if any(_beside_others(row) for row in result["rows"]):
+        text += f" \\* other programs kept more than {BUSY_PROCESSORS} processors busy meanwhile."
+    if result.get("left_out"):
+        text += f" Left out: {'; '.join(result['left_out'])}."
+    return text
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def replace_block(text: str, block: str) -> str:
+    """The text with what lies between the markers replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"expected the markers {BEGIN!r} and {END!r}")
+    return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
+
+
+def _grouped(rows: Sequence[Row], key: str = "case") -> list[tuple[str, str, str, dict[str, Row]]]:
+    """``(case, precision, job, variants by name)`` in the order of the rows."""
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row[key], row["precision"], row["job"]), {})[row["variant"]] = row
+    return [(*names, variants) for names, variants in found.items()]
+
+
+def _table(result: Result, precision: str, job: str) -> list[tuple[str, dict[str, Row]]]:
+    """Named cases and their variants; a GooAQ step is its two batches together."""
+    found = {
+        case: variants
+        for case, mode, passes, variants in _grouped(result["rows"])
+        if (mode, passes) == (precision, job) and not case.startswith("curve")
+    }
+    if all(name in found for name in GOOAQ):
+        both = [found[name] for name in GOOAQ]
+        found = {"gooaq": {name: _sum([part[name] for part in both]) for name in both[0]}} | found
+    labels = {case: f"{case} ({next(iter(rows.values()))['shape']})" for case, rows in found.items() if case != "gooaq"}
+    return [(labels.get(case, "gooaq (both batches)"), variants) for case, variants in found.items()]
+
+
+def _sum(rows: Sequence[Row]) -> Row:
+    total = {"status": next((row["status"] for row in rows if row["status"] != "measured"), "measured")}
+    for name in ("median", "operations", "bytes"):
+        values = [row[name] for row in rows]
+        total[name] = None if None in values else sum(values)
+    memory = [row["extra_bytes"] for row in rows]
+    busiest = max(rows, key=lambda row: row.get("others") or 0)
+    shared = {"clock": busiest.get("clock"), "others": busiest.get("others")}
+    return total | shared | {"extra_bytes": None if None in memory else max(memory)}
+
+
+def _short(case: str, variants: dict[str, Row]) -> list[list[str]]:
+    if case.split(" ")[0] not in README_CASES or "stock" not in variants:
+        return []
+    stock, ours = variants["stock"], variants["ours"]
+    cells = [f"{_cell(row)} ms" if row.get("median") else _cell(row) for row in (stock, ours)]
+    return [[case, *cells, _speedup(stock, ours), *(_mebibytes(row) for row in (stock, ours))]]
+
+
+def _memory(result: Result, precision: str) -> list[str]:
+    rows = [
+        ["case", *(f"{job.replace('_', ' and ')}, {name}" for job in roofline.PASSES for name in ("stock", "ours"))]
+    ]
+    jobs = [dict(_table(result, precision, job)) for job in roofline.PASSES]
+    for case in jobs[0]:
+        cells = [_mebibytes(job.get(case, {}).get(name)) for job in jobs for name in ("stock", "ours")]
+        if any(cell != "-" for cell in cells):
+            rows.append([case, *cells])
+    return [f"### Peak memory beyond inputs, outputs and gradients, {precision}, MiB", table(rows)] if rows[1:] else []
+
+
+def _checks(result: Result) -> str:
+    ours = [row for row in result["rows"] if row["variant"] == "ours"]
+    repeated = sum(bool(row["repeatable"]) for row in ours)
+    red = [row for row in ours if row["status"].startswith(("red", "failed"))]
+    wrong = [f"{row['case']} {row['precision']} {row['job']}: {row['status']}" for row in red]
+    text = f"Of {len(ours)} results of ours, two runs were identical to the bit in {repeated}; {len(wrong)} were wrong."
+    absent = {row["variant"]: row["status"] for row in result["rows"] if row["status"].startswith("not here")}
+    lines = [f"- {line}" for line in wrong] + [f"- {name} {status}" for name, status in absent.items()]
+    return "\n".join([text, *([""] if lines else []), *lines])
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    if row["median"] is not None:
+        mark = "\\*" if _beside_others(row) else ""
+        return (f"{row['median'] * 1e3:.3g}" if row["median"] < 1 else f"{row['median'] * 1e3:,.0f}") + mark
+    return str(row["status"]).split(":")[0]
+
+
+def _beside_others(row: Row) -> bool:
+    return bool(row.get("clock") == "perf_counter" and (row.get("others") or 0) > BUSY_PROCESSORS)
+
+
+def _ratio(top: Row | None, bottom: Row | None, pattern: str) -> str:
+    if not top or not bottom or top["median"] is None or bottom["median"] is None:
+        return "-"
+    return pattern.format(top["median"] / bottom["median"])
+
+
+def _speedup(stock: Row | None, ours: Row | None) -> str:
+    if not stock or not ours or stock["median"] is None or ours["median"] is None:
+        return "-"
+    ratio = stock["median"] / ours["median"]
+    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+
+
+def _mebibytes(row: Row | None) -> str:
+    return "-" if not row or row.get("extra_bytes") is None else f"{row['extra_bytes'] / 2**20:,.0f} MiB"
+
+
+def _scalar(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _work(row: Row) -> Work | None:
+    return Work(row["operations"], row["bytes"]) if row.get("operations") else None
+
+
+def _machine(result: Result, precision: str) -> Machine:
+    rates = result["machine"][precision]
+    return Machine(_device(result), rates["bytes_per_second"], rates["operations_per_second"])
+
+
+def _real(case: Any) -> int:
+    return int(case.draw_lengths().sum())
+
+
+def _first(result: Result) -> str:
+    return str(next(iter(result["machine"])))
+
+
+def _device(result: Result) -> str:
+    environment = result.get("environment", {})
+    if environment.get("gpu") or "threads" not in environment:
+        return str(environment.get("device", result["file"]))
+    return f"{environment['device']} ({environment['cpu_capability']}), {environment['threads']} threads"
+
+
+def _on_gpu(results: Sequence[Result]) -> bool:
+    return any(result.get("environment", {}).get("gpu") for result in results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, default=Path("bench/RESULTS.md"))
+    parser.add_argument("--readme", type=Path, help="replace the block between its markers")
+    parser.add_argument("--figures", type=Path, help="folder for the plots; needs matplotlib")
+    args = parser.parse_args()
+    results = load(args.results)
+    figures: list[Path] = []
+    if args.figures:
+        from bench.figures import plot_curves
+
+        figures = plot_curves(results, args.figures)
+
+    def links(document: Path) -> list[str]:
+        return [os.path.relpath(path, document.parent) for path in figures]
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(render(results, links(args.output)))
+    if args.readme:
+        args.readme.write_text(replace_block(args.readme.read_text(), readme_block(results, links(args.readme))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Clocks: interleaved rounds, rotated inputs, device events or CUDA graphs.
+
+Every variant is timed once in every round, so that what drifts (clocks, temperature, other programs) meets all of them
+alike. On a GPU one sample walks through several sets of inputs, together larger than the L2 cache, so that none finds
+its operands there. Short steps are captured into a CUDA graph, because launching them takes longer than running them.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Step = Callable[[], object]
+# Steps shorter than this are captured.
+GRAPH_SECONDS = 2e-3
+MAX_ROTATION = 8
+
+
+@dataclass
+class Timed:
+    """Samples in seconds a step, in the order of the rounds."""
+
+    samples: list[float]
+    clock: str
+    # Processors that other programs kept busy meanwhile; beside much of that, times on a CPU mean little.
+    others: float = 0.0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Smallest and largest."""
+        return min(self.samples), max(self.samples)
+
+
+def rotation(bytes_a_set: int, device: torch.device) -> int:
+    """Sets of inputs that together exceed twice the L2 cache; one on a CPU, where the other variants' turns displace
+    what a cache holds."""
+    if device.type == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(MAX_ROTATION, 1 + 2 * cache // max(bytes_a_set, 1)))
+
+
+class Sampler:
+    """One variant's steps, one for each set of inputs, as something that can be timed."""
+
+    def __init__(self, steps: Sequence[Step], device: torch.device):
+        self.steps = steps
+        self.device = device
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            self._run()  # allocates, chooses algorithms
+            if self.sample() < GRAPH_SECONDS:
+                self.graph = self._capture()
+
+    @property
+    def clock(self) -> str:
+        if self.device.type == "cpu":
+            return "perf_counter"
+        return "events" if self.graph is None else "graph"
+
+    def sample(self) -> float:
+        """Seconds a step."""
+        if self.device.type == "cpu":
+            begin = time.perf_counter()
+            self._run()
+            return (time.perf_counter() - begin) / len(self.steps)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        start.record()
+        if self.graph is None:
+            self._run()
+        else:
+            self.graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / len(self.steps)
+
+    def _run(self) -> None:
+        for step in self.steps:
+            step()
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        """None where a step cannot be captured (it syncs, or allocates outside of PyTorch): then events time it."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with torch.cuda.stream(stream):
+                self._run()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._run()
+            graph.replay()
+            torch.cuda.synchronize(self.device)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            torch.cuda.synchronize(self.device)
+            return None
+        return graph
+
+
+def interleave(samplers: dict[str, Sampler], seconds: float, rounds: tuple[int, int] = (3, 20)) -> dict[str, Timed]:
+    """Rounds over all samplers until ``seconds`` have passed, within the bounds of ``rounds``. Nothing warms up here:
+    what is timed has run before, when it was checked."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    begin, everybody, own = time.perf_counter(), _processor_seconds(), time.process_time()
+    for number in range(rounds[1]):
+        if number >= rounds[0] and time.perf_counter() - begin > seconds:
+            break
+        for name, sampler in samplers.items():
+            samples[name].append(sampler.sample())
+    busy = _processor_seconds() - everybody - (time.process_time() - own)
+    others = max(0.0, busy / (time.perf_counter() - begin))
+    return {name: Timed(samples[name], samplers[name].clock, others) for name in samplers}
+
+
+def _processor_seconds() -> float:
+    """Processor seconds of everybody on the machine so far (Linux; elsewhere those of this process)."""
+    try:
+        _, user, nice, system = Path("/proc/stat").read_text().split(maxsplit=4)[:4]
+    except OSError:
+        return time.process_time()
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def copy_rate(device: torch.device, size: int | None = None) -> float:
+    """Bytes a second, read and written, of a large copy on this device."""
+    size = size or (1 << 30 if device.type == "cuda" else 1 << 28)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    sampler = Sampler([lambda: target.copy_(source)], device)
+    sampler.sample()
+    return 2 * size / statistics.median(sampler.sample() for _ in range(5))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Operations a second of a large square matmul on this device, in the settings in force."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    result = torch.empty_like(left)
+    sampler = Sampler([lambda: torch.mm(left, right, out=result)], device)
+    sampler.sample()
+    return 2 * size**3 / statistics.median(sampler.sample() for _ in range(5))
