@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import limits, roofline
+from bench import head_limits, roofline
 from bench.cases import CASES, GOOAQ, PRECISIONS
 from bench.roofline import Machine, Work
 
@@ -53,7 +53,7 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
         parts += [NOT_ON_A_GPU + " What a GPU would need at least is computed below, from its datasheet.", floors()]
     parts += [f"![Cost against one size]({figure})" for figure in figures]
     parts += [SECTIONS.get(result["kind"], plain_section)(result) for result in ranked]
-    parts.append(limits.section([row for result in results if result["kind"] == "head" for row in result["rows"]]))
+    parts.append(head_limits.section([row for result in results if result["kind"] == "head" for row in result["rows"]]))
     return "\n\n".join(parts) + "\n"
 
 

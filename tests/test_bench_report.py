@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import limits, report
+from bench import head_limits, report
 from bench.cases import PRECISIONS, Case
 
 ROOT = Path(__file__).parents[1]
@@ -139,19 +139,19 @@ def test_resources_are_a_bare_list(tmp_path):
 
 def test_limits_by_hand_and_against_measurements():
     case, bf16 = Case("l", 4, 8, hidden_size=2, vocab_size=100), PRECISIONS["bf16"]
-    assert limits.held_bytes(case, bf16) == 2 * (4 * 8 + 100) * 2 * 2 + 2 * 400 * 2
-    assert limits.extra_bytes(case, bf16, "stock") == 3 * 4 * 8 * 100 * 2
-    assert limits.extra_bytes(case, bf16, "ours") == 8 * 400 + (128 << 20)
+    assert head_limits.held_bytes(case, bf16) == 2 * (4 * 8 + 100) * 2 * 2 + 2 * 400 * 2
+    assert head_limits.extra_bytes(case, bf16, "stock") == 3 * 4 * 8 * 100 * 2
+    assert head_limits.extra_bytes(case, bf16, "ours") == 8 * 400 + (128 << 20)
     for variant in ("stock", "ours"):
-        batch = limits.largest_batch(512, 30522, bf16, variant)
+        batch = head_limits.largest_batch(512, 30522, bf16, variant)
         fits, exceeds = (Case("l", size, 512) for size in (batch, batch + 1))
-        assert limits.held_bytes(fits, bf16) + limits.extra_bytes(fits, bf16, variant) <= 24 << 30
-        assert limits.held_bytes(exceeds, bf16) + limits.extra_bytes(exceeds, bf16, variant) > 24 << 30
-    assert "not been held against a measurement" in limits.section([])
+        assert head_limits.held_bytes(fits, bf16) + head_limits.extra_bytes(fits, bf16, variant) <= 24 << 30
+        assert head_limits.held_bytes(exceeds, bf16) + head_limits.extra_bytes(exceeds, bf16, variant) > 24 << 30
+    assert "not been held against a measurement" in head_limits.section([])
     formula = 3 * 32 * 128 * 30522 * 2
     rows = [row("dev", "stock", 1.0, "forward_backward", extra_bytes=formula // 2)]
     rows.append(row("dev", "ours", 1.0, "forward_backward", extra_bytes=0))
-    assert "stock 0.50 to 0.50 in 1 cases, fused (a bound) at most 0.00 in 1." in limits.section(rows)
+    assert "stock 0.50 to 0.50 in 1 cases, fused (a bound) at most 0.00 in 1." in head_limits.section(rows)
 
 
 def test_the_block_between_the_markers_is_replaced():

@@ -60,7 +60,7 @@ def section(rows: Sequence[dict[str, Any]]) -> str:
             largest_batch(length, size, precision, name) for size in (30522, 250002) for name in ("stock", "ours")
         ]
         cells.append([str(length), *(f"{batch:,}" for batch in batches)])
-    formula = f"Forward and backward, {precision.name}, hidden size 768, by the formula of `bench/limits.py`."
+    formula = f"Forward and backward, {precision.name}, hidden size 768, by the formula of `bench/head_limits.py`."
     title = "## Largest batch of the head alone in 24 GiB: computed"
     return "\n\n".join([title, f"{formula} {_check(rows)}", table(cells)])
 
