@@ -85,7 +85,7 @@ def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
     for tool, seconds in SANITIZERS.items():
         yield _sanitizer(tool, seconds, python)
     two = ("--case", "splade-v3", "dev")
-    yield measure("head", "head-gpu", 110, "--variant", "stock", "sparton", "ours", "--precision", "bf16")
+    yield measure("head", "head-gpu", 110, "--variant", "stock", "sparton", "rival", "ours", "--precision", "bf16")
     yield measure("backward", "backward-gpu", 30, "--precision", "bf16")
     yield measure("flops", "flops-gpu", 15, "--precision", "bf16", "bf16-autocast")
     rivals = ("--variant", "stock", "compile", "tiled", "ours", "--precision", "bf16", *two)

@@ -43,7 +43,7 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
 
     jobs = []
     for name in names:
-        reason = variants.why_not(name, device)
+        reason = variants.why_not(name, device, training)
         mine = replace(row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
         make = variants.VARIANTS[name].make
         weigh = weigher(case, precision, name, training, device)

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 NOT_ON_A_GPU = "**Not measured on a GPU yet.**"
 # Beside more work of others than this, in processors, times on a CPU are marked.
 BUSY_PROCESSORS = 0.2
-COLUMNS = ("stock", "compile", "tiled", "sparton", "ours", "matmul-padded", "matmul-real")
+COLUMNS = ("stock", "compile", "tiled", "sparton", "rival", "ours", "matmul-padded", "matmul-real")
 README_CASES = ("gooaq", "dev-ragged", "splade-v3-ragged", "xlmr-16-ragged", "query", "dev", "splade-v3")
 FLOOR_CASES = ("gooaq-question", "gooaq-answer", "dev", "splade-v3", "long", "xlmr-16", "qwen", "query")
 BEGIN, END = "<!-- bench: python -m bench.report bench/results/*.json -->", "<!-- bench end -->"

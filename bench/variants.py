@@ -70,12 +70,32 @@ def sparton(training: bool) -> Head:
     return head
 
 
+def rival(training: bool) -> Head:
+    """The forward in which a program owns a sequence (:mod:`bench.rival`), with the tiles of ours, fetched by pointers."""
+    from bench.rival import max_pool_forward
+    from splade_kernels.backends.pooling import PoolingCall
+    from splade_kernels.backends.triton.common import dot_precision
+    from splade_kernels.backends.triton.tuning import architecture, matmul_config
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        batch, length, _ = hidden.shape
+        cast = torch.is_autocast_enabled(hidden.device.type)
+        dtype = torch.get_autocast_dtype(hidden.device.type) if cast else hidden.dtype
+        vocab_size, hidden_size = weight.shape
+        config = matmul_config(architecture(hidden.device), hidden_size, vocab_size, dtype, dot_precision(dtype))
+        call = PoolingCall(batch, mask, None, length, "max", "relu", dtype, torch.float32 if cast else dtype)
+        return max_pool_forward(call, hidden.flatten(0, 1), weight, bias, config)[0]
+
+    return head
+
+
 @dataclass(frozen=True)
 class Variant:
-    """``make(training)`` gives the head. ``on_cpu``: whether it means anything there."""
+    """``make(training)`` gives the head. ``on_cpu``: whether it means anything there. ``trains``: has a backward."""
 
     make: Callable[[bool], Head]
     on_cpu: bool = True
+    trains: bool = True
 
 
 VARIANTS: dict[str, Variant] = {
@@ -84,14 +104,17 @@ VARIANTS: dict[str, Variant] = {
     # On a CPU this is what "ours" is.
     "tiled": Variant(partial(ours, backend="torch"), on_cpu=False),
     "sparton": Variant(sparton, on_cpu=False),
+    "rival": Variant(rival, on_cpu=False, trains=False),
     "ours": Variant(ours),
 }
 # Floors, forward only: the same product without anything after it, of all tokens and of the real ones.
 MATMULS = ("matmul-padded", "matmul-real")
 
 
-def why_not(name: str, device: torch.device) -> str | None:
+def why_not(name: str, device: torch.device, training: bool) -> str | None:
     """Why a variant cannot be measured here, or None."""
+    if training and not VARIANTS[name].trains:
+        return "forward only"
     if device.type == "cpu" and not VARIANTS[name].on_cpu:
         return "for GPUs only"
     if name == "sparton" and importlib.util.find_spec("sparton") is None:
