@@ -17,12 +17,13 @@ constexpr int kWord = 32;
 
 SK_HOST_DEVICE constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// A binary floating-point format by its bits; INFINITY is the pattern of +inf.
+// A binary floating-point format by its bits; INFINITY_BITS is the pattern of +inf.
 template <class B, B INFINITY_BITS>
 struct Format {
   using Bits = B;
   static constexpr int kBits = std::numeric_limits<Bits>::digits;
   static constexpr Bits kSign = static_cast<Bits>(Bits{1} << (kBits - 1));
+  static constexpr Bits kLargestKey = std::numeric_limits<Bits>::max();
 
   // Neither 0 nor -0; NaN is not zero, whatever its payload, and no flush-to-zero mode has a say.
   SK_HOST_DEVICE static constexpr bool nonzero(Bits bits) { return static_cast<Bits>(bits << 1) != 0; }
@@ -30,7 +31,7 @@ struct Format {
   // Unsigned integers in the order of the values: NaN, of either sign, above +inf. 0 is no entry's key.
   SK_HOST_DEVICE static constexpr Bits key(Bits bits) {
     const Bits magnitude = static_cast<Bits>(bits & static_cast<Bits>(~kSign));
-    if (magnitude > INFINITY_BITS) return std::numeric_limits<Bits>::max();
+    if (magnitude > INFINITY_BITS) return kLargestKey;
     return static_cast<Bits>((bits & kSign) != 0 ? ~bits : bits | kSign);
   }
 

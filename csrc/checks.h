@@ -56,15 +56,13 @@ void with_format(ScalarType dtype, Function&& f) {
   }
 }
 
-// f with a value of the type of an integer dtype.
-template <class Function>
-void with_integer(const char* name, ScalarType dtype, ScalarType narrow, ScalarType wide, Function&& f) {
+// f with a value of the type of an integer dtype, one of two.
+template <class Narrow, class Wide, class Function>
+void with_integer(const char* name, ScalarType dtype, Function&& f) {
+  constexpr ScalarType narrow = torch::headeronly::CppTypeToScalarType<Narrow>::value;
+  constexpr ScalarType wide = torch::headeronly::CppTypeToScalarType<Wide>::value;
   STD_TORCH_CHECK(dtype == narrow || dtype == wide, name, ": expected ", narrow, " or ", wide, ", got ", dtype);
-  switch (dtype) {
-    case ScalarType::Short: return f(int16_t{});
-    case ScalarType::Int: return f(int32_t{});
-    default: return f(int64_t{});
-  }
+  return dtype == narrow ? f(Narrow{}) : f(Wide{});
 }
 
 }  // namespace splade_kernels

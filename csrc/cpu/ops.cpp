@@ -30,8 +30,8 @@ std::tuple<Tensor, Tensor, Tensor> bucket_by_token(Tensor argmax, Tensor grad, T
   uint32_t* p_values = data_of<uint32_t>(values);
   const int64_t argmax_stride = argmax.stride(1), grad_stride = grad.stride(1), edge_stride = edges.stride(0);
 
-  with_integer("edges", edges.scalar_type(), ScalarType::Int, ScalarType::Long, [&](auto edge) {
-    with_integer("argmax", argmax.scalar_type(), ScalarType::Short, ScalarType::Int, [&](auto position) {
+  with_integer<int32_t, int64_t>("edges", edges.scalar_type(), [&](auto edge) {
+    with_integer<int16_t, int32_t>("argmax", argmax.scalar_type(), [&](auto position) {
       using Position = decltype(position);
       const auto* p_edges = static_cast<const decltype(edge)*>(edges.const_data_ptr());
       torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
