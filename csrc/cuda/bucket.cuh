@@ -153,7 +153,7 @@ union PlaceMemory {
 };
 
 template <class Position, class Edge>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     place_kernel(BucketInput<Position, Edge> in, int32_t* places, int32_t* words, uint32_t* values) {
   __shared__ PlaceMemory memory;
   __shared__ int32_t shift[kPassTokens];  // from a place in the sorted tile to one in the sequence's words

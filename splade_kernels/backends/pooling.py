@@ -40,9 +40,13 @@ class PoolingCall:
 
     def sequence_starts(self, device: torch.device) -> Tensor:
         """``[B]`` int32 row at which each sequence begins in the flat hidden states."""
+        return self.sequence_edges(device)[:-1].to(torch.int32)
+
+    def sequence_edges(self, device: torch.device) -> Tensor:
+        """``[B + 1]`` row at which each sequence begins in the flat hidden states, and the end of the last."""
         if self.cu_seqlens is not None:
-            return self.cu_seqlens[:-1].to(torch.int32)
-        return torch.arange(self.batch_size, device=device, dtype=torch.int32) * self.max_seqlen
+            return self.cu_seqlens
+        return torch.arange(self.batch_size + 1, device=device, dtype=torch.int32) * self.max_seqlen
 
     def real_rows(self) -> tuple[Tensor, Tensor]:
         """Flat rows of the real tokens in order, and ``[B]`` real tokens per sequence (syncs: for a CPU)."""
