@@ -41,7 +41,18 @@ def cpp_command(sources: list[str], output: str, torch: Path) -> list[str]:
     compiler = os.environ.get("CXX", "c++")
     includes = ["-isystem", str(torch / "include")]
     link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
-    return [compiler, *COMMON_FLAGS, *WARNINGS, "-fPIC", "-fvisibility=hidden", *includes, *sources, "-o", output, *link]
+    return [
+        compiler,
+        *COMMON_FLAGS,
+        *WARNINGS,
+        "-fPIC",
+        "-fvisibility=hidden",
+        *includes,
+        *sources,
+        "-o",
+        output,
+        *link,
+    ]
 
 
 def nvcc_command(nvcc: str, sources: list[str], output: str, torch: Path, *extra: str) -> list[str]:

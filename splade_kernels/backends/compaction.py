@@ -39,7 +39,6 @@ def bucket_by_token(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> t
     if is_compiled(grad.device):
         result: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_kernels_csrc.bucket_by_token(argmax, grad, edges, rows)
         return result
-    count, vocab_size = grad.shape
     edges = edges.to(torch.int64)
     starts = (edges[:-1] - edges[0])[:, None]
     ends = edges[1:, None] - edges[0]
