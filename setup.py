@@ -144,6 +144,9 @@ class BuildExtensions(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
+        newest = max(Path(path).stat().st_mtime for path in (__file__, *ext.depends))
+        if not self.force and output.exists() and output.stat().st_mtime > newest:
+            return
         torch = torch_folder()
         assert torch is not None
         nvcc = find_nvcc() if "cuda" in ext.name else None

@@ -20,7 +20,7 @@ TORCH = setup.torch_folder()
 
 cxx = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler: {CXX} was not found")
 nvcc = pytest.mark.skipif(
-    setup.find_nvcc() is None, reason="NO NVCC: the CUDA code was not compiled for any architecture"
+    setup.find_nvcc() is None, reason="NO NVCC: the CUDA code was compiled for no architecture"
 )
 
 
@@ -103,9 +103,7 @@ def test_a_build_without_a_working_compiler_succeeds_and_says_so(tmp_path, broke
     )
     assert done.returncode == 0, done.stderr
     assert re.search(rf"\*\nsplade-kernels: .*{said}", done.stderr)
-    assert (tmp_path / "build/lib/splade_kernels/ops.py").exists() or list(
-        tmp_path.glob("build/lib*/splade_kernels/ops.py")
-    )
+    assert list(tmp_path.glob("build/lib*/splade_kernels/ops.py"))
     assert not list(tmp_path.rglob("*.so"))
     # At run time: silent, complete, and the reason where it is asked for.
     code = (
