@@ -71,7 +71,9 @@ def check(args: argparse.Namespace) -> None:
     ours, theirs = compaction.bucket_by_token(*bucket), pytorch(compaction.bucket_by_token, *bucket)
     place = torch.arange(args.vocab_size, device=embeddings.device)
     specified = (place < (embeddings != 0).sum(dim=1, keepdim=True)).view(-1)
-    pairs.append(((ours[0], ours[1][specified], ours[2][specified]), (theirs[0], theirs[1][specified], theirs[2][specified])))
+    pairs.append(
+        ((ours[0], ours[1][specified], ours[2][specified]), (theirs[0], theirs[1][specified], theirs[2][specified]))
+    )
     if not all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True)):
         raise SystemExit("the compiled operators and PyTorch's disagree")
 
