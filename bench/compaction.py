@@ -65,7 +65,7 @@ def check(args: argparse.Namespace) -> None:
     embeddings, argmax, edges = inputs(args)
     csr = embeddings.to_sparse_csr()
     stock = (csr.crow_indices(), csr.col_indices(), csr.values())
-    pairs = [(compaction.sparsify(embeddings, None), stock)]
+    pairs: list[tuple[Result, Result]] = [(compaction.sparsify(embeddings, None), stock)]
     pairs.append((compaction.sparsify(embeddings, args.k), pytorch(compaction.sparsify, embeddings, args.k)))
     bucket = (argmax, embeddings, edges, args.rows * args.length)
     ours, theirs = compaction.bucket_by_token(*bucket), pytorch(compaction.bucket_by_token, *bucket)
