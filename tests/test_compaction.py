@@ -224,7 +224,7 @@ def test_sparsify(fallback, device, dtype, count):
 
 
 @pytest.mark.parametrize("route", ["compiled", "fallback"])
-@pytest.mark.parametrize("count", [None, 5, 9999])
+@pytest.mark.parametrize("count", [None, 1, 5, 31, 200, 432, 9999])
 def test_the_bounded_form_begins_like_the_exact_one(fallback, route, count):
     if route == "compiled" and not compaction.is_compiled(torch.device("cpu")):
         pytest.skip(f"csrc: {compaction.why_not_compiled()}")
@@ -274,6 +274,7 @@ def test_operators_are_registered_correctly():
     embeddings = dense_case().nan_to_num()
     counts, mask = csrc.active_mask(embeddings, 9)
     crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    opcheck(csrc.sparsify.default, (embeddings, 9))
     opcheck(csrc.active_mask.default, (embeddings, 9))
     opcheck(csrc.gather_active.default, (embeddings, crow, mask, int(crow[-1])))
     argmax = torch.zeros(2, 3, dtype=torch.int16)

@@ -49,6 +49,48 @@ std::tuple<Tensor, Tensor, Tensor> bucket_by_token(Tensor argmax, Tensor grad, T
   return {bounds, words, values};
 }
 
+std::tuple<Tensor, Tensor, Tensor> sparsify(Tensor embeddings, int64_t count) {
+  check_mask(embeddings, count);
+  const int64_t rows = embeddings.size(0), vocab_size = embeddings.size(1), stride = embeddings.stride(1);
+  Tensor crow = torch::stable::new_zeros(embeddings, {rows + 1}, ScalarType::Long), col, values;
+  int64_t* p_crow = data_of<int64_t>(crow);
+  with_format(embeddings.scalar_type(), [&](auto format) {
+    using F = decltype(format);
+    using Bits = typename F::Bits;
+    // What a thread found in its share of the rows, under its first row. Gathered while the row is in the cache: a
+    // second visit, when all counts are known, costs as much as the first.
+    struct Share {
+      std::vector<int64_t> columns;
+      std::vector<Bits> values;
+    };
+    std::vector<Share> shares(static_cast<size_t>(rows));
+    torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
+      std::vector<uint32_t> mask(static_cast<size_t>(divide_up(vocab_size, kWord)));
+      std::vector<Bits> keys;
+      Share& share = shares[static_cast<size_t>(first)];
+      for (int64_t b = first; b < last; ++b) {
+        const Row<Bits> row{row_of<Bits>(embeddings, b), stride};
+        const int64_t kept = mask_row<F>(row, vocab_size, count, mask.data(), keys);
+        const auto found = static_cast<int64_t>(share.columns.size());
+        share.columns.resize(static_cast<size_t>(found + kept));
+        share.values.resize(static_cast<size_t>(found + kept));
+        gather_row<Bits>(
+            row, vocab_size, mask.data(), found, found + kept, share.columns.data(), share.values.data());
+        p_crow[b + 1] = kept;
+      }
+    });
+    for (int64_t b = 0; b < rows; ++b) p_crow[b + 1] += p_crow[b];
+    col = torch::stable::new_empty(embeddings, {p_crow[rows]}, ScalarType::Long);
+    values = torch::stable::new_empty(embeddings, {p_crow[rows]});
+    for (int64_t b = 0; b < rows; ++b) {
+      const Share& share = shares[static_cast<size_t>(b)];
+      std::copy(share.columns.begin(), share.columns.end(), data_of<int64_t>(col) + p_crow[b]);
+      std::copy(share.values.begin(), share.values.end(), data_of<Bits>(values) + p_crow[b]);
+    }
+  });
+  return {crow, col, values};
+}
+
 std::tuple<Tensor, Tensor> active_mask(Tensor embeddings, int64_t count) {
   check_mask(embeddings, count);
   const int64_t rows = embeddings.size(0), vocab_size = embeddings.size(1), stride = embeddings.stride(1);
@@ -95,6 +137,7 @@ std::tuple<Tensor, Tensor> gather_active(Tensor embeddings, Tensor crow, Tensor 
 
 STABLE_TORCH_LIBRARY_IMPL(splade_kernels_csrc, CPU, library) {
   library.impl("bucket_by_token", TORCH_BOX(&bucket_by_token));
+  library.impl("sparsify", TORCH_BOX(&sparsify));
   library.impl("active_mask", TORCH_BOX(&active_mask));
   library.impl("gather_active", TORCH_BOX(&gather_active));
 }

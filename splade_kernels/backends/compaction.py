@@ -64,6 +64,9 @@ def sparsify(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, T
     """
     count = _limit(embeddings, max_active_dims)
     if is_compiled(embeddings.device):
+        if embeddings.device.type == "cpu":
+            result: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_kernels_csrc.sparsify(embeddings, max(count, 1))
+            return result
         counts, mask = torch.ops.splade_kernels_csrc.active_mask(embeddings, max(count, 1))
         crow = _row_pointers(counts)
         return crow, *torch.ops.splade_kernels_csrc.gather_active(embeddings, crow, mask, int(crow[-1]))
@@ -145,7 +148,12 @@ def _register_fakes() -> None:
     def gather_active(embeddings: Tensor, crow: Tensor, mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         return embeddings.new_empty(capacity, dtype=torch.int64), embeddings.new_empty(capacity)
 
-    for fake in (bucket_by_token, active_mask, gather_active):
+    def sparsify(embeddings: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        nonzeros = torch.library.get_ctx().new_dynamic_size()
+        col = embeddings.new_empty(nonzeros, dtype=torch.int64)
+        return embeddings.new_empty(embeddings.shape[0] + 1, dtype=torch.int64), col, embeddings.new_empty(nonzeros)
+
+    for fake in (bucket_by_token, sparsify, active_mask, gather_active):
         torch.library.register_fake(f"splade_kernels_csrc::{fake.__name__}", fake)
 
 
