@@ -7,15 +7,15 @@ TORCH_INDEX ?=
 RUN := $(VENV)/bin/python
 OUT ?= outputs/gpu
 
-.PHONY: demo test gpu lint format types clean
+.PHONY: demo test gpu lint format types extension clean
 .DEFAULT_GOAL := test
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.ready extension
 	$(RUN) -m examples.demo
 
 # Two processes: Triton's interpreter, in which every kernel runs on the CPU, is on for all of a process or not at all,
 # and nothing can be compiled where it is on.
-test: $(VENV)/.ready
+test: $(VENV)/.ready extension
 	TRITON_INTERPRET=1 $(RUN) -m pytest --ignore=tests/test_resources.py --ignore=tests/test_triton_specialization.py
 	$(RUN) -m pytest tests/test_resources.py tests/test_triton_specialization.py
 
@@ -28,6 +28,10 @@ gpu:
 		fi; \
 	done; \
 	echo "make gpu: no PyTorch that sees a CUDA device, neither in $(PYTHON) nor in $(RUN)" >&2; exit 1
+
+# Optional: without a compiler this says so and succeeds, and everything runs on PyTorch's own operations.
+extension: $(VENV)/.ready
+	$(RUN) setup.py -q build_ext --inplace
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
@@ -50,4 +54,4 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info splade_kernels/*.so outputs .pytest_cache .mypy_cache .ruff_cache

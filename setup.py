@@ -1,5 +1,176 @@
-"""Metadata lives in pyproject.toml. This file is where the optional compiled extension will be declared."""
+"""Metadata lives in pyproject.toml. Here: the compiled operators of ``csrc/``, which are optional.
 
-from setuptools import setup
+    pip install --no-build-isolation .          builds them: torch and a C++20 compiler have to be there already
+    python setup.py build_ext --inplace         the same in a clone
 
-setup()
+``splade_kernels/_csrc.so`` holds the schemas and the CPU code, ``_csrc_cuda<major>.so`` the CUDA code, built where
+torch is a CUDA build and nvcc is of the same major version, or with ``FORCE_CUDA=1``. ``TORCH_CUDA_ARCH_LIST`` names
+the architectures, ``CXX`` and ``CUDA_HOME`` the compilers. They are on PyTorch's stable ABI and use nothing of
+Python's: one build serves every PyTorch from 2.10 on and every Python. What cannot be built is left out, saying so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+COMMON_FLAGS = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020A000000000000ULL")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
+CPU = Extension("splade_kernels._csrc", [str(CSRC / "schema.cpp"), str(CSRC / "cpu/ops.cpp")])
+
+
+def torch_folder() -> Path | None:
+    """Where PyTorch is, without importing it; None if it is not."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def cpp_command(sources: list[str], output: str, torch: Path) -> list[str]:
+    compiler = os.environ.get("CXX", "c++")
+    includes = ["-isystem", str(torch / "include")]
+    link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    return [
+        compiler,
+        *COMMON_FLAGS,
+        *WARNINGS,
+        "-fPIC",
+        "-fvisibility=hidden",
+        *includes,
+        *sources,
+        "-o",
+        output,
+        *link,
+    ]
+
+
+def nvcc_command(nvcc: str, sources: list[str], output: str, torch: Path, *extra: str) -> list[str]:
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES
+    host = ["-Xcompiler", ",".join(("-fPIC", "-fvisibility=hidden", *WARNINGS))]
+    link = ["-shared", "-cudart", "shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    includes = ["-isystem", str(torch / "include")]
+    return [
+        nvcc,
+        *COMMON_FLAGS,
+        *gencode(architectures),
+        *("--threads", "0"),
+        *host,
+        *includes,
+        *extra,
+        *sources,
+        *("-o", output),
+        *link,
+    ]
+
+
+def gencode(architectures: str) -> list[str]:
+    """nvcc's flags for a list like ``8.6;9.0a;12.0+PTX``: machine code for each, and PTX where asked for."""
+    flags = []
+    for name in re.split(r"[;,\s]+", architectures.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+[a-z]?)(\+PTX)?", name)
+        if match is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected entries like 8.6 or 12.0+PTX, got {name!r}")
+        number = match[1] + match[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def cuda_major_of_torch(torch: Path) -> str | None:
+    match = re.search(r"^cuda\b[^=]*= '(\d+)\.", (torch / "version.py").read_text(), re.MULTILINE)
+    return match[1] if match else None
+
+
+def cuda_major_of_nvcc(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)\.", text)
+    return match[1] if match else "unknown"
+
+
+def extensions() -> list[Extension]:
+    """What can be built here."""
+    torch = torch_folder()
+    if torch is None:
+        say(
+            "PyTorch is not there at build time (pip isolates builds), so the compiled operators are left out. With "
+            "them: install torch, setuptools and a C++20 compiler, then `pip install --no-build-isolation .`"
+        )
+        return []
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        say("no C++ compiler (CXX, c++) was found: the compiled operators are left out")
+        return []
+    found = [CPU]
+    nvcc, wanted = find_nvcc(), cuda_major_of_torch(torch)
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if wanted is None and not forced:
+        return found
+    if nvcc is None:
+        say("no nvcc (CUDA_HOME, PATH) was found: the compiled operators are for CPU tensors only")
+    elif not forced and cuda_major_of_nvcc(nvcc) != wanted:
+        say(
+            f"nvcc is of CUDA {cuda_major_of_nvcc(nvcc)}, PyTorch of CUDA {wanted}: the compiled operators are for CPU "
+            "tensors only"
+        )
+    else:
+        found.append(Extension(f"splade_kernels._csrc_cuda{cuda_major_of_nvcc(nvcc)}", [str(CSRC / "cuda/ops.cu")]))
+    return found
+
+
+def say(message: str) -> None:
+    print(f"\n{'*' * 80}\nsplade-kernels: {message}\n{'*' * 80}\n", file=sys.stderr, flush=True)
+
+
+class BuildExtensions(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"  # no suffix of this Python: nothing of it is used
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        newest = max(Path(path).stat().st_mtime for path in (__file__, *ext.depends))
+        if not self.force and output.exists() and output.stat().st_mtime > newest:
+            return
+        torch = torch_folder()
+        assert torch is not None
+        nvcc = find_nvcc() if "cuda" in ext.name else None
+        command = (
+            cpp_command(ext.sources, str(output), torch)
+            if nvcc is None
+            else nvcc_command(nvcc, ext.sources, str(output), torch)
+        )
+        print(" ".join(command), file=sys.stderr, flush=True)
+        done = subprocess.run(command)
+        if done.returncode != 0:
+            output.unlink(missing_ok=True)
+            say(f"{ext.name} could not be built (above is why) and is left out: PyTorch's operations do its work")
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if self.distribution.ext_modules else (python, abi, platform)
+
+
+if __name__ == "__main__":
+    found = extensions()
+    for extension in found:
+        extension.optional = True
+        extension.depends = [str(path) for path in CSRC.rglob("*.*")]
+    setup(ext_modules=found, cmdclass={"build_ext": BuildExtensions, "bdist_wheel": Wheel})

@@ -145,24 +145,8 @@ def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tenso
             raise TypeError(f"max_active_dims: expected an int or None, got {type(max_active_dims).__name__}")
         if max_active_dims < 1:
             raise ValueError(f"max_active_dims: expected at least 1, got {max_active_dims}")
-    embeddings = embeddings.detach()
-    kept = embeddings != 0
-    if max_active_dims is not None and max_active_dims < embeddings.shape[1]:
-        kept &= _largest(embeddings, max_active_dims)
-    rows, columns = kept.nonzero(as_tuple=True)
-    crow = torch.nn.functional.pad(kept.sum(dim=1).cumsum(0), (1, 0))
-    return torch.sparse_csr_tensor(
-        crow, columns, embeddings[rows, columns], size=embeddings.shape, check_invariants=False
-    )
-
-
-def _largest(embeddings: Tensor, count: int) -> Tensor:
-    """Mask of each row's ``count`` largest entries; ``topk`` alone leaves the choice among ties open."""
-    smallest = embeddings.topk(count, dim=1).values[:, -1:]
-    above = (embeddings > smallest) | (embeddings.isnan() & ~smallest.isnan())
-    tied = (embeddings == smallest) | (embeddings.isnan() & smallest.isnan())
-    places = count - above.sum(dim=1, keepdim=True)
-    return above | (tied & (tied.cumsum(dim=1) <= places))
+    crow, col, values = ops.sparsify(embeddings.detach(), max_active_dims)
+    return torch.sparse_csr_tensor(crow, col, values, size=embeddings.shape, check_invariants=False)
 
 
 def _check_sequences(

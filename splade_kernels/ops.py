@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends import compaction
 from .backends.pooling import PoolingCall, argmax_dtype
 
 _library = torch.library.Library("splade_kernels", "DEF")
@@ -169,6 +170,19 @@ def _flops_value_fake(statistics: Tensor) -> tuple[Tensor, Tensor]:
     return statistics.new_empty(()), statistics.new_empty(statistics.shape[0] - 1)
 
 
+def _sparsify(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``crow [B + 1]``, ``col [nnz]`` int64 and ``values [nnz]``; on a device the host waits for the count."""
+    with _isolated(embeddings):
+        return compaction.sparsify(embeddings, max_active_dims)
+
+
+def _sparsify_fake(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    nonzeros = torch.library.get_ctx().new_dynamic_size()
+    rows = embeddings.shape[0]
+    crow = embeddings.new_empty(rows + 1, dtype=torch.int64)
+    return crow, embeddings.new_empty(nonzeros, dtype=torch.int64), embeddings.new_empty(nonzeros)
+
+
 def _statistics_dtype(embeddings: Tensor) -> torch.dtype:
     return torch.promote_types(embeddings.dtype, torch.float32)
 
@@ -205,8 +219,15 @@ _define(
 _define("flops_sums", "(Tensor embeddings, float? threshold) -> (Tensor, Tensor)", _flops_sums, _flops_sums_fake)
 
 _define("flops_value", "(Tensor statistics) -> (Tensor, Tensor)", _flops_value, _flops_value_fake)
+_define(
+    "sparsify",
+    "(Tensor embeddings, SymInt? max_active_dims) -> (Tensor crow, Tensor col, Tensor values)",
+    _sparsify,
+    _sparsify_fake,
+)
 
 pool_forward = torch.ops.splade_kernels.pool_forward.default
 pool_backward = torch.ops.splade_kernels.pool_backward.default
 flops_sums = torch.ops.splade_kernels.flops_sums.default
 flops_value = torch.ops.splade_kernels.flops_value.default
+sparsify = torch.ops.splade_kernels.sparsify.default

@@ -1,23 +1,178 @@
-"""Active entries in the order of their tokens."""
+"""Data-dependent compaction: the compiled operators of ``csrc/``, or PyTorch's with the identical result.
+
+Nothing is loaded before the first call. The compiled operators serve the devices they were built for; everything else
+takes PyTorch's own operations, which are slower and return the same bytes. No function here makes the host wait for a
+device, except :func:`sparsify`, whose result has the exact size.
+"""
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+_PACKAGE = Path(__file__).parents[1]
+_BUILD = "build it in a clone with `python setup.py build_ext --inplace`, or `pip install --no-build-isolation .`"
 
 
 def bucket_by_token(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Active entries by row: ``bounds [rows, 2]``, ``words [n · V]`` int32, ``values [n · V]``.
+    """The active entries of each sequence, ordered by token and by vocabulary id inside a token.
 
-    Row r has the entries ``bounds[r, 0] <= e < bounds[r, 1]``, vocabulary ids ascending.
+    Entry ``(b, v)`` is active if ``grad[b, v] != 0`` (NaN is) and ``0 <= argmax[b, v] < edges[b + 1] - edges[b]``; it
+    belongs to row ``edges[b] - edges[0] + argmax[b, v]``.
+
+    Args:
+        argmax: ``[n, V]`` int16 or int32, position of the winning token in its sequence; any strides.
+        grad: ``[n, V]`` float32; any strides.
+        edges: ``[n + 1]`` int32 or int64, non-decreasing: the row at which each sequence begins, and the end.
+        rows: bound on ``edges[n] - edges[0]`` that the host knows. Entries of later rows are left out.
+
+    Returns:
+        ``(bounds, words, values)``: row r has the entries ``bounds[r, 0]`` to ``bounds[r, 1] - 1``; ``[rows, 2]`` int64
+        (``n · V`` may exceed 2^31), both 0 for a row without entries. ``words`` ``[n · V]`` int32 vocabulary ids and
+        ``values`` ``[n · V]`` float32: sequence b's from ``b · V`` on, without gaps; what follows them up to
+        ``(b + 1) · V`` is unspecified.
     """
-    vocab_size = grad.shape[1]
+    if is_compiled(grad.device):
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_kernels_csrc.bucket_by_token(argmax, grad, edges, rows)
+        return result
     edges = edges.to(torch.int64)
-    position = argmax.to(torch.int64)
-    row = position + (edges[:-1] - edges[0])[:, None]
-    active = (grad != 0) & (position >= 0) & (position < edges.diff()[:, None]) & (row < rows)
-    keys = torch.where(active, row, rows).flatten()
-    keys, order = torch.sort(keys, stable=True)
-    offsets = torch.searchsorted(keys, torch.arange(rows + 1, device=keys.device))
-    bounds = torch.stack([offsets[:-1], offsets[1:]], dim=1).to(torch.int32)
-    return bounds, order.remainder(vocab_size).to(torch.int32), grad.flatten()[order]
+    starts = (edges[:-1] - edges[0])[:, None]
+    ends = edges[1:, None] - edges[0]
+    row = starts + argmax
+    active = (grad != 0) & (argmax >= 0) & (row < ends) & (row < rows)
+    # Row r is key 2 r + 1. What is left out goes behind its sequence and before the next one, so that keys ascend
+    # over all segments.
+    key = torch.where(active, 2 * row + 1, 2 * ends)
+    key, order = key.sort(dim=1, stable=True)
+    wanted = 2 * torch.arange(rows, device=grad.device) + 1
+    bounds = torch.stack([torch.searchsorted(key.view(-1), wanted, right=right) for right in (False, True)], dim=1)
+    bounds = torch.where(bounds[:, :1] < bounds[:, 1:], bounds, 0)
+    return bounds, order.to(torch.int32).view(-1), grad.gather(1, order).view(-1)
+
+
+def sparsify(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``(crow [B + 1] int64, col [nnz] int64, values [nnz])`` of the non-zeros, or of those among each row's largest.
+
+    Args:
+        embeddings: ``[B, V]`` floating point; any strides.
+        max_active_dims: non-zeros among each row's largest entries, at most so many; NaN is the largest, ties go to the
+            lowest id. None: all.
+    """
+    count = _limit(embeddings, max_active_dims)
+    if is_compiled(embeddings.device):
+        if embeddings.device.type == "cpu":
+            result: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_kernels_csrc.sparsify(embeddings, max(count, 1))
+            return result
+        counts, mask = torch.ops.splade_kernels_csrc.active_mask(embeddings, max(count, 1))
+        crow = _row_pointers(counts)
+        return crow, *torch.ops.splade_kernels_csrc.gather_active(embeddings, crow, mask, int(crow[-1]))
+    kept = _kept(embeddings, count)
+    rows, columns = kept.nonzero(as_tuple=True)
+    return _row_pointers(kept.sum(dim=1)), columns, embeddings[rows, columns]
+
+
+def sparsify_bounded(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`sparsify` without a host sync: ``col`` and ``values`` have room for the most there can be.
+
+    That is ``B · min(max_active_dims, V)`` entries, of which the first ``crow[-1]`` are specified.
+    """
+    count = _limit(embeddings, max_active_dims)
+    capacity = embeddings.shape[0] * count
+    if is_compiled(embeddings.device):
+        counts, mask = torch.ops.splade_kernels_csrc.active_mask(embeddings, max(count, 1))
+        crow = _row_pointers(counts)
+        return crow, *torch.ops.splade_kernels_csrc.gather_active(embeddings, crow, mask, capacity)
+    kept = _kept(embeddings, count)
+    crow = _row_pointers(kept.sum(dim=1))
+    # Kept entries go to their rank, all others behind the last place.
+    place = torch.where(kept, kept.view(-1).cumsum(0).view(kept.shape) - 1, capacity).view(-1)
+    ids = torch.arange(embeddings.shape[1], device=embeddings.device).expand(embeddings.shape).reshape(-1)
+    col = ids.new_zeros(capacity + 1).scatter_(0, place, ids)
+    values = embeddings.new_zeros(capacity + 1).scatter_(0, place, embeddings.reshape(-1))
+    return crow, col[:capacity].clone(), values[:capacity].clone()
+
+
+def why_not_compiled() -> str | None:
+    """Why the compiled operators cannot serve every device of this machine; None if they can."""
+    reason = _load("_csrc")
+    if reason is None and torch.cuda.is_available() and not _serves_cuda():
+        return f"CPU tensors only: {_load(_cuda_library())}"
+    return reason
+
+
+def is_compiled(device: torch.device) -> bool:
+    """Whether tensors on ``device`` are served by the compiled operators."""
+    if device.type == "cpu":
+        return _load("_csrc") is None
+    return device.type == "cuda" and _load("_csrc") is None and _serves_cuda()
+
+
+def _serves_cuda() -> bool:
+    return _load(_cuda_library()) is None
+
+
+def _cuda_library() -> str:
+    return f"_csrc_cuda{(torch.version.cuda or 'none').split('.')[0]}"
+
+
+@functools.cache
+def _load(name: str) -> str | None:
+    """Load one of the shared libraries, once; why it cannot be."""
+    path = _PACKAGE / f"{name}.so"
+    if not path.exists():
+        return f"{path.name} was not built; {_BUILD}"
+    try:
+        torch.ops.load_library(path)
+        if name == "_csrc":
+            _register_fakes()
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+def _register_fakes() -> None:
+    def bucket_by_token(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        entries = grad.shape[0] * grad.shape[1]
+        words = grad.new_empty(entries, dtype=torch.int32)
+        return grad.new_empty((rows, 2), dtype=torch.int64), words, grad.new_empty(entries)
+
+    def active_mask(embeddings: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        rows, columns = embeddings.shape
+        mask = embeddings.new_empty((rows, (columns + 31) // 32), dtype=torch.int32)
+        return embeddings.new_empty(rows, dtype=torch.int64), mask
+
+    def gather_active(embeddings: Tensor, crow: Tensor, mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+        return embeddings.new_empty(capacity, dtype=torch.int64), embeddings.new_empty(capacity)
+
+    def sparsify(embeddings: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        nonzeros = torch.library.get_ctx().new_dynamic_size()
+        col = embeddings.new_empty(nonzeros, dtype=torch.int64)
+        return embeddings.new_empty(embeddings.shape[0] + 1, dtype=torch.int64), col, embeddings.new_empty(nonzeros)
+
+    for fake in (bucket_by_token, sparsify, active_mask, gather_active):
+        torch.library.register_fake(f"splade_kernels_csrc::{fake.__name__}", fake)
+
+
+def _limit(embeddings: Tensor, max_active_dims: int | None) -> int:
+    size = embeddings.shape[1]
+    return size if max_active_dims is None else min(max_active_dims, size)
+
+
+def _row_pointers(counts: Tensor) -> Tensor:
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
+def _kept(embeddings: Tensor, count: int) -> Tensor:
+    """Mask of the non-zeros among each row's ``count`` largest; ``topk`` alone leaves the choice among ties open."""
+    kept = embeddings != 0
+    if count == embeddings.shape[1]:
+        return kept
+    smallest = embeddings.topk(count, dim=1).values[:, -1:]
+    above = (embeddings > smallest) | (embeddings.isnan() & ~smallest.isnan())
+    tied = (embeddings == smallest) | (embeddings.isnan() & smallest.isnan())
+    places = count - above.sum(dim=1, keepdim=True)
+    return kept & (above | (tied & (tied.cumsum(dim=1) <= places)))

@@ -11,13 +11,22 @@ from types import ModuleType
 
 import torch
 
+from . import compaction
+
 ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_BACKEND"
 BACKENDS = ("torch", "triton")
 
 
 def available_backends() -> dict[str, str]:
-    """Name of each backend and ``"available"``, or the reason why it cannot run."""
-    return {"torch": "available", "triton": _why_not_triton() or "available"}
+    """Name of each backend and ``"available"``, or the reason why it cannot run.
+
+    ``"csrc"`` is no backend to choose: the compiled operators that both use where they were built.
+    """
+    return {
+        "torch": "available",
+        "triton": _why_not_triton() or "available",
+        "csrc": compaction.why_not_compiled() or "available",
+    }
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:

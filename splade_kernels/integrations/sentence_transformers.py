@@ -24,12 +24,13 @@ from sentence_transformers.sparse_encoder.modules import Router, SparseAutoEncod
 from torch import Tensor, nn
 
 from ..functional import flops_loss, splade_pool
+from ._encode import encode_sparse
 from ._probe import is_sharded, probe_pooling, probe_transformer, skip_probe
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["FlopsLoss", "fuse", "unfuse"]
+__all__ = ["FlopsLoss", "encode_sparse", "fuse", "unfuse"]
 
 Features = dict[str, Any]
 Model = TypeVar("Model", bound=nn.Module)

@@ -1,0 +1,67 @@
+"""Encoding texts to sparse CSR batches with a sentence-transformers ``SparseEncoder``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sentence_transformers.sparse_encoder import SparseEncoder
+from torch import Tensor
+
+from ..functional import sparsify
+
+# Texts of one result, in batches: as many as are sorted by length together.
+BATCHES = 16
+
+
+def encode_sparse(
+    model: SparseEncoder,
+    texts: Sequence[str],
+    *,
+    task: str | None = None,
+    batch_size: int = 32,
+    max_active_dims: int | None = None,
+    **options: Any,
+) -> Iterator[Tensor]:
+    """Embeddings of ``texts``, in their order, as sparse CSR tensors of ``16 · batch_size`` texts each.
+
+    ``model.encode_query``, ``encode_document`` or ``encode`` compute them, so prompts, routes and batches are theirs
+    (sorted by length within a result); only their detour over a COO tensor a row is left out. The result is always
+    sparse CSR; indices are int64 and ascend in each row.
+
+    Args:
+        model: a ``SparseEncoder``, fused or not.
+        texts: what to encode.
+        task: ``"query"``, ``"document"``, or None for ``encode``.
+        batch_size: texts that go through the model together.
+        max_active_dims: keep each embedding's largest entries, at most so many; ties go to the lowest vocabulary id.
+            None: the model's own setting.
+        options: further arguments of the model's method (``prompt``, ``prompt_name``, ``device``, ...).
+
+    Yields:
+        ``[up to 16 · batch_size, V]`` sparse CSR, on the model's device.
+
+    Raises:
+        ValueError: ``task`` or ``batch_size`` is none of these.
+    """
+    methods = {None: model.encode, "query": model.encode_query, "document": model.encode_document}
+    if task not in methods:
+        raise ValueError(f"task: expected 'query', 'document' or None, got {task!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    limit = model.max_active_dims if max_active_dims is None else max_active_dims
+    # Where the model has a setting, its method would apply that one, even where more was asked for.
+    options["max_active_dims"] = None if model.max_active_dims is None else limit
+    return _batches(methods[task], list(texts), batch_size, limit, options)
+
+
+def _batches(method: Any, texts: list[str], batch_size: int, limit: int | None, options: Any) -> Iterator[Tensor]:
+    for first in range(0, len(texts), BATCHES * batch_size):
+        dense = method(
+            texts[first : first + BATCHES * batch_size],
+            batch_size=batch_size,
+            convert_to_tensor=True,
+            convert_to_sparse_tensor=False,
+            **options,
+        )
+        yield sparsify(dense, max_active_dims=limit)
