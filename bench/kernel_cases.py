@@ -99,7 +99,6 @@ def _default_type(name: str, element: str) -> str:
 
 
 _INDICES = {
-    "bound_ptr",
     "chunk_offset_ptr",
     "chunk_row_ptr",
     "edge_ptr",
@@ -164,7 +163,7 @@ def _backward(make: _Maker) -> Iterator[Case]:
         yield make(pool_backward._weight_kernel, {"argmax_ptr": "*i16"}, sums, num_warps, 3, aligned, limit)
         block_d, num_warps = grad_hidden.hidden_tile(hidden_size)
         sums = {"CHUNK": grad_hidden.CHUNK, "ENTRIES": grad_hidden.ENTRIES, "BLOCK_D": block_d, "stride_wd": 1}
-        types = {"value_ptr": "*fp32", "partial_ptr": "*fp32"}
+        types = {"bound_ptr": "*i64", "value_ptr": "*fp32", "partial_ptr": "*fp32"}
         yield make(grad_hidden._chunk_kernel, types, sums, num_warps, 3, aligned)
         yield make(grad_hidden._hidden_kernel, types, sums | {"ROWS": grad_hidden.ROWS}, num_warps, 3, aligned)
     yield make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, entry | {"BLOCK_V": grad_hidden.GRADIENT_BLOCK})

@@ -71,7 +71,7 @@ def sparton(training: bool) -> Head:
 
 
 def rival(training: bool) -> Head:
-    """The forward in which a program owns a sequence (:mod:`bench.rival`), with the tiles of ours, fetched by pointers."""
+    """A program owns a sequence (:mod:`bench.rival`), with the tiles of ours, fetched by pointers; forward only."""
     from bench.rival import max_pool_forward
     from splade_kernels.backends.pooling import PoolingCall
     from splade_kernels.backends.triton.common import dot_precision
