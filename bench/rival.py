@@ -36,7 +36,7 @@ def max_pool_forward(
     argmax = call.new_argmax(hidden, vocab_size)
     weight = weight.to(call.compute_dtype)
     tokens = find_tokens(call, hidden)
-    for part in slices(call, vocab_size, hidden_size, 0):
+    for part in slices(call, vocab_size, hidden, 0):
         packed = pack_sequences(call, tokens, hidden, part)
         sequences = part.stop - part.start
         _sequence_kernel[(sequences * triton.cdiv(vocab_size, config.block_v),)](

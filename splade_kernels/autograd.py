@@ -40,7 +40,8 @@ class SpladePool(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
-        need_argmax = options[1] == "max"
+        # The gradient of the bias alone asks for no token.
+        need_argmax = options[1] == "max" and any(ctx.needs_input_grad[:2])
         output, argmax = ops.pool_forward(
             hidden_states, weight, bias, attention_mask, cu_seqlens, *options, need_argmax
         )

@@ -28,10 +28,9 @@ _POOL = (
 
 
 def _define(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    # The dispatch key is dynamic: one body serves every device, and selects its backend itself.
     _library.define(f"{name}{signature}")
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
+    # One body serves every device, and selects its backend itself.
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"splade_kernels::{name}", fake, lib=_library)
 
 

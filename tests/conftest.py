@@ -11,6 +11,9 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
 
+# PyTorch's matmuls are deterministic on a GPU only with a fixed workspace, and raise without one in the tests.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Where there is a GPU, the backends made for one run on its tensors: the same tests on another device.
 ACCELERATOR = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 

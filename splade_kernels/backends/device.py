@@ -22,7 +22,7 @@ def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor
     """As :func:`splade_kernels.backends.torch.pool_forward`."""
     vocab_size = weight.shape[0]
     output = hidden.new_zeros(call.batch_size, vocab_size, dtype=call.out_dtype)
-    argmax = call.new_argmax(hidden, vocab_size)
+    argmax = call.new_argmax(hidden, vocab_size).zero_()
     if hidden.shape[0] == 0:
         return output, argmax
     offsets, sequence, position, real = _segments(call, hidden)

@@ -35,9 +35,9 @@ class PoolingCall:
         return torch.promote_types(self.compute_dtype, torch.float32)
 
     def new_argmax(self, like: Tensor, vocab_size: int) -> Tensor:
-        """Zeroed ``[B, V]`` positions: 2 bytes each while every position fits, else 4; empty when not needed."""
+        """Uninitialised ``[B, V]`` positions: 2 bytes each while every one fits, else 4; empty when not needed."""
         shape = (self.batch_size, vocab_size) if self.need_argmax else (0,)
-        return like.new_zeros(shape, dtype=argmax_dtype(self.max_seqlen))
+        return like.new_empty(shape, dtype=argmax_dtype(self.max_seqlen))
 
     def edges(self, hidden: Tensor) -> Tensor:
         """``[B + 1]`` int32: sequence b has the rows ``edges[b] .. edges[b + 1] - 1`` of the flat hidden states.

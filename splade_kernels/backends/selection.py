@@ -67,8 +67,13 @@ def _why_not_triton(device: torch.device | None = None, dtype: torch.dtype | Non
 
     if triton.knobs.runtime.interpret:
         return None
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA's GPUs, and this PyTorch is built for AMD's"
     if not torch.cuda.is_available():
         return "no CUDA device is available, and TRITON_INTERPRET=1 was not set before triton was imported"
     if device is not None and device.type != "cuda":
         return f"the tensors are on {device}, not on a CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
     return None

@@ -70,7 +70,7 @@ def _max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: T
     shape = (call.batch_size, weight.shape[0])
     dtype = call.accumulation_dtype
     largest = hidden.new_full(shape, -torch.inf, dtype=dtype)
-    argmax = call.new_argmax(hidden, weight.shape[0])
+    argmax = call.new_argmax(hidden, weight.shape[0]).zero_()
     for part in _slices(call, hidden):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         for columns, dots in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS):

@@ -41,6 +41,8 @@ def sum_hidden(
     """Write all of ``grad_hidden [N, D]``; sequence b has the rows ``edges[b] .. edges[b + 1] - 1``."""
     total_rows, hidden_size = grad_hidden.shape
     vocab_size = weight.shape[0]
+    # What the forward multiplied with: under autocast half the bytes of the parameter.
+    weight = weight.to(call.compute_dtype)
     block_d, num_warps = hidden_tile(hidden_size)
     blocks_d = triton.cdiv(hidden_size, block_d)
     tiles = {"CHUNK": CHUNK, "ENTRIES": ENTRIES, "BLOCK_D": block_d, "num_warps": num_warps}
@@ -72,6 +74,7 @@ def sum_hidden(
         programs = triton.cdiv(min(rows, triton.cdiv(2 * total_rows * count, call.batch_size)), ROWS)
         limits = (first, count, call.batch_size, total_rows)
         _hidden_kernel[(programs, blocks_d)](*sums, edges, grad_hidden, *limits, ROWS=ROWS, **tiles)
+        del values, entries, partial, sums  # before the next slice's are allocated
 
 
 def hidden_tile(hidden_size: int) -> tuple[int, int]:

@@ -21,6 +21,11 @@ from .common import GROUP, GROUP_ROWS
 
 # Bytes of the packed rows, and of the [sequences, V] keys, of one slice.
 SLICE_BYTES = 64 << 20
+# Times the packed tokens that there are, up to which the bound on their lengths is taken to mean something.
+LOOSE_BOUND = 4
+# Groups past the last one that are zeros: what its tile may still hold.
+TAIL_GROUPS = 16
+ALL_GROUPS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,18 @@ def find_tokens(call: PoolingCall, hidden: Tensor) -> Tokens:
     return Tokens(edges[:-1], lengths, listed, F.pad(groups.cumsum(0, dtype=torch.int32), (1, 0)))
 
 
-def slices(call: PoolingCall, vocab_size: int, hidden_size: int, key_bytes: int) -> Iterator[slice]:
+def slices(call: PoolingCall, vocab_size: int, hidden: Tensor, key_bytes: int) -> Iterator[slice]:
     """The batch in pieces whose keys and packed rows stay below ``SLICE_BYTES`` each, as far as the host can tell."""
-    longest = GROUP * triton.cdiv(call.max_seqlen, GROUP)
-    by_keys = SLICE_BYTES // max(1, vocab_size * key_bytes)
-    by_rows = SLICE_BYTES // max(1, longest * hidden_size * call.compute_dtype.itemsize)
-    # A bound on the lengths that is larger than a slice says nothing: all packed tokens together are the bound then.
-    step = max(1, min(by_keys, by_rows)) if by_rows > 0 or call.cu_seqlens is None else max(1, by_keys)
+    total_rows, hidden_size = hidden.shape
+    group_bytes = GROUP * hidden_size * call.compute_dtype.itemsize
+    step = SLICE_BYTES // max(1, vocab_size * key_bytes)
+    if group_capacity(call, call.batch_size, total_rows) * group_bytes > SLICE_BYTES:
+        # Pieces of packed tokens would each pack as many rows as the bound on a length says. Where that is several
+        # times what there is, all rows of a piece are packed at once, no more than a copy of the hidden states.
+        groups = triton.cdiv(call.max_seqlen, GROUP)
+        if call.cu_seqlens is None or call.batch_size * groups * GROUP <= LOOSE_BOUND * total_rows:
+            step = min(step, SLICE_BYTES // max(1, groups * group_bytes))
+    step = max(1, step)
     for first in range(0, call.batch_size, step):
         yield slice(first, min(first + step, call.batch_size))
 
@@ -79,15 +89,17 @@ def pack_sequences(call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slic
     """The real tokens of the sequences ``part``."""
     offsets = tokens.group_offsets[part.start : part.stop + 1]
     groups = group_capacity(call, part.stop - part.start, hidden.shape[0])
-    return _pack(call, tokens, hidden, part, offsets - offsets[0], groups)
+    return _pack(call, tokens, hidden, part, offsets - offsets[0], groups, TAIL_GROUPS)
 
 
 def pack_groups(call: PoolingCall, tokens: Tokens, hidden: Tensor, first: int, groups: int) -> Packed:
     """``groups`` groups of the whole packed batch from ``first`` on; sequences that begin earlier have offsets < 0."""
-    return _pack(call, tokens, hidden, slice(0, call.batch_size), tokens.group_offsets - first, groups)
+    return _pack(call, tokens, hidden, slice(0, call.batch_size), tokens.group_offsets - first, groups, ALL_GROUPS)
 
 
-def _pack(call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slice, offsets: Tensor, groups: int) -> Packed:
+def _pack(
+    call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slice, offsets: Tensor, groups: int, tail: int
+) -> Packed:
     hidden_size = hidden.shape[1]
     lengths, listed = tokens.lengths[part], tokens.listed
     rows = hidden.new_empty(groups * GROUP, hidden_size, dtype=call.compute_dtype)
@@ -105,6 +117,7 @@ def _pack(call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slice, offset
         len(lengths),
         hidden_size,
         call.max_seqlen,
+        tail,
         *hidden.stride(),
         BLOCK_D=min(256, triton.next_power_of_2(max(hidden_size, 1))),
         num_warps=4,
@@ -128,7 +141,7 @@ def _list_kernel(mask_ptr, listed_ptr, length_ptr, length, stride_mb, stride_ms,
 
 
 @triton.jit(
-    do_not_specialize=["sequences", "list_stride"],
+    do_not_specialize=["sequences", "list_stride", "tail"],
     do_not_specialize_on_alignment=["start_ptr", "length_ptr", "listed_ptr", "offset_ptr"],
 )
 def _pack_kernel(
@@ -143,15 +156,22 @@ def _pack_kernel(
     sequences,
     hidden_size,
     list_stride,
+    tail,
     stride_hn,
     stride_hd,
     BLOCK_D: tl.constexpr,
 ):
-    """One group of 16 packed rows: ``row[16 g + i] = h[start + position(rank)]``, rank 0 again past the end."""
+    """One group of 16 packed rows: ``row[16 g + i] = h[start + position(rank)]``, rank 0 again past the end.
+
+    Past the last group there are ``tail`` groups of zeros, of sequence -1; beyond them nothing is read.
+    """
     g = tl.program_id(0)
     o_i = tl.arange(0, GROUP_ROWS)
     packed_row = g.to(tl.int64) * GROUP_ROWS + o_i
-    inside = g < tl.load(offset_ptr + sequences)
+    count = tl.load(offset_ptr + sequences)
+    inside = g < count
+    if g >= count + tail:
+        return
 
     # The last sequence whose first group is not past g; empty sequences share their offset with the next one.
     low = tl.full((), 0, tl.int32)

@@ -65,7 +65,7 @@ def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
     weight = weight.to(call.compute_dtype)
     bias = None if bias is None else bias.contiguous()
     tokens = find_tokens(call, hidden)
-    for part in slices(call, vocab_size, hidden_size, 0):
+    for part in slices(call, vocab_size, hidden, 0):
         packed = pack_sequences(call, tokens, hidden, part)
         sequences = part.stop - part.start
         _sum_kernel[(sequences * triton.cdiv(vocab_size, config.block_v),)](
