@@ -91,8 +91,8 @@ def load(folder: str, max_length: int, device: str, active_terms: int | None) ->
     transformer = Transformer(folder, transformer_task="fill-mask", model_kwargs={"attn_implementation": ATTENTION})
     model = SparseEncoder(modules=[transformer, SpladePooling(pooling_strategy="max")], device=device)
     model.max_seq_length = max_length
-    model.model_card_data.generate_widget_examples = False
-    decoder = model.transformers_model.get_output_embeddings()
+    inner: Any = model.transformers_model
+    decoder = inner.get_output_embeddings()
     vocab_size = decoder.weight.shape[0]
     if len(model.tokenizer) != vocab_size:
         raise RuntimeError(f"tokenizer: expected {vocab_size} entries, got {len(model.tokenizer)}")
@@ -116,7 +116,7 @@ def _moderate_similarities(model: SparseEncoder, sample: Dataset) -> None:
     similarities = _embed(model, sample["question"]) @ _embed(model, sample["answer"]).t()
     norm = [module for module in model.modules() if isinstance(module, nn.LayerNorm)][-1]
     with torch.no_grad():
-        norm.weight /= similarities.std(dim=1).mean().clamp(min=1).sqrt()
+        norm.weight.div_(similarities.std(dim=1).mean().clamp(min=1).sqrt())
 
 
 def mean_active_terms(model: SparseEncoder, texts: list[str]) -> float:
@@ -157,7 +157,7 @@ def _embed(model: SparseEncoder, texts: list[str]) -> Tensor:
     return embeddings
 
 
-def _tokenizer(vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+def _tokenizer(vocab_size: int, max_length: int) -> Any:
     special = list(_SPECIAL.values())
     vocabulary = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(len(special), vocab_size))])}
     backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=_SPECIAL["unk_token"]))
@@ -166,4 +166,5 @@ def _tokenizer(vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single=f"{first} $A {last}", special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **_SPECIAL)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=backend, model_max_length=max_length, **_SPECIAL)

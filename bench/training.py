@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -50,23 +51,27 @@ class Budget:
     began: float = field(default_factory=time.monotonic)
     longest: float = 0.0
 
+    def has_time(self) -> bool:
+        return time.monotonic() - self.began < self.seconds
+
     def has_room(self) -> bool:
         return time.monotonic() - self.began + self.longest < self.seconds
 
-    def run(self, work: Callable[[], Any]) -> Any:
+    def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         start = time.monotonic()
         try:
-            return work()
+            return work(*arguments)
         finally:
             self.longest = max(self.longest, time.monotonic() - start)
 
 
 class Result:
-    """A result file that is complete after every :meth:`write`."""
+    """A result file that is complete after every :meth:`write`. ``load_average`` tells a busy machine's times apart."""
 
     def __init__(self, kind: str, path: Path | None, **more: Any) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"kind": kind, "environment": describe(), **more, "rows": [], "left_out": []}
+        self.content: dict[str, Any] = {"kind": kind, "environment": describe(), "load_average": os.getloadavg()[0]}
+        self.content |= {**more, "rows": [], "left_out": []}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -204,7 +209,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             if not budget.has_room():
                 result.content["left_out"].append({"model": name})
                 continue
-            result.content["checks"][name] = budget.run(lambda job=job: check(job))
+            result.content["checks"][name] = budget.run(check, job)
             for case in cases(job):
                 for head in HEADS:
                     described = {"model": name, **vars(size)}
@@ -212,7 +217,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                         left = {"head": head, "lengths": case.lengths, "active_terms": case.active_terms}
                         result.content["left_out"].append(described | left)
                         continue
-                    row = budget.run(lambda case=case, head=head: _run(measure, replace(case, head=head)))
+                    row = budget.run(_run, measure, replace(case, head=head))
                     result.add(described | row)
     result.content["predictions"] = predictions(result.rows, str(result.content["environment"]["device"]))
     result.write()

@@ -6,6 +6,7 @@ without duplicates. Everything is the trainer's default unless a :class:`Job` sa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
 import time
@@ -19,10 +20,8 @@ from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.sparse_encoder import losses
 from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback
-from transformers.utils import logging as transformers_logging
 
 from bench import encoders, memory
 from splade_kernels.integrations.sentence_transformers import FlopsLoss, fuse
@@ -58,7 +57,6 @@ class Job:
 
 
 def load(job: Job) -> SparseEncoder:
-    transformers_logging.disable_progress_bar()
     model = encoders.load(job.folder, job.max_length, job.device, job.active_terms)
     return fuse(model) if job.head == "fused" else model
 
@@ -83,7 +81,7 @@ class Trainer(SparseEncoderTrainer):
         self.losses: list[Tensor] = []
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
+        loss: Any = super().compute_loss(*args, **kwargs)
         self.losses.append(loss.detach())
         return loss
 
@@ -91,6 +89,7 @@ class Trainer(SparseEncoderTrainer):
 def train(model: SparseEncoder, dataset: Dataset, job: Job, steps: int, *callbacks: TrainerCallback) -> Trainer:
     """Train ``model`` in place for ``steps`` steps; returns the trainer with its arguments and losses."""
     on_device = job.device == "cuda"
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if job.gradient_checkpointing else {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = SparseEncoderTrainingArguments(
             output_dir=folder,
@@ -107,7 +106,7 @@ def train(model: SparseEncoder, dataset: Dataset, job: Job, steps: int, *callbac
             report_to="none",
             disable_tqdm=True,
             # Named only where it is wanted: transformers warns of the name.
-            **({"gradient_checkpointing": True} if job.gradient_checkpointing else {}),
+            **checkpointing,
         )
         loss = make_loss(model, job.head)
         trainer = Trainer(
@@ -122,6 +121,15 @@ def train(model: SparseEncoder, dataset: Dataset, job: Job, steps: int, *callbac
     return trainer
 
 
+def named(model: SparseEncoder, trainer: Trainer) -> dict[str, str]:
+    """What the libraries chose themselves and the memory depends on."""
+    inner: Any = model.transformers_model
+    return {
+        "attention": str(inner.config._attn_implementation),
+        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+    }
+
+
 def step_losses(job: Job) -> list[float]:
     """Loss of every one of ``job.steps`` steps."""
     model = load(job)
@@ -131,12 +139,12 @@ def step_losses(job: Job) -> list[float]:
 
 def measure(job: Job) -> dict[str, Any]:
     """Train for ``job.steps`` steps and say what the timed ones cost; running out of memory is a result, too."""
-    try:
-        return _measure(job)
-    except torch.cuda.OutOfMemoryError:
-        return {**_described(job), "out_of_memory": True}
-    finally:
-        release()
+    row = {**_described(job), "out_of_memory": True}
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        row = _measure(job)
+    # Not in a handler: there, the exception's frames still hold what the run allocated.
+    release()
+    return row
 
 
 def release() -> None:
@@ -153,11 +161,9 @@ def _measure(job: Job) -> dict[str, Any]:
     active = {name: encoders.mean_active_terms(model, dataset[name]) for name in encoders.GOOAQ_LENGTHS}
     meter = StepMeter(job)
     trainer = train(model, dataset, job, job.steps, meter)
-    config = model.transformers_model.config
     return {
         **_described(job),
-        "attention": config._attn_implementation,
-        "optimizer": str(trainer.args.optim.value),
+        **named(model, trainer),
         "out_of_memory": False,
         "wall_ms_per_step": meter.median_milliseconds(),
         "wall_ms_of_every_step": [round(value, 3) for value in meter.milliseconds()],
@@ -229,7 +235,7 @@ class StepMeter(TrainerCallback):
     def milliseconds(self) -> list[float]:
         pairs = zip(self._marks, self._marks[1:], strict=False)
         if self.on_device:
-            return [start.elapsed_time(end) for start, end in pairs]
+            return [float(start.elapsed_time(end)) for start, end in pairs]
         return [1e3 * (end - start) for start, end in pairs]
 
     def median_milliseconds(self) -> float:
@@ -253,8 +259,8 @@ def kernel_milliseconds(events: Any, wall_milliseconds: float) -> float:
     Raises:
         RuntimeError: nothing ran there as far as the profiler saw, or more than the wall clock has room for.
     """
-    ran = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
-    total = sum(event.time_range.elapsed_us() for event in ran) / 1e3
+    ran = [event for event in events if event.device_type.name != "CPU" and not event.is_user_annotation]
+    total = sum(float(event.time_range.elapsed_us()) for event in ran) / 1e3
     if not 0 < total <= _CLOCK_TOLERANCE * wall_milliseconds:
         raise RuntimeError(
             f"profiler: expected between 0 and {wall_milliseconds:.1f} ms of device time, got {total:.1f} ms from "
