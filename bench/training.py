@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -70,8 +71,15 @@ class Result:
 
     def __init__(self, kind: str, path: Path | None, **more: Any) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"kind": kind, "environment": describe(), "load_average": os.getloadavg()[0]}
-        self.content |= {**more, "rows": [], "left_out": []}
+        self.content: dict[str, Any] = {
+            "kind": kind,
+            "command": " ".join(["python -m", f"bench.{kind}", *sys.argv[1:]]),
+            "environment": describe(),
+            "load_average": os.getloadavg()[0],
+            **more,
+            "rows": [],
+            "left_out": [],
+        }
 
     @property
     def rows(self) -> list[dict[str, Any]]:
