@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from bench import encoders
-from bench.training import HEADS, Budget, Result
+from bench.result_file import Budget, Result
+from bench.training import HEADS
 from bench.training_run import Job, load, named, release, train
 from bench.training_tables import table
 
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "resolution": args.resolution,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
     }
-    result = Result("limits", args.output, limit=limit)
+    result = Result("limits", "bench.limits", args.output, limit=limit)
     with tempfile.TemporaryDirectory() as root:
         for name in args.model:
             encoders.build(encoders.SIZES[name], max(args.max_length), Path(root) / name)

@@ -12,22 +12,18 @@ survives an end by timeout; what the budget leaves no room for is named in it.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import encoders
-from bench.environment import describe
+from bench.result_file import Budget, Result
 from bench.training_run import Job, measure, step_losses
 from bench.training_tables import table
 
@@ -42,58 +38,6 @@ SEED_RUN = {"steps": 94_110, "pairs_per_batch": 32, "max_length": 256, "hours_on
 # Command-line defaults: on a GPU what users train, on a CPU what it can do in minutes.
 GPU_DEFAULTS = {"layers": None, "hidden_size": None, "batch_size": 32, "max_length": 256, "timed_steps": 20}
 CPU_DEFAULTS = {"layers": 2, "hidden_size": 128, "batch_size": 4, "max_length": 64, "timed_steps": 3}
-
-
-@dataclass
-class Budget:
-    """Room for one more piece of work is judged by the longest piece so far."""
-
-    seconds: float
-    began: float = field(default_factory=time.monotonic)
-    longest: float = 0.0
-
-    def has_time(self) -> bool:
-        return time.monotonic() - self.began < self.seconds
-
-    def has_room(self) -> bool:
-        return time.monotonic() - self.began + self.longest < self.seconds
-
-    def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        start = time.monotonic()
-        try:
-            return work(*arguments)
-        finally:
-            self.longest = max(self.longest, time.monotonic() - start)
-
-
-class Result:
-    """A result file that is complete after every :meth:`write`. ``load_average`` tells a busy machine's times apart."""
-
-    def __init__(self, kind: str, path: Path | None, **more: Any) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {
-            "kind": kind,
-            "command": " ".join(["python -m", f"bench.{kind}", *sys.argv[1:]]),
-            "environment": describe(),
-            "load_average": os.getloadavg()[0],
-            **more,
-            "rows": [],
-            "left_out": [],
-        }
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self.content["rows"]
-        return rows
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self.write()
-
-    def write(self) -> None:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.content, indent=2) + "\n")
 
 
 def cases(job: Job) -> Iterator[Job]:
@@ -203,7 +147,7 @@ def size_of(name: str, args: argparse.Namespace) -> encoders.Size:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parse(arguments)
     budget = Budget(args.budget_seconds)
-    result = Result("training", args.output, seed_run=SEED_RUN, checks={}, predictions=[])
+    result = Result("training", "bench.training", args.output, seed_run=SEED_RUN, checks={}, predictions=[])
     with tempfile.TemporaryDirectory() as root:
         for name in args.model:
             size = size_of(name, args)
