@@ -15,8 +15,8 @@ demo: $(VENV)/.ready
 # Two processes: Triton's interpreter, in which every kernel runs on the CPU, is on for all of a process or not at all,
 # and nothing can be compiled where it is on.
 test: $(VENV)/.ready
-	TRITON_INTERPRET=1 $(RUN) -m pytest --ignore=tests/test_resources.py --ignore=tests/test_triton_specialization.py
-	$(RUN) -m pytest tests/test_resources.py tests/test_triton_specialization.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest --ignore=tests/test_resources.py --ignore=tests/test_triton_specialization.py --ignore=tests/test_tune.py
+	$(RUN) -m pytest tests/test_resources.py tests/test_triton_specialization.py tests/test_tune.py
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

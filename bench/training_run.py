@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -165,9 +166,10 @@ def _measure(job: Job) -> dict[str, Any]:
         **_described(job),
         **named(model, trainer),
         "out_of_memory": False,
-        "wall_ms_per_step": meter.median_milliseconds(),
+        "wall_ms_per_step": _median(meter.milliseconds()),
         "wall_ms_of_every_step": [round(value, 3) for value in meter.milliseconds()],
         "gpu_ms_per_step": meter.device_milliseconds,
+        "cpu_ms_per_step": None if meter.on_device else _median(meter.processor_milliseconds()),
         "peak_memory_mib": meter.peak_bytes / 2**20,
         "peak_memory_of": "CUDA memory allocated by PyTorch" if job.device == "cuda" else "resident set of the process",
         "real_tokens_per_step": sum(real for real, _ in tokens.values()),
@@ -207,6 +209,7 @@ class StepMeter(TrainerCallback):
         self.device_milliseconds: float | None = None
         self.peak_bytes = 0
         self._marks: list[Any] = []
+        self._processor: list[float] = []
         self._profiler: profile | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -219,6 +222,7 @@ class StepMeter(TrainerCallback):
                 memory.reset_peak()
         if job.warm_up_steps <= done <= job.warm_up_steps + job.timed_steps:
             self._marks.append(self._mark())
+            self._processor.append(time.process_time())
         if done == job.warm_up_steps + job.timed_steps:
             self._synchronize()
             self.peak_bytes = torch.cuda.max_memory_allocated() if self.on_device else memory.peak()
@@ -238,8 +242,9 @@ class StepMeter(TrainerCallback):
             return [float(start.elapsed_time(end)) for start, end in pairs]
         return [1e3 * (end - start) for start, end in pairs]
 
-    def median_milliseconds(self) -> float:
-        return float(torch.tensor(self.milliseconds(), dtype=torch.float64).quantile(0.5))
+    def processor_milliseconds(self) -> list[float]:
+        """Processor time of this process, all threads: what other programs on the machine do not stretch."""
+        return [1e3 * (end - start) for start, end in zip(self._processor, self._processor[1:], strict=False)]
 
     def _mark(self) -> Any:
         if not self.on_device:
@@ -251,6 +256,10 @@ class StepMeter(TrainerCallback):
     def _synchronize(self) -> None:
         if self.on_device:
             torch.cuda.synchronize()
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 3)
 
 
 def kernel_milliseconds(events: Any, wall_milliseconds: float) -> float:
