@@ -134,8 +134,10 @@ def named(model: SparseEncoder, trainer: Trainer) -> dict[str, str]:
 def step_losses(job: Job) -> list[float]:
     """Loss of every one of ``job.steps`` steps."""
     model = load(job)
-    trainer = train(model, _dataset(model, job), job, job.steps)
-    return [loss.item() for loss in trainer.losses]
+    found = [loss.item() for loss in train(model, _dataset(model, job), job, job.steps).losses]
+    del model
+    release()
+    return found
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -169,6 +171,7 @@ def _measure(job: Job) -> dict[str, Any]:
         "wall_ms_per_step": _median(meter.milliseconds()),
         "wall_ms_of_every_step": [round(value, 3) for value in meter.milliseconds()],
         "gpu_ms_per_step": meter.device_milliseconds,
+        "profiler_problem": meter.profiler_problem,
         "cpu_ms_per_step": None if meter.on_device else _median(meter.processor_milliseconds()),
         "peak_memory_mib": meter.peak_bytes / 2**20,
         "peak_memory_of": "CUDA memory allocated by PyTorch" if job.device == "cuda" else "resident set of the process",
@@ -207,6 +210,7 @@ class StepMeter(TrainerCallback):
         self.job = job
         self.on_device = job.device == "cuda"
         self.device_milliseconds: float | None = None
+        self.profiler_problem: str | None = None
         self.peak_bytes = 0
         self._marks: list[Any] = []
         self._processor: list[float] = []
@@ -234,7 +238,10 @@ class StepMeter(TrainerCallback):
             self._synchronize()
             wall = 1e3 * (time.perf_counter() - self._began)
             self._profiler.stop()
-            self.device_milliseconds = kernel_milliseconds(self._profiler.events(), wall) / job.profiled_steps
+            try:
+                self.device_milliseconds = kernel_milliseconds(self._profiler.events(), wall) / job.profiled_steps
+            except RuntimeError as error:  # the other figures of the run stand
+                self.profiler_problem = str(error)
 
     def milliseconds(self) -> list[float]:
         pairs = zip(self._marks, self._marks[1:], strict=False)

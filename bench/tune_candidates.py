@@ -113,7 +113,7 @@ def compile_cases(question: Question, config: Config) -> list[Case]:
     if isinstance(config, MatmulConfig):
         cases = list(_matmuls(make, config, precision))
     else:
-        with mock.patch.object(pool_backward, "backward_config", lambda hidden_size: config):
+        with mock.patch.object(pool_backward, "backward_config", lambda *args, **kwargs: config):
             made = pool_backward.compile_cases(question.hidden_size)
         cases = [make(kernel, types, constants, warps) for kernel, types, constants, warps in made]
     return [case for case in cases if case.kernel.__name__ in _KERNELS[question.kind]]

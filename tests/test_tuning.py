@@ -196,3 +196,21 @@ def test_a_right_candidate_agrees_and_a_wrong_one_is_seen(kind, monkeypatch):
 
     monkeypatch.setattr(tune, "_with", wrong)
     assert "differs by" in tune.disagreement(question, other, device)
+
+
+def test_the_message_comes_from_inside_the_operator_where_nothing_is_traced(monkeypatch):
+    if sk.available_backends()["triton"] != "available":
+        pytest.skip(sk.available_backends()["triton"])
+    forward = importlib.import_module("splade_kernels.backends.triton.pool_forward")
+    monkeypatch.setattr(forward, "architecture", lambda device: 87)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden_states, weight = torch.randn(2, 5, 16, device=device), torch.randn(40, 16, device=device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def pool(hidden_states: torch.Tensor) -> torch.Tensor:
+        return sk.splade_pool(hidden_states, weight, backend="triton")
+
+    with pytest.warns(UserWarning, match="sm_87") as caught:
+        outputs = [pool(hidden_states) for _ in range(2)]
+    assert sum("sm_87" in str(warning.message) for warning in caught) == 1
+    torch.testing.assert_close(outputs[0], sk.reference.splade_pool(hidden_states, weight), rtol=1e-4, atol=1e-4)
