@@ -242,3 +242,36 @@ def test_the_table_of_limits() -> None:
     assert "24.0 GiB less 1.0 GiB" in text
     with pytest.raises(ValueError, match="kind: expected one of"):
         table({"kind": "head"})
+
+
+def test_a_search_on_a_gpu_trains_until_memory_runs_out(jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def train(model: object, dataset: object, job: Job, steps: int) -> object:
+        trained.append((job.batch_size, len(dataset), job.gradient_checkpointing))
+        if job.batch_size > 5:
+            raise torch.cuda.OutOfMemoryError("full")
+        return SimpleNamespace(args=SimpleNamespace(optim="adamw"))
+
+    monkeypatch.setattr(limits, "train", train)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 20)
+    found = limits.search(replace(jobs["distilbert"], batch_size=2, gradient_checkpointing=True), 0.0, lambda: True)
+    assert trained == [(size, 2 * size, True) for size in (2, 4, 8, 6, 5)]
+    assert (found["largest_pairs"], found["smallest_pairs_that_failed"], found["trials"]) == (5, 6, 5)
+    assert found["complete"] is True
+    assert (found["attention"], found["optimizer"], found["peak_memory_mib_at_largest"]) == ("sdpa", "adamw", 3.0)
+
+
+def test_limits_are_written_for_both_heads_of_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(job: Job, resolution: float, may_go_on: object) -> dict[str, object]:
+        return {"attention": "sdpa", "optimizer": "adamw", "largest_pairs": 60 if job.head == "fused" else 20}
+
+    monkeypatch.setattr(limits, "hold_memory", lambda: 0.3)
+    monkeypatch.setattr(limits, "search", search)
+    monkeypatch.setattr(encoders, "build", lambda size, max_length, folder: None)
+    path = tmp_path / "limits.json"
+    result = limits.main(["--output", str(path), "--max-length", "64", "256"])
+    assert json.loads(path.read_text()) == result
+    assert len(result["rows"]) == 2 * 2 * 2 * 2
+    assert table(result).count("| 20 | 60 | 3.00x |") == 8

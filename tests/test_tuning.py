@@ -31,7 +31,9 @@ def fresh(monkeypatch):
     monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE, raising=False)
     for cached in (tuning._read_environment, tuning._warn_unknown):
         cached.cache_clear()
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     yield
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     tuning._read_environment.cache_clear()
 
 
@@ -214,3 +216,41 @@ def test_the_message_comes_from_inside_the_operator_where_nothing_is_traced(monk
         outputs = [pool(hidden_states) for _ in range(2)]
     assert sum("sm_87" in str(warning.message) for warning in caught) == 1
     torch.testing.assert_close(outputs[0], sk.reference.splade_pool(hidden_states, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_measuring_drops_what_is_unusable_and_takes_the_fastest(monkeypatch):
+    question = candidates.Question("maximum", 86, "bfloat16", 32, 40)
+    first = candidates.shipped(question)
+    fast, spilling, wrong = (dataclasses.replace(first, num_warps=warps) for warps in (1, 2, 4))
+    regrouped = dataclasses.replace(fast, group_v=16)
+    milliseconds = {first: 2.0, fast: 1.0, regrouped: 0.5}
+    monkeypatch.setattr(tune, "candidates", lambda question: [first, fast, spilling, wrong])
+    monkeypatch.setattr(
+        tune, "_examined", lambda question, configs: [(c, ["spills"] if c == spilling else []) for c in configs]
+    )
+    monkeypatch.setattr(tune, "disagreement", lambda question, config, device: "differs" if config == wrong else None)
+    monkeypatch.setattr(tune, "loads", lambda question: {"tiny": tune.Load(2, 20)})
+    monkeypatch.setattr(tune, "_FLUSH_BYTES", 1)
+    monkeypatch.setattr(tune, "_milliseconds", lambda run, config, flush: milliseconds.get(config, 9.0))
+    best, rows = tune.measure(question, "cpu")
+    assert best == regrouped
+    dropped = {row["config"]["num_warps"]: row["dropped"] for row in rows if "dropped" in row}
+    assert dropped == {2: ["spills"], 4: ["differs"]}
+    timed = [(row["config"], row["time_over_shipped"]) for row in rows if "time_over_shipped" in row]
+    assert (dataclasses.asdict(regrouped), 0.25) in timed
+    assert (dataclasses.asdict(first), 1.0) in timed
+    assert rows[-1]["chosen"] and rows[-1]["shipped_milliseconds"] == {"tiny": 2.0}
+
+
+def test_the_written_result_is_a_file_that_the_package_takes(monkeypatch, tmp_path, user_file):
+    best = tuning.MatmulConfig(**CONFIG)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("bench.result_file.describe", lambda: {"device": "GPU X"})
+    monkeypatch.setattr(tune, "_architecture", lambda: 87)
+    monkeypatch.setattr(tune, "measure", lambda question, device: (best, [tune._row(question, best, chosen=True)]))
+    path = tmp_path / "tuned.json"
+    result = tune.main(["--output", str(path), "--kind", "maximum", "backward-hidden", "--dtype", "bfloat16", "tf32"])
+    assert [row["kind"] for row in result["rows"]] == ["maximum"] * 8 + ["backward-hidden"] * 4
+    user_file(json.loads(path.read_text()))
+    for hidden_size, vocab_size in tune.SIZES:
+        assert tuning.matmul_config(87, hidden_size, vocab_size, *BF16) == best
