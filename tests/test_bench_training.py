@@ -275,3 +275,13 @@ def test_limits_are_written_for_both_heads_of_every_case(tmp_path: Path, monkeyp
     assert json.loads(path.read_text()) == result
     assert len(result["rows"]) == 2 * 2 * 2 * 2
     assert table(result).count("| 20 | 60 | 3.00x |") == 8
+
+
+def test_the_checked_in_result_is_a_cpus_and_forecasts_nothing() -> None:
+    result = json.loads((Path(__file__).parents[1] / "bench/results/training-cpu.json").read_text())
+    assert {row["device"] for row in result["rows"]} == {"cpu"}
+    assert result["predictions"] == result["left_out"] == []
+    assert len(table(result).splitlines()) == 2 + len(result["rows"]) // 2
+    assert result["command"].startswith("python -m bench.training")
+    for check in result["checks"].values():
+        assert check["fp32"]["largest_relative_difference"] <= training.TOLERANCE["fp32"]
