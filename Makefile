@@ -15,9 +15,10 @@ demo: $(VENV)/.ready extension
 
 # Two processes: Triton's interpreter, in which every kernel runs on the CPU, is on for all of a process or not at all,
 # and nothing can be compiled where it is on.
+APART := tests/test_resources.py tests/test_triton_specialization.py tests/test_tune.py
 test: $(VENV)/.ready extension
-	TRITON_INTERPRET=1 $(RUN) -m pytest --ignore=tests/test_resources.py --ignore=tests/test_triton_specialization.py
-	$(RUN) -m pytest tests/test_resources.py tests/test_triton_specialization.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(APART:%=--ignore=%)
+	$(RUN) -m pytest $(APART)
 
 # Tests, sanitizer and benchmarks on a GPU, within nine minutes, into $(OUT). Downloads nothing: it takes $(PYTHON) when
 # that has a PyTorch that sees the GPU, else the virtual environment.

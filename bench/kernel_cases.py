@@ -59,14 +59,14 @@ def cases(arch: int) -> Iterator[Case]:
     """All kernels in all shipped configurations of one architecture."""
     for name, triton_name, dtype, precision in DTYPES:
         config = matmul_config(arch, HIDDEN_SIZE, VOCAB_SIZE, dtype, precision)
-        make = _Maker(arch, name, triton_name)
-        yield from _matmuls(make, config, precision)
+        make = Maker(arch, name, triton_name)
+        yield from matmuls(make, config, precision)
         if precision == "ieee":
             yield from _others(make)
 
 
 @dataclass(frozen=True)
-class _Maker:
+class Maker:
     arch: int
     dtype: str
     element: str
@@ -114,7 +114,7 @@ _INDICES = {
 }
 
 
-def _matmuls(make: _Maker, config: MatmulConfig, precision: str) -> Iterator[Case]:
+def matmuls(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]:
     def constants(chosen: MatmulConfig, **more: Any) -> dict[str, Any]:
         tile = {"BLOCK_V": chosen.block_v, "BLOCK_T": chosen.block_t, "BLOCK_K": chosen.block_k}
         return {**tile, "GROUP_V": chosen.group_v, "PRECISION": precision, **more}
@@ -138,7 +138,7 @@ def _matmuls(make: _Maker, config: MatmulConfig, precision: str) -> Iterator[Cas
     yield make(pool_sum._logit_grad_kernel, {"partial_ptr": "*fp32"}, gradient, chosen.num_warps, chosen.num_stages)
 
 
-def _others(make: _Maker) -> Iterator[Case]:
+def _others(make: Maker) -> Iterator[Case]:
     yield make(pack._list_kernel, {"mask_ptr": "*i64"}, {"BLOCK_S": 1024, "stride_ms": 1})
     for absent in ({}, {"listed_ptr": None}):
         yield make(pack._pack_kernel, {}, {"BLOCK_D": 256, "stride_hd": 1, **absent})
@@ -152,18 +152,24 @@ def _others(make: _Maker) -> Iterator[Case]:
     yield from _backward(make)
 
 
-def _backward(make: _Maker) -> Iterator[Case]:
-    entry = {"DOUBLE_LOG": True, "stride_gv": 1}
+def _backward(make: Maker) -> Iterator[Case]:
     for hidden_size in HIDDEN_SIZES:
-        block_d, num_warps = pool_backward.weight_tile(hidden_size)
-        tile = {"BLOCK_B": pool_backward.BLOCK_B, "BLOCK_V": pool_backward.BLOCK_V, "BLOCK_D": block_d}
         aligned = hidden_size % 16 == 0
-        sums = {**entry, **tile, "stride_hd": 1}
-        limit = pool_backward.MAX_REGISTERS
-        yield make(pool_backward._weight_kernel, {"argmax_ptr": "*i16"}, sums, num_warps, 3, aligned, limit)
-        block_d, num_warps = grad_hidden.hidden_tile(hidden_size)
-        sums = {"CHUNK": grad_hidden.CHUNK, "ENTRIES": grad_hidden.ENTRIES, "BLOCK_D": block_d, "stride_wd": 1}
-        types = {"bound_ptr": "*i64", "value_ptr": "*fp32", "partial_ptr": "*fp32"}
-        yield make(grad_hidden._chunk_kernel, types, sums, num_warps, 3, aligned)
-        yield make(grad_hidden._hidden_kernel, types, sums | {"ROWS": grad_hidden.ROWS}, num_warps, 3, aligned)
-    yield make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, entry | {"BLOCK_V": grad_hidden.GRADIENT_BLOCK})
+        yield weight_case(make, pool_backward.weight_config(hidden_size), aligned)
+        yield from hidden_cases(make, grad_hidden.hidden_config(hidden_size), aligned)
+    gradient = {"DOUBLE_LOG": True, "stride_gv": 1, "BLOCK_V": grad_hidden.GRADIENT_BLOCK}
+    yield make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, gradient)
+
+
+def weight_case(make: Maker, config: pool_backward.WeightConfig, aligned: bool = True) -> Case:
+    tile = {"BLOCK_B": pool_backward.BLOCK_B, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
+    constants = {"DOUBLE_LOG": True, "stride_gv": 1, "stride_hd": 1, **tile}
+    limit = pool_backward.MAX_REGISTERS
+    return make(pool_backward._weight_kernel, {"argmax_ptr": "*i16"}, constants, config.num_warps, 3, aligned, limit)
+
+
+def hidden_cases(make: Maker, config: grad_hidden.HiddenConfig, aligned: bool = True) -> Iterator[Case]:
+    types = {"bound_ptr": "*i64", "value_ptr": "*fp32", "partial_ptr": "*fp32"}
+    sums = {"CHUNK": grad_hidden.CHUNK, "ENTRIES": config.entries, "BLOCK_D": config.block_d, "stride_wd": 1}
+    yield make(grad_hidden._chunk_kernel, types, sums, config.num_warps, 3, aligned)
+    yield make(grad_hidden._hidden_kernel, types, sums | {"ROWS": config.rows}, config.num_warps, 3, aligned)

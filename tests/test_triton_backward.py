@@ -396,4 +396,4 @@ def test_positions_of_four_bytes():
     ("hidden_size", "block"), [(1, 16), (20, 32), (100, 128), (312, 64), (384, 128), (768, 256), (4096, 256)]
 )
 def test_blocks_of_dw_leave_few_lanes_idle(hidden_size, block):
-    assert pool_backward.weight_tile(hidden_size)[0] == block
+    assert pool_backward.weight_config(hidden_size).block_d == block

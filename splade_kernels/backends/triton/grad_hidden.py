@@ -8,6 +8,8 @@ program adds those partial sums in order. Where a run lies, and how the batch wa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -22,10 +24,6 @@ from .common import INTERPRETED, activation_is_double_log, logit_gradient
 CHUNK = 256
 # Entries [sequences, V] of one slice.
 SLICE_ENTRIES = 1 << 21
-# Rows of h that a program takes at a time. A program costs the interpreter milliseconds.
-ROWS = 64 if INTERPRETED else 4
-# Entries summed at a time.
-ENTRIES = 8
 GRADIENT_BLOCK = 1024
 
 
@@ -43,9 +41,9 @@ def sum_hidden(
     vocab_size = weight.shape[0]
     # What the forward multiplied with: under autocast half the bytes of the parameter.
     weight = weight.to(call.compute_dtype)
-    block_d, num_warps = hidden_tile(hidden_size)
-    blocks_d = triton.cdiv(hidden_size, block_d)
-    tiles = {"CHUNK": CHUNK, "ENTRIES": ENTRIES, "BLOCK_D": block_d, "num_warps": num_warps}
+    config = hidden_config(hidden_size)
+    blocks_d = triton.cdiv(hidden_size, config.block_d)
+    tiles = {"CHUNK": CHUNK, "ENTRIES": config.entries, "BLOCK_D": config.block_d, "num_warps": config.num_warps}
     step = max(1, SLICE_ENTRIES // vocab_size)
     for first in range(0, call.batch_size, step):
         count = min(step, call.batch_size - first)
@@ -71,16 +69,27 @@ def sum_hidden(
         if capacity > 0:
             _chunk_kernel[(capacity, blocks_d)](*sums, chunk_rows, **tiles)
         # Programs take rows in turn: twice the slice's share is enough where the bound on a length says nothing.
-        programs = triton.cdiv(min(rows, triton.cdiv(2 * total_rows * count, call.batch_size)), ROWS)
+        programs = triton.cdiv(min(rows, triton.cdiv(2 * total_rows * count, call.batch_size)), config.rows)
         limits = (first, count, call.batch_size, total_rows)
-        _hidden_kernel[(programs, blocks_d)](*sums, edges, grad_hidden, *limits, ROWS=ROWS, **tiles)
+        _hidden_kernel[(programs, blocks_d)](*sums, edges, grad_hidden, *limits, ROWS=config.rows, **tiles)
         del values, entries, partial, sums  # before the next slice's are allocated
 
 
-def hidden_tile(hidden_size: int) -> tuple[int, int]:
-    """Columns of a program, and its warps: so wide that all entries of a column are in one thread, without shuffles."""
+@dataclass(frozen=True)
+class HiddenConfig:
+    """A program takes ``rows`` of h at a time and sums ``entries`` rows of W at a time, ``block_d`` columns of each."""
+
+    rows: int
+    entries: int
+    block_d: int
+    num_warps: int
+
+
+def hidden_config(hidden_size: int) -> HiddenConfig:
+    """Tiles so wide that all entries of a column are in one thread: no shuffles."""
     block_d = min(1024, triton.next_power_of_2(max(hidden_size, 16)))
-    return block_d, max(1, block_d // 256)
+    # A program costs the interpreter milliseconds.
+    return HiddenConfig(64 if INTERPRETED else 4, 8, block_d, max(1, block_d // 256))
 
 
 def _chunk_long_runs(bounds: Tensor, entries: int) -> tuple[Tensor, Tensor]:

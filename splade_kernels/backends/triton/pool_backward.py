@@ -12,6 +12,8 @@ is computed where it is used: a few instructions, instead of ``[B, V]`` more in 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +25,6 @@ from .grad_hidden import sum_hidden
 
 # Sequences whose activity is looked up at once: one bit each in an int32.
 BLOCK_B = 16
-# Rows of dW of one program.
-BLOCK_V = 16
 # Left alone, the compiler spills a few bytes to fit one more program, or takes 169 where rows are aligned to nothing.
 MAX_REGISTERS = 112
 
@@ -50,13 +50,22 @@ def max_pool_backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-def weight_tile(hidden_size: int) -> tuple[int, int]:
-    """Columns of dW of one program, and its warps: 16 float32 sums a thread."""
+@dataclass(frozen=True)
+class WeightConfig:
+    """Tile of dW of one program."""
+
+    block_v: int
+    block_d: int
+    num_warps: int
+
+
+def weight_config(hidden_size: int) -> WeightConfig:
+    """16 float32 sums a thread, in rows as wide as fits: what is gathered are rows."""
     block_d = min(256, triton.next_power_of_2(max(hidden_size, 16)))
     # Half as wide where that leaves fewer lanes idle: 128 for D = 384.
     while block_d > 64 and -hidden_size % (block_d // 2) < -hidden_size % block_d:
         block_d //= 2
-    return block_d, max(1, block_d // 32)
+    return WeightConfig(16, block_d, max(1, block_d // 32))
 
 
 def _sum_weight(
@@ -71,9 +80,9 @@ def _sum_weight(
 ) -> None:
     batch_size, vocab_size = output.shape
     hidden_size = hidden.shape[1]
-    block_d, num_warps = weight_tile(hidden_size)
-    blocks_d = 1 if grad_weight is None else max(1, triton.cdiv(hidden_size, block_d))
-    _weight_kernel[(triton.cdiv(vocab_size, BLOCK_V), blocks_d)](
+    config = weight_config(hidden_size)
+    blocks_d = 1 if grad_weight is None else max(1, triton.cdiv(hidden_size, config.block_d))
+    _weight_kernel[(triton.cdiv(vocab_size, config.block_v), blocks_d)](
         grad,
         output,
         argmax,
@@ -88,9 +97,9 @@ def _sum_weight(
         *hidden.stride(),
         DOUBLE_LOG=activation_is_double_log(call),
         BLOCK_B=BLOCK_B,
-        BLOCK_V=BLOCK_V,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
+        BLOCK_V=config.block_v,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
         maxnreg=MAX_REGISTERS,
     )
 

@@ -1,0 +1,170 @@
+"""Sparse encoders of a given size with random weights, and texts for them, without a network.
+
+The tokenizer knows the words ``w5``, ``w6``, … up to the size of the vocabulary, one id each, so a text of n words is a
+sequence of n + 2 tokens whose ids spread over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
+from sentence_transformers.util import batch_to_device
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+)
+
+ATTENTION = "sdpa"
+# In the order of their ids; XLM-R counts its positions from the padding id, so that comes second.
+_SPECIAL = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+_SPECIAL_PER_TEXT = 2
+_CALIBRATION_TEXTS = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """What decides the cost of a model; heads are 64 wide and the feed-forward is four times as wide as the model."""
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+SIZES = {
+    "distilbert": Size("distilbert", 6, 768, 30522),
+    "xlm-roberta": Size("xlm-roberta", 12, 768, 250002),
+}
+# Mean and standard deviation of the tokens of GooAQ's questions and answers: a stand-in, GooAQ is not downloaded.
+GOOAQ_LENGTHS = {"question": (14.0, 4.0), "answer": (60.0, 20.0)}
+
+
+def build(size: Size, max_length: int, folder: Path) -> None:
+    """Write a masked language model with random weights, and its tokenizer, to ``folder``."""
+    heads, width = max(1, size.hidden_size // 64), 4 * size.hidden_size
+    tokenizer = _tokenizer(size.vocab_size, max_length)
+    torch.manual_seed(0)
+    if size.architecture == "distilbert":
+        config: Any = DistilBertConfig(
+            vocab_size=size.vocab_size,
+            max_position_embeddings=max_length,
+            n_layers=size.layers,
+            n_heads=heads,
+            dim=size.hidden_size,
+            hidden_dim=width,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model: Any = DistilBertForMaskedLM(config)
+    else:
+        config = XLMRobertaConfig(
+            vocab_size=size.vocab_size,
+            max_position_embeddings=max_length + tokenizer.pad_token_id + 1,
+            num_hidden_layers=size.layers,
+            num_attention_heads=heads,
+            hidden_size=size.hidden_size,
+            intermediate_size=width,
+            type_vocab_size=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = XLMRobertaForMaskedLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load(folder: str, max_length: int, device: str, active_terms: int | None) -> SparseEncoder:
+    """The stock encoder in ``folder``, started as ``active_terms`` says.
+
+    None: nearly every word is active in every text, as at the start of a training. A number: about as many words are
+    active in an answer, as late in one.
+    """
+    transformer = Transformer(folder, transformer_task="fill-mask", model_kwargs={"attn_implementation": ATTENTION})
+    model = SparseEncoder(modules=[transformer, SpladePooling(pooling_strategy="max")], device=device)
+    model.max_seq_length = max_length
+    inner: Any = model.transformers_model
+    decoder = inner.get_output_embeddings()
+    vocab_size = decoder.weight.shape[0]
+    if len(model.tokenizer) != vocab_size:
+        raise RuntimeError(f"tokenizer: expected {vocab_size} entries, got {len(model.tokenizer)}")
+    sample = pairs(_CALIBRATION_TEXTS, "gooaq", max_length, vocab_size, seed=1)
+    if active_terms is None:
+        _moderate_similarities(model, sample)
+    else:
+        # The bias is still zero, so an activated entry is log1p of its largest dot.
+        dots = _embed(model, sample["answer"]).expm1()
+        with torch.no_grad():
+            decoder.bias.fill_(-dots.topk(active_terms, dim=1).values[:, -1].mean())
+    return model
+
+
+def _moderate_similarities(model: SparseEncoder, sample: Dataset) -> None:
+    """Scale the logits until a question's similarities to the answers differ by about 1.
+
+    Dot products of vectors with every word active differ by hundreds otherwise. The softmax of the loss is then a step,
+    and its gradients are so small that a CPU computes with them an order of magnitude more slowly.
+    """
+    similarities = _embed(model, sample["question"]) @ _embed(model, sample["answer"]).t()
+    norm = [module for module in model.modules() if isinstance(module, nn.LayerNorm)][-1]
+    with torch.no_grad():
+        norm.weight.div_(similarities.std(dim=1).mean().clamp(min=1).sqrt())
+
+
+def mean_active_terms(model: SparseEncoder, texts: list[str]) -> float:
+    return (_embed(model, texts[:_CALIBRATION_TEXTS]) > 0).sum(dim=1).float().mean().item()
+
+
+def pairs(count: int, lengths: str, max_length: int, vocab_size: int, seed: int = 0) -> Dataset:
+    """``count`` pairs of random words. ``lengths``: "gooaq", or "full" for ``max_length`` tokens in every text."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = {}
+    for name, (mean, deviation) in GOOAQ_LENGTHS.items():
+        if lengths == "full":
+            tokens = torch.full((count,), max_length)
+        else:
+            tokens = _gamma(count, mean, deviation, generator).clamp(_SPECIAL_PER_TEXT + 1, max_length)
+        words = [
+            torch.randint(len(_SPECIAL), vocab_size, (int(n) - _SPECIAL_PER_TEXT,), generator=generator).tolist()
+            for n in tokens
+        ]
+        columns[name] = [" ".join(f"w{word}" for word in text) for text in words]
+    return Dataset.from_dict(columns)
+
+
+def _gamma(count: int, mean: float, deviation: float, generator: torch.Generator) -> Tensor:
+    """Rounded draws of a gamma distribution of integer shape: sums of exponential variables."""
+    shape = round((mean / deviation) ** 2)
+    uniform = torch.rand(count, shape, generator=generator, dtype=torch.float64)
+    return (-torch.log1p(-uniform).sum(dim=1) * (mean / shape)).round().long()
+
+
+def _embed(model: SparseEncoder, texts: list[str]) -> Tensor:
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        features = batch_to_device(model.preprocess(list(texts)), model.device)
+        embeddings: Tensor = model(features)["sentence_embedding"]
+    model.train(was_training)
+    return embeddings
+
+
+def _tokenizer(vocab_size: int, max_length: int) -> Any:
+    special = list(_SPECIAL.values())
+    vocabulary = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(len(special), vocab_size))])}
+    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=_SPECIAL["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    first, last = _SPECIAL["cls_token"], _SPECIAL["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])]
+    )
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=backend, model_max_length=max_length, **_SPECIAL)

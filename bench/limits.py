@@ -1,0 +1,162 @@
+"""The largest batch whose training step fits the memory of an RTX 3090, stock and fused. Needs a CUDA device.
+
+    python -m bench.limits --output RESULT.json [--model distilbert --max-length 256 512] [--budget-seconds 300]
+
+A larger GPU answers for the smaller one: PyTorch's allocator is held to 24 GiB less an allowance for what lies outside
+of it (the CUDA context, the loaded kernels, the display). A trial is two steps of the user's training, every token of
+both texts of every pair real: the second meets the optimizer's state. Sizes are doubled until one does not fit and then
+bisected to within ``--resolution``. Models, training and output as in :mod:`bench.training`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import encoders
+from bench.result_file import Budget, Result
+from bench.training import HEADS
+from bench.training_run import Job, load, named, release, train
+from bench.training_tables import table
+
+TOTAL_GIB, ALLOWANCE_GIB = 24.0, 1.0
+TRIAL_STEPS = 2
+START = 8
+
+
+@dataclass(frozen=True)
+class Largest:
+    """``fits`` is the largest size that was seen to fit (0: none), ``fails`` the smallest that was not (None: the
+    search ended first)."""
+
+    fits: int
+    fails: int | None
+    trials: int
+
+    def complete(self, resolution: float) -> bool:
+        return self.fails is not None and self.fails - self.fits <= max(1, resolution * self.fits)
+
+
+def largest(fits: Callable[[int], bool], start: int, resolution: float, may_go_on: Callable[[], bool]) -> Largest:
+    """Doubling from ``start`` until a size does not fit, then bisection until the gap is within ``resolution``."""
+    found, size = Largest(0, None, 0), start
+    while may_go_on() and not found.complete(resolution):
+        if fits(size):
+            found = Largest(size, found.fails, found.trials + 1)
+        else:
+            found = Largest(found.fits, size, found.trials + 1)
+        size = 2 * found.fits if found.fails is None else (found.fits + found.fails) // 2
+    return found
+
+
+def hold_memory() -> float:
+    """Hold PyTorch's allocator to what an RTX 3090 has for it; returns the share of this GPU's memory.
+
+    Raises:
+        SystemExit: no CUDA device, or one with less memory.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.limits needs a CUDA device: a CPU has no limit of its own to find")
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    wanted = TOTAL_GIB - ALLOWANCE_GIB
+    if total < wanted:
+        raise SystemExit(f"bench.limits: expected a GPU with at least {wanted} GiB, got {total:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(wanted / total)
+    return wanted / total
+
+
+def search(job: Job, resolution: float, may_go_on: Callable[[], bool]) -> dict[str, Any]:
+    """Largest number of pairs of ``job``, whose own ``batch_size`` is where the search begins."""
+    model = load(job)
+    seen: dict[str, Any] = {}
+
+    def trial(size: int) -> None:
+        dataset = encoders.pairs(TRIAL_STEPS * size, "full", job.max_length, len(model.tokenizer))
+        torch.cuda.reset_peak_memory_stats()
+        trainer = train(model, dataset, replace(job, batch_size=size), TRIAL_STEPS)
+        seen.update(named(model, trainer), peak_memory_mib_at_largest=torch.cuda.max_memory_allocated() / 2**20)
+
+    def fits(size: int) -> bool:
+        fitted = True
+        try:
+            trial(size)
+        except torch.cuda.OutOfMemoryError:
+            fitted = False
+        # Not in a handler: there, the exception's frames still hold what the trial allocated.
+        model.zero_grad(set_to_none=True)
+        release()
+        return fitted
+
+    found = largest(fits, job.batch_size, resolution, may_go_on)
+    return {
+        **dict.fromkeys(("attention", "optimizer", "peak_memory_mib_at_largest")),
+        **seen,
+        "largest_pairs": found.fits,
+        "smallest_pairs_that_failed": found.fails,
+        "complete": found.complete(resolution),
+        "trials": found.trials,
+        "held_by_weights_alone_mib": torch.cuda.memory_allocated() / 2**20,
+    }
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
+    parser.add_argument("--max-length", type=int, nargs="+", default=[256, 512], help="tokens of every text")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--resolution", type=float, default=0.03, help="largest gap to a size that failed, relative")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    args = parse(arguments)
+    share = hold_memory()
+    budget = Budget(args.budget_seconds)
+    limit = {
+        "total_gib": TOTAL_GIB,
+        "allowance_gib": ALLOWANCE_GIB,
+        "share_of_this_gpu": share,
+        "precision": args.precision,
+        "resolution": args.resolution,
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+    }
+    result = Result("limits", "bench.limits", args.output, limit=limit)
+    with tempfile.TemporaryDirectory() as root:
+        for name in args.model:
+            encoders.build(encoders.SIZES[name], max(args.max_length), Path(root) / name)
+        for max_length, name, checkpointing, head in itertools.product(
+            args.max_length, args.model, (False, True), HEADS
+        ):
+            job = Job(
+                str(Path(root) / name), head, START, max_length, "full", args.precision, "cuda",
+                gradient_checkpointing=checkpointing,
+            )  # fmt: skip
+            described = {
+                "model": name,
+                **vars(encoders.SIZES[name]),
+                "head": head,
+                "max_length": max_length,
+                "precision": args.precision,
+                "gradient_checkpointing": checkpointing,
+            }
+            if budget.has_room():
+                result.add(described | budget.run(search, job, args.resolution, budget.has_time))
+            else:
+                result.content["left_out"].append(described)
+    result.write()
+    print(table(result.content))
+    return result.content
+
+
+if __name__ == "__main__":
+    main()
