@@ -10,6 +10,7 @@ import importlib
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from splade_kernels.backends.pooling import PoolingCall  # noqa: E402
 backend = importlib.import_module("splade_kernels.backends.triton")
 tuning = importlib.import_module("splade_kernels.backends.triton.tuning")
 max_forward = importlib.import_module("splade_kernels.backends.triton.pool_forward")
+packing = importlib.import_module("splade_kernels.backends.triton.pack")
 sum_pooling = importlib.import_module("splade_kernels.backends.triton.pool_sum")
 
 HIDDEN, VOCAB = 64, 1002
@@ -52,7 +54,15 @@ def record(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
         _, specialization, options = bind(*args, **kwargs, debug=False, instrumentation_mode="")
         keys[kernel.__name__].add(repr((specialization, sorted(options.items()))))
 
+    def pack_nothing(*arguments: Any) -> Any:
+        packed = launched(*arguments)
+        for tensor in vars(packed).values():
+            tensor.zero_()
+        return packed
+
     monkeypatch.setattr(triton.JITFunction, "run", run)
+    launched = packing._pack
+    monkeypatch.setattr(packing, "_pack", pack_nothing)
     for module in (max_forward, sum_pooling):
         monkeypatch.setattr(module, "architecture", lambda device: request.param)
     monkeypatch.setattr(max_forward, "multiprocessors", lambda device: 82)

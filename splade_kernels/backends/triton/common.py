@@ -15,10 +15,6 @@ GROUP_ROWS = tl.constexpr(GROUP)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-def interpreted() -> bool:
-    return bool(INTERPRETED)
-
-
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of a float32 product: TF32 only where PyTorch's own matmuls may use it.
 

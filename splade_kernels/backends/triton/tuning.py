@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .common import GROUP, interpreted
+from .common import GROUP, INTERPRETED
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_CONFIG"
@@ -40,7 +40,7 @@ class MatmulConfig:
     num_stages: int
     # Programs that share a strip of the vocabulary run together, so that its rows of W stay in L2.
     group_v: int = 8
-    # Host-side TMA descriptors and a persistent grid (sm_90 and later).
+    # Host-side TMA descriptors and a persistent grid (sm_90 and sm_100).
     tma: bool = False
     # Programs of that grid for each multiprocessor: while one reduces its tile, another one multiplies.
     resident: int = 1
@@ -71,7 +71,7 @@ _SAFE = MatmulConfig(64, 64, 32, 4, 2)
 
 def architecture(device: torch.device) -> int:
     """Compute capability as an integer, 90 for 9.0; 0 in the interpreter."""
-    if interpreted():
+    if INTERPRETED:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
@@ -79,14 +79,15 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Programs of a persistent grid: one per multiprocessor; a few in the interpreter, so that its loop is run."""
-    return 3 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+    """What a persistent grid is counted in; a few in the interpreter, so that its loop is run."""
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def fits_descriptor(matrix: Tensor) -> bool:
-    """Whether a TMA descriptor can describe it: unit column stride, base and row stride in multiples of 16 bytes."""
+    """Whether a TMA descriptor can describe it: rows one behind the other, base and row stride multiples of 16 bytes."""
     row_bytes = matrix.stride(0) * matrix.element_size()
-    return matrix.stride(1) == 1 and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0 and matrix.numel() > 0
+    dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] and matrix.numel() > 0
+    return dense and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def uses_descriptors(arch: int) -> bool:
