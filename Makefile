@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 RUN := $(VENV)/bin/python
 OUT ?= outputs/gpu
 
-.PHONY: demo test gpu lint format types extension clean
+.PHONY: demo test gpu gpu-training lint format types extension clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready extension
@@ -20,12 +20,13 @@ test: $(VENV)/.ready extension
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(APART:%=--ignore=%)
 	$(RUN) -m pytest $(APART)
 
-# Tests, sanitizer and benchmarks on a GPU, within nine minutes, into $(OUT). Downloads nothing: it takes $(PYTHON) when
-# that has a PyTorch that sees the GPU, else the virtual environment.
-gpu:
+# On a GPU, each within nine minutes, into $(OUT): tests, sanitizer and benchmarks; training steps, largest batch and
+# tuner. Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.
+gpu-training: GPU_OPTIONS := --training
+gpu gpu-training:
 	@for python in $(PYTHON) $(RUN); do \
 		if $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-			exec $$python -m bench.gpu --output $(OUT); \
+			exec $$python -m bench.gpu --output $(OUT) $(GPU_OPTIONS); \
 		fi; \
 	done; \
 	echo "make gpu: no PyTorch that sees a CUDA device, neither in $(PYTHON) nor in $(RUN)" >&2; exit 1

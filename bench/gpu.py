@@ -1,5 +1,7 @@
 """All that needs a GPU, in one go and within nine minutes: tests, sanitizer, benchmarks, report. ``make gpu``.
 
+``make gpu-training`` takes as long again for whole training steps, the largest batch and the tuner.
+
 Every stage has a budget of seconds, a log of its own and results that survive its end by timeout; what a stage leaves
 of its time goes to the next. Nothing is downloaded. The status of each stage is in ``status.json``; the exit status is
 1 when a stage failed.
@@ -22,12 +24,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KERNEL_TESTS = ("pool", "triton", "autograd", "flops", "modules", "sparsify", "bench")
+KERNEL_TESTS = ("pool", "triton", "autograd", "flops", "modules", "sparsify", "compaction", "bench")
 # Test files that import a package which a machine without network may lack.
 TEST_NEEDS = {
     "datasets": ("test_train_example.py", "test_st_trainer.py"),
     "bm25s": ("test_demo_corpus.py", "test_demo_run.py", "test_demo_vocabulary.py"),
 }
+# What the trainer needs beside PyTorch.
+TRAINING_NEEDS = ("sentence_transformers", "accelerate", "datasets")
 # Seconds of each; the first one compiles the kernels.
 SANITIZERS = {"memcheck": 40, "racecheck": 20, "initcheck": 20}
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -81,19 +85,36 @@ def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
         command = [python, "-m", "bench.measure", kind, f"--output={output}/{name}.json", "--seconds=0.5"]
         return Stage(name, [*command, f"--budget={0.8 * seconds:.0f}", *options], seconds)
 
-    yield tests("tests-kernels", first, 150)
+    yield Stage("extension", [python, "setup.py", "-q", "build_ext", "--inplace"], 60)
+    yield tests("tests-kernels", first, 110)
     for tool, seconds in SANITIZERS.items():
         yield _sanitizer(tool, seconds, python)
     two = ("--case", "splade-v3", "dev")
     yield measure("head", "head-gpu", 110, "--variant", "stock", "sparton", "rival", "ours", "--precision", "bf16")
     yield measure("backward", "backward-gpu", 30, "--precision", "bf16")
     yield measure("flops", "flops-gpu", 15, "--precision", "bf16", "bf16-autocast")
+    compaction = [python, "-m", "bench.compaction", "--device=cuda", f"--output={output}/compaction-gpu.json"]
+    yield Stage("compaction-gpu", compaction, 15)
     rivals = ("--variant", "stock", "compile", "tiled", "ours", "--precision", "bf16", *two)
-    yield measure("head", "head-gpu-rivals", 40, *rivals)
-    yield measure("head", "head-gpu-precisions", 35, "--precision", "bf16-autocast", "tf32", "float32", *two)
+    yield measure("head", "head-gpu-rivals", 30, *rivals)
+    yield measure("head", "head-gpu-precisions", 25, "--precision", "bf16-autocast", "tf32", "float32", *two)
     # The integrations' models are built on the CPU, where a trainer that sees a GPU would not leave them.
-    others = tests("tests-others", [name for name in files if name not in first], 50)
+    others = tests("tests-others", [name for name in files if name not in first], 40)
     yield replace(others, environment=DETERMINISTIC | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def training_stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
+    """Whole training steps, the largest batch in 24 GiB, and the tuner: what takes minutes of its own."""
+    missing = [name for name in TRAINING_NEEDS if importlib.util.find_spec(name) is None]
+    needs = f"not here: {', '.join(missing)} not installed" if missing else None
+    tune = ("bench.tune", ("--kind", "maximum", "--dtype", "bfloat16"), None)
+    for name, module, options, needed, seconds in (
+        ("training-gpu", "bench.training", (), needs, 200),
+        ("limits-gpu", "bench.limits", (), needs, 160),
+        ("tuning-gpu", *tune, 150),
+    ):
+        command = [python, "-m", module, f"--output={output}/{name}.json", f"--budget-seconds={0.8 * seconds:.0f}"]
+        yield Stage(name, [*command, *options], seconds, needed)
 
 
 def report_stage(output: Path, python: str = sys.executable) -> Stage:
@@ -160,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu"))
     parser.add_argument("--seconds", type=float, default=535)
+    parser.add_argument("--training", action="store_true", help="training steps, largest batch, tuner instead")
     args = parser.parse_args()
     import torch
 
@@ -168,7 +190,8 @@ def main() -> None:
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     reserve = 20.0
-    outcomes = run_all(list(stages(output)), output, args.seconds - reserve)
+    plan = list(training_stages(output) if args.training else stages(output))
+    outcomes = run_all(plan, output, args.seconds - reserve)
     reported = run_stage(report_stage(output), output / "logs", reserve)
     bad = [f"{one.name}: {one.status}" for one in [*outcomes, reported] if one.status in ("failed", "timeout")]
     if bad:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import head_limits, roofline
+from bench import head_limits, roofline, training_tables
 from bench.cases import CASES, GOOAQ, PRECISIONS
 from bench.roofline import Machine, Work
 
@@ -138,6 +138,11 @@ def resources_section(result: Result) -> str:
     return f"## Compiled for sm_86 (`python -m bench.resources`, {result['file']})\n\n{table(rows)}"
 
 
+def training_section(result: Result) -> str:
+    """Whole training steps, or the largest batches."""
+    return f"## {result['kind'].capitalize()}: {_device(result)}\n\n{training_tables.table(result)}"
+
+
 def plain_section(result: Result) -> str:
     """A kind that has no section of its own: the scalars of its rows."""
     names = list(dict.fromkeys(k for row in result["rows"] for k, v in row.items() if not isinstance(v, (dict, list))))
@@ -150,8 +155,8 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "head": head_section,
     "backward": backward_section,
     "flops": flops_section,
-    "training": plain_section,
-    "limits": plain_section,
+    "training": training_section,
+    "limits": training_section,
     "compaction": plain_section,
     "resources": resources_section,
 }

@@ -16,7 +16,7 @@ SHAPES = ((3, 37, 40, 203), (1, 1, 33, 17), (5, 19, 72, 131))
 
 
 def exercise(device: torch.device) -> int:
-    """Forward and backward of both poolings, padded and packed, and FLOPS; returns how many ran."""
+    """Forward and backward of both poolings, padded and packed, FLOPS and sparsify; returns how many ran."""
     count = 0
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     for shape, dtype, pooling in itertools.product(SHAPES, dtypes, ("max", "sum")):
@@ -37,6 +37,7 @@ def exercise(device: torch.device) -> int:
             sk.splade_pool(packed, *leaves[1:], cu_seqlens=cu_seqlens, max_seqlen=length, pooling_strategy=pooling),
         ]
         for output in outputs:
+            sk.sparsify(output, max_active_dims=5)
             (output.float().sum() + sk.flops_loss(output, threshold=3)).backward()
             count += 1
     if device.type == "cuda":

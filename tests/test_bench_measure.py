@@ -257,5 +257,11 @@ def test_the_stages_of_the_runner_are_within_nine_minutes_and_name_files_that_ex
     assert present - needs <= set(tests) <= present
 
 
+def test_training_has_nine_minutes_of_its_own(tmp_path):
+    plan = list(gpu.training_stages(tmp_path))
+    assert sum(stage.seconds for stage in plan) <= 540
+    assert [stage.command[2] for stage in plan] == ["bench.training", "bench.limits", "bench.tune"]
+
+
 def test_what_the_sanitizer_runs_computes():
     assert sanitize.exercise(CPU) == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import mmap
 from collections.abc import Callable
 
@@ -196,3 +197,26 @@ def test_keys_order_by_dot_then_by_the_lower_row_up_to_the_last_one(row):
         others = torch.empty(16, dtype=torch.int64)
         _key_round_trip[(1,)](values, rows - 1, others, back, rows_back, len(dots), BLOCK=16)
         assert bool((others[: len(dots)] == keys + 1).all()), "the lower row of equal dots has the larger key"
+
+
+@pytest.mark.parametrize(
+    ("total", "batch", "bound", "expected"),
+    [
+        (40_000, 320, None, 2),  # one launch for all tokens: a tight bound is not known
+        (43_600, 320, None, 2),
+        (400_000, 3200, None, 12),
+        (40_000, 320, 128, 2),  # a tight one: everything fits, as far as keys go
+        (163_840, 320, 512, 4),
+        (9_000, 80, None, 1),
+    ],
+)
+def test_packed_tokens_are_cut_into_few_slices_whatever_bound_on_a_length_is_known(total, batch, bound, expected):
+    """A slice packs as many rows as its sequences may have: by a bound that says nothing all of them, in every slice."""
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+    call = PoolingCall(
+        batch, None, cu_seqlens, bound or total, "max", "relu", torch.bfloat16, torch.bfloat16, need_argmax=True
+    )
+    parts = list(pack.slices(call, 30522, torch.empty(total, 768, device="meta"), 8))
+    assert len(parts) == expected
+    assert [parts[0].start, parts[-1].stop] == [0, batch]
+    assert all(one.stop == two.start for one, two in itertools.pairwise(parts))

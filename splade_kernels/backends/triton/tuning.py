@@ -84,7 +84,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def fits_descriptor(matrix: Tensor) -> bool:
-    """Whether a TMA descriptor can describe it: rows one behind the other, base and row stride multiples of 16 bytes."""
+    """Whether a TMA descriptor can describe it: dense rows, base address and row stride multiples of 16 bytes."""
     row_bytes = matrix.stride(0) * matrix.element_size()
     dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] and matrix.numel() > 0
     return dense and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
