@@ -211,7 +211,7 @@ def test_keys_order_by_dot_then_by_the_lower_row_up_to_the_last_one(row):
     ],
 )
 def test_packed_tokens_are_cut_into_few_slices_whatever_bound_on_a_length_is_known(total, batch, bound, expected):
-    """A slice packs as many rows as its sequences may have: by a bound that says nothing all of them, in every slice."""
+    """A slice packs as many rows as its sequences may have; a bound that says nothing must not multiply that."""
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
     call = PoolingCall(
         batch, None, cu_seqlens, bound or total, "max", "relu", torch.bfloat16, torch.bfloat16, need_argmax=True
