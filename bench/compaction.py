@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,16 @@ import torch
 from torch import Tensor
 
 from bench.environment import describe
+from bench.timing import copy_rate
 from splade_kernels.backends import compaction
 
 Result = tuple[Tensor, ...]
+# What the compiled operators are held against. The sort of all keys is what the sparse backward does without them.
+RIVALS = {
+    "sparsify": ("to_sparse_csr",),
+    "sparsify_k": ("topk",),
+    "bucket": ("bucket_sort", "bucket_nonzero_sort"),
+}
 
 
 def pytorch(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -118,29 +126,30 @@ def main() -> None:
 
     check(args)
     seconds = median_seconds(steps(args), args.rounds, args.device)
-    ratios = {
-        "sparsify against to_sparse_csr": seconds["to_sparse_csr"] / seconds["sparsify"],
-        "sparsify_k against topk": seconds["topk"] / seconds["sparsify_k"],
-        "bucket against bucket_sort": seconds["bucket_sort"] / seconds["bucket"],
-        "bucket against bucket_nonzero_sort": seconds["bucket_nonzero_sort"] / seconds["bucket"],
-    }
+    rows = [
+        {"operation": name, "milliseconds": 1e3 * value, "against": rival, "ratio": rival and seconds[rival] / value}
+        for name, value in seconds.items()
+        for rival in RIVALS.get(name, (None,))
+    ]
+    options = [word for word in sys.argv[1:] if not word.startswith("--output")]
     result: dict[str, Any] = {
+        "kind": "compaction",
+        "command": " ".join(["python -m bench.compaction", *options]),
         "case": {key: value for key, value in vars(args).items() if key != "output"},
         "environment": describe(),
-        "seconds": seconds,
-        "ratios": ratios,
+        "rows": rows,
     }
     if args.device == "cuda":
-        # Position, gradient, word and value of every entry, if all are active: what a copy would move.
-        moved = args.rows * args.vocab_size * (2 + 4 + 4 + 4)
+        # Position, gradient, word and value of every active entry: what a copy would move.
+        moved = args.rows * (args.vocab_size * (2 + 4) + args.active * (4 + 4))
         result["bucket_bytes_per_second"] = moved / seconds["bucket"]
+        result["copy_bytes_per_second"] = copy_rate(torch.device(args.device))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=2) + "\n")
-    for name, value in seconds.items():
-        print(f"{name:<20} {1000 * value:9.2f} ms")
-    for name, value in ratios.items():
-        print(f"{name:<36} {value:6.1f}x")
+    for row in rows:
+        ratio = f"{row['ratio']:8.1f}x against {row['against']}" if row["against"] else ""
+        print(f"{row['operation']:<20} {row['milliseconds']:9.2f} ms {ratio}")
 
 
 if __name__ == "__main__":

@@ -93,8 +93,9 @@ def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
     yield measure("head", "head-gpu", 110, "--variant", "stock", "sparton", "rival", "ours", "--precision", "bf16")
     yield measure("backward", "backward-gpu", 30, "--precision", "bf16")
     yield measure("flops", "flops-gpu", 15, "--precision", "bf16", "bf16-autocast")
-    compaction = [python, "-m", "bench.compaction", "--device=cuda", f"--output={output}/compaction-gpu.json"]
-    yield Stage("compaction-gpu", compaction, 15)
+    all_active = "--rows=420 --vocab-size=250002 --active=250002 --rounds=5".split()
+    compaction = [python, "-m", "bench.compaction", "--device=cuda", *all_active]
+    yield Stage("compaction-gpu", [*compaction, f"--output={output}/compaction-gpu.json"], 15)
     rivals = ("--variant", "stock", "compile", "tiled", "ours", "--precision", "bf16", *two)
     yield measure("head", "head-gpu-rivals", 30, *rivals)
     yield measure("head", "head-gpu-precisions", 25, "--precision", "bf16-autocast", "tf32", "float32", *two)
