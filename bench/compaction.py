@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.environment import describe
+from bench.environment import command, describe
 from bench.timing import copy_rate
 from splade_kernels.backends import compaction
 
@@ -131,10 +130,9 @@ def main() -> None:
         for name, value in seconds.items()
         for rival in RIVALS.get(name, (None,))
     ]
-    options = [word for word in sys.argv[1:] if not word.startswith("--output")]
     result: dict[str, Any] = {
         "kind": "compaction",
-        "command": " ".join(["python -m bench.compaction", *options]),
+        "command": command("bench.compaction"),
         "case": {key: value for key, value in vars(args).items() if key != "output"},
         "environment": describe(),
         "rows": rows,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,6 +38,12 @@ def _device() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]),
     }
+
+
+def command(module: str) -> str:
+    """The command line that is running, but for where it writes."""
+    line = " ".join(["python -m", module, *sys.argv[1:]])
+    return re.sub(r" --output[ =]\S+", "", line)
 
 
 def _cpu_name() -> str:

@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -27,7 +26,7 @@ import torch
 from bench import cases as shapes
 from bench import distributions, jobs, roofline, rows, timing, variants
 from bench.cases import Precision
-from bench.environment import describe
+from bench.environment import command, describe
 from bench.rows import Job, Row
 
 SCHEMA = 1
@@ -142,8 +141,7 @@ def main() -> None:
     names = args.case or default_cases(args.kind, device)
     precisions = args.precision or default_precisions(device)
     begin = time.monotonic()
-    options = [word for word in sys.argv[1:] if not word.startswith("--output")]
-    result = document(args.kind, device, precisions, " ".join(["python -m bench.measure", *options]))
+    result = document(args.kind, device, precisions, command("bench.measure"))
     for precision in (shapes.PRECISIONS[name] for name in precisions):
         for name, subject in plan(args.kind, names, device):
             if time.monotonic() - begin > args.budget:

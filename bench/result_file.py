@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.environment import describe
+from bench.environment import command, describe
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Result:
         self.path = path
         self.content: dict[str, Any] = {
             "kind": kind,
-            "command": " ".join(["python -m", module, *sys.argv[1:]]),
+            "command": command(module),
             "environment": describe(),
             "load_average": os.getloadavg()[0],
             **more,
