@@ -108,6 +108,10 @@ def test_a_file_for_another_gpu_is_an_error(user_file):
         ({"hidden_size": True}, "table[0].hidden_size: expected a positive integer, got True"),
         ({"config": None}, "table[0].config: expected an object, got None"),
         (
+            {"config": CONFIG | {"block_t": 512}},
+            "config.block_t: expected at most 256, got 512",
+        ),
+        (
             {"config": CONFIG | {"block_t": 96}},
             "config.block_t: expected a power of two of at least 16, got 96",
         ),

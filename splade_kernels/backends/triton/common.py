@@ -11,6 +11,8 @@ from ..pooling import PoolingCall
 # Rows of a packed group: what one reduction combines, and what sequences are filled up to.
 GROUP = 16
 GROUP_ROWS = tl.constexpr(GROUP)
+# Most tokens of a tile: how far past the last one packed rows are read, and so zeroed.
+LARGEST_BLOCK_T = 256
 # Whether kernels run on the CPU through Triton's interpreter (``TRITON_INTERPRET=1`` before the import).
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..pooling import PoolingCall
-from .common import GROUP, GROUP_ROWS
+from .common import GROUP, GROUP_ROWS, LARGEST_BLOCK_T
 
 # Bytes of the packed rows, and of the [sequences, V] keys, of one slice.
 SLICE_BYTES = 64 << 20
 # Times the packed tokens that there are, up to which the bound on their lengths is taken to mean something.
 LOOSE_BOUND = 4
 # Groups past the last one that are zeros: what its tile may still hold.
-TAIL_GROUPS = 16
+TAIL_GROUPS = LARGEST_BLOCK_T // GROUP
 ALL_GROUPS = 1 << 30
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .common import GROUP, INTERPRETED
+from .common import GROUP, INTERPRETED, LARGEST_BLOCK_T
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_CONFIG"
@@ -213,6 +213,7 @@ def _parse_config(where: str, fields: Any, arch: int) -> MatmulConfig:
         else:
             _check(f"{where}.{name}", value, "a positive integer", _is_positive(value))
     config = MatmulConfig(**fields)
+    _check(f"{where}.block_t", config.block_t, f"at most {LARGEST_BLOCK_T}", config.block_t <= LARGEST_BLOCK_T)
     allowed = uses_descriptors(arch) or not config.tma
     _check(f"{where}.tma", config.tma, f"false, since sm_{arch} does not use TMA descriptors", allowed)
     return config
