@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,11 +39,10 @@ def torch_folder() -> Path | None:
 
 
 def cpp_command(sources: list[str], output: str, torch: Path) -> list[str]:
-    compiler = os.environ.get("CXX", "c++")
     includes = ["-isystem", str(torch / "include")]
     link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
     return [
-        compiler,
+        *compiler(),
         *COMMON_FLAGS,
         *WARNINGS,
         "-fPIC",
@@ -58,6 +58,7 @@ def cpp_command(sources: list[str], output: str, torch: Path) -> list[str]:
 def nvcc_command(nvcc: str, sources: list[str], output: str, torch: Path, *extra: str) -> list[str]:
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES
     host = ["-Xcompiler", ",".join(("-fPIC", "-fvisibility=hidden", *WARNINGS))]
+    host += ["-ccbin", compiler()[-1]] if "CXX" in os.environ else []
     link = ["-shared", "-cudart", "shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
     includes = ["-isystem", str(torch / "include")]
     return [
@@ -72,6 +73,11 @@ def nvcc_command(nvcc: str, sources: list[str], output: str, torch: Path, *extra
         *("-o", output),
         *link,
     ]
+
+
+def compiler() -> list[str]:
+    """``CXX``, which may name a wrapper before the compiler."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def gencode(architectures: str) -> list[str]:
@@ -99,7 +105,7 @@ def cuda_major_of_torch(torch: Path) -> str | None:
 
 
 def cuda_major_of_nvcc(nvcc: str) -> str:
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     match = re.search(r"release (\d+)\.", text)
     return match[1] if match else "unknown"
 
@@ -113,7 +119,7 @@ def extensions() -> list[Extension]:
             "them: install torch, setuptools and a C++20 compiler, then `pip install --no-build-isolation .`"
         )
         return []
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+    if shutil.which(compiler()[0]) is None:
         say("no C++ compiler (CXX, c++) was found: the compiled operators are left out")
         return []
     found = [CPU]
@@ -123,13 +129,10 @@ def extensions() -> list[Extension]:
         return found
     if nvcc is None:
         say("no nvcc (CUDA_HOME, PATH) was found: the compiled operators are for CPU tensors only")
-    elif not forced and cuda_major_of_nvcc(nvcc) != wanted:
-        say(
-            f"nvcc is of CUDA {cuda_major_of_nvcc(nvcc)}, PyTorch of CUDA {wanted}: the compiled operators are for CPU "
-            "tensors only"
-        )
+    elif (major := cuda_major_of_nvcc(nvcc)) != wanted and not forced:
+        say(f"nvcc is of CUDA {major}, PyTorch of CUDA {wanted}: the compiled operators are for CPU tensors only")
     else:
-        found.append(Extension(f"splade_kernels._csrc_cuda{cuda_major_of_nvcc(nvcc)}", [str(CSRC / "cuda/ops.cu")]))
+        found.append(Extension(f"splade_kernels._csrc_cuda{major}", [str(CSRC / "cuda/ops.cu")]))
     return found
 
 
@@ -144,22 +147,33 @@ class BuildExtensions(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        newest = max(Path(path).stat().st_mtime for path in (__file__, *ext.depends))
-        if not self.force and output.exists() and output.stat().st_mtime > newest:
-            return
         torch = torch_folder()
         assert torch is not None
         nvcc = find_nvcc() if "cuda" in ext.name else None
-        command = (
-            cpp_command(ext.sources, str(output), torch)
-            if nvcc is None
-            else nvcc_command(nvcc, ext.sources, str(output), torch)
-        )
-        print(" ".join(command), file=sys.stderr, flush=True)
-        done = subprocess.run(command)
-        if done.returncode != 0:
-            output.unlink(missing_ok=True)
-            say(f"{ext.name} could not be built (above is why) and is left out: PyTorch's operations do its work")
+        try:
+            command = (
+                cpp_command(ext.sources, str(output), torch)
+                if nvcc is None
+                else nvcc_command(nvcc, ext.sources, str(output), torch)
+            )
+        except ValueError as error:
+            say(f"{ext.name} is left out: {error}")
+            return
+        # Up to date: newer than every source, and built by the same command.
+        line, note = " ".join(command), Path(self.build_temp, f"{ext.name}.command")
+        newest = max(Path(path).stat().st_mtime for path in (__file__, *ext.depends))
+        same = output.exists() and note.exists() and note.read_text() == line
+        if same and not self.force and output.stat().st_mtime > newest:
+            return
+        print(line, file=sys.stderr, flush=True)
+        if subprocess.run(command).returncode == 0:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(line)
+            return
+        output.unlink(missing_ok=True)
+        if self.inplace:
+            Path(*ext.name.split(".")).with_suffix(".so").unlink(missing_ok=True)  # of an earlier version
+        say(f"{ext.name} could not be built (above is why) and is left out: PyTorch's operations do its work")
 
 
 class Wheel(bdist_wheel):

@@ -11,7 +11,7 @@ import torch
 
 import splade_kernels as sk
 from splade_kernels import ops
-from splade_kernels.backends import select
+from splade_kernels.backends.selection import _why_not_triton, select
 from tests import oracle
 from tests.oracle import make_case
 
@@ -290,6 +290,26 @@ print(tuple(sk.splade_pool(h, w, backend="torch").shape))
     assert lines[1].startswith(cannot)
     assert lines[2] == "ValueError SPLADE_KERNELS_BACKEND: expected one of 'auto', 'torch', 'triton', got 'cuda'"
     assert lines[3] == "(1, 4)"
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "reason"),
+    [
+        ("6.4", (9, 4), "its kernels are written for NVIDIA's GPUs, and this PyTorch is built for AMD's"),
+        (None, (7, 5), "its kernels need compute capability 8.0, this GPU has 7.5"),
+        (None, (8, 6), None),
+    ],
+)
+def test_auto_takes_gpus_that_triton_kernels_are_not_for_to_torch(hip, capability, reason, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    device = torch.device("cuda", 0)
+    assert _why_not_triton(device, torch.float32) == reason
+    name = select("auto", device, torch.float32).__name__
+    assert name == f"splade_kernels.backends.{'triton' if reason is None else 'torch'}"
 
 
 def test_import_is_silent_and_light():

@@ -61,5 +61,9 @@ def test_nothing_to_encode(model):
 def test_bad_arguments_are_named_at_the_call(model):
     with pytest.raises(ValueError, match="task: expected 'query', 'document' or None, got 'passage'"):
         encode_sparse(model, TEXTS, task="passage")
+    with pytest.raises(TypeError, match="texts: expected a sequence of texts, got a str"):
+        encode_sparse(model, "one text")
+    with pytest.raises(ValueError, match="max_active_dims: expected at least 1, got 0"):
+        encode_sparse(model, ["a"], max_active_dims=0)
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         encode_sparse(model, TEXTS, batch_size=0)

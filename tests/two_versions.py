@@ -29,11 +29,15 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
     crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     for tensor in (crow, mask, *csrc.gather_active(grad.to(dtype), crow, mask, int(crow[-1]))):
         digest.update(tensor.view(torch.uint8).numpy().tobytes())
+for tensor in csrc.sparsify(grad, 100):
+    digest.update(tensor.view(torch.uint8).numpy().tobytes())
 print(torch.__version__, digest.hexdigest())
 """
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
     results = []
     for python in (sys.executable, sys.argv[1]):
         done = subprocess.run([python, "-W", "ignore", "-c", CODE, str(LIBRARY)], capture_output=True, text=True)

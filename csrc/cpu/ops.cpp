@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> gather_active(Tensor embeddings, Tensor crow, Tensor 
       for (int64_t b = first; b < last; ++b) {
         gather_row<Bits>(
             {row_of<Bits>(embeddings, b), stride}, vocab_size, p_mask + b * words, std::max<int64_t>(p_crow[b], 0),
-            std::min(p_crow[b + 1], capacity), data_of<int64_t>(col), data_of<Bits>(values));
+            std::clamp<int64_t>(p_crow[b + 1], 0, capacity), data_of<int64_t>(col), data_of<Bits>(values));
       }
     });
   });

@@ -53,12 +53,16 @@ void gather_row(
     Row<Bits> row, int64_t size, const uint32_t* mask, int64_t begin, int64_t end, int64_t* columns, Bits* values) {
   const int64_t words = divide_up(size, kWord);
   // The row has left the cache since its mask was made, and its few entries are far apart.
-  for (int64_t w = 0; w < words; ++w) for_each_bit(mask[w], w, [&](int64_t v) { __builtin_prefetch(&row.data[v * row.stride]); });
+  for (int64_t w = 0; w < words; ++w) {
+    for_each_bit(mask[w], w, [&](int64_t v) { __builtin_prefetch(&row.data[v * row.stride]); });
+  }
   int64_t slot = begin;
   for (int64_t w = 0; w < words; ++w) {
-    if (mask[w] == 0) continue;
-    if (slot + std::popcount(mask[w]) > end) return;
-    for_each_bit(mask[w], w, [&](int64_t v) {
+    const int64_t left = size - w * kWord;
+    const uint32_t word = left >= kWord ? mask[w] : mask[w] & ((uint32_t{1} << left) - 1);
+    if (word == 0) continue;
+    if (slot > end - std::popcount(word)) return;
+    for_each_bit(word, w, [&](int64_t v) {
       columns[slot] = v;
       values[slot++] = row[v];
     });

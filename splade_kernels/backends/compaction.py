@@ -36,10 +36,11 @@ def bucket_by_token(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> t
         ``values`` ``[n · V]`` float32: sequence b's from ``b · V`` on, without gaps; what follows them up to
         ``(b + 1) · V`` is unspecified.
     """
+    # Whatever they hold, no two sequences share a row then: rows are what entries are counted by.
+    edges = edges.to(torch.int64).cummax(0).values
     if is_compiled(grad.device):
         result: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_kernels_csrc.bucket_by_token(argmax, grad, edges, rows)
         return result
-    edges = edges.to(torch.int64)
     starts = (edges[:-1] - edges[0])[:, None]
     ends = edges[1:, None] - edges[0]
     row = starts + argmax
@@ -99,8 +100,9 @@ def sparsify_bounded(embeddings: Tensor, max_active_dims: int | None) -> tuple[T
 def why_not_compiled() -> str | None:
     """Why the compiled operators cannot serve every device of this machine; None if they can."""
     reason = _load("_csrc")
-    if reason is None and torch.cuda.is_available() and not _serves_cuda():
-        return f"CPU tensors only: {_load(_cuda_library())}"
+    if reason is None and torch.cuda.is_available():
+        cuda_reason = _why_not_cuda(torch.cuda.current_device())
+        return cuda_reason and f"CPU tensors only: {cuda_reason}"
     return reason
 
 
@@ -108,15 +110,23 @@ def is_compiled(device: torch.device) -> bool:
     """Whether tensors on ``device`` are served by the compiled operators."""
     if device.type == "cpu":
         return _load("_csrc") is None
-    return device.type == "cuda" and _load("_csrc") is None and _serves_cuda()
+    if device.type != "cuda" or _load("_csrc") is not None:
+        return False
+    return _why_not_cuda(torch.cuda.current_device() if device.index is None else device.index) is None
 
 
-def _serves_cuda() -> bool:
-    return _load(_cuda_library()) is None
-
-
-def _cuda_library() -> str:
-    return f"_csrc_cuda{(torch.version.cuda or 'none').split('.')[0]}"
+@functools.cache
+def _why_not_cuda(index: int) -> str | None:
+    """Why the CUDA library cannot serve a GPU: not built, or not for its architecture, which only a launch shows."""
+    if torch.version.cuda is None:
+        return "this PyTorch is not built for CUDA"
+    reason = _load(f"_csrc_cuda{torch.version.cuda.split('.')[0]}")
+    if reason is None:
+        try:
+            torch.ops.splade_kernels_csrc.active_mask(torch.zeros(1, 1, device=f"cuda:{index}"), 1)
+        except RuntimeError as error:
+            return f"the compiled CUDA operators do not run on {torch.cuda.get_device_name(index)}: {error}"
+    return reason
 
 
 @functools.cache

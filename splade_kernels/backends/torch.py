@@ -129,10 +129,11 @@ def max_pool_backward(
             grad_bias[columns] = values.sum(dim=1)
         if not (call.need_hidden or call.need_weight):
             continue
-        active = values != 0
-        entries = _active_entries(active)
-        weights = values.reshape(-1)[entries]
-        token = (argmax[:, columns].to(torch.int32) + starts[:, None]).clamp_(0, rows - 1).t().reshape(-1)[entries]
+        if call.need_weight or not compiled:
+            active = values != 0
+            entries = _active_entries(active)
+            weights = values.reshape(-1)[entries]
+            token = (argmax[:, columns].to(torch.int32) + starts[:, None]).clamp_(0, rows - 1).t().reshape(-1)[entries]
         if grad_weight is not None:
             offsets = _exclusive_sum(active.sum(dim=1))
             block_gradient = _bag_sum(token, table, offsets, weights)

@@ -34,21 +34,25 @@ def encode_sparse(
         texts: what to encode.
         task: ``"query"``, ``"document"``, or None for ``encode``.
         batch_size: texts that go through the model together.
-        max_active_dims: keep each embedding's largest entries, at most so many; ties go to the lowest vocabulary id.
-            None: the model's own setting.
+        max_active_dims: keep each embedding's largest entries, at most so many. None: the model's own setting. Ties go
+            to the lowest vocabulary id, unless the model has a setting: its method then chooses first, by ``topk``.
         options: further arguments of the model's method (``prompt``, ``prompt_name``, ``device``, ...).
 
     Yields:
-        ``[up to 16 · batch_size, V]`` sparse CSR, on the model's device.
+        ``[up to 16 · batch_size, V]`` sparse CSR, on the device that the method returns. As many dense embeddings are
+        held at a time.
 
     Raises:
-        ValueError: ``task`` or ``batch_size`` is none of these.
+        TypeError, ValueError: an argument is none of these.
     """
     methods = {None: model.encode, "query": model.encode_query, "document": model.encode_document}
     if task not in methods:
         raise ValueError(f"task: expected 'query', 'document' or None, got {task!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if isinstance(texts, str):
+        raise TypeError("texts: expected a sequence of texts, got a str")
+    for name, value in (("batch_size", batch_size), ("max_active_dims", max_active_dims)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     limit = model.max_active_dims if max_active_dims is None else max_active_dims
     # Where the model has a setting, its method would apply that one, even where more was asked for.
     options["max_active_dims"] = None if model.max_active_dims is None else limit
