@@ -134,7 +134,8 @@ def main() -> None:
     if args.json:
         keys = ("kernel", "arch", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "instructions")
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([{key: getattr(row, key) for key in keys} for row in rows], indent=1) + "\n")
+        lines = [json.dumps({key: getattr(row, key) for key in keys}) for row in rows]
+        args.json.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     problems = [f"{row.kernel} sm_{row.arch} {row.dtype}: {problem}" for row in rows for problem in row.problems()]
     print(f"{len(rows)} compiled with torch {torch.__version__}, triton {triton.__version__}; {len(problems)} problems")
     if problems:
