@@ -216,7 +216,7 @@ def test_slices_and_tiles_do_not_show(backend, widest, monkeypatch):
     expected, gradients = oracle.reference_in_double(case)
     if backend == "triton":
         pack = importlib.import_module("splade_kernels.backends.triton.pack")
-        backward = importlib.import_module("splade_kernels.backends.triton.pool_backward")
+        backward = importlib.import_module("splade_kernels.backends.triton.grad_hidden")
         monkeypatch.setattr(pack, "SLICE_BYTES", 4 * 300 * 8)
         monkeypatch.setattr(backward, "SLICE_ENTRIES", 2 * 300)
     monkeypatch.setattr(torch_backend, "SLICE_ROWS", 80)

@@ -186,7 +186,8 @@ def test_a_right_candidate_agrees_and_a_wrong_one_is_seen(kind, monkeypatch):
     monkeypatch.setattr(tune, "CHECKED_LOAD", tune.Load(2, 20))
     if kind.startswith("backward"):
         first = candidates.shipped(question)
-        other = dataclasses.replace(first, weight_block_v=8, hidden_rows=2, hidden_entries=4)
+        smaller = {"block_v": 8} if kind == "backward-weight" else {"rows": 2, "entries": 4}
+        other = dataclasses.replace(first, **smaller)
     else:
         first, other = tuning.MatmulConfig(32, 32, 16, 4, 1), tuning.MatmulConfig(16, 64, 32, 4, 1)
     monkeypatch.setattr(tune, "shipped", lambda question: first)
