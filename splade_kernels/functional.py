@@ -69,7 +69,7 @@ def splade_pool(
     _check_choice("pooling_strategy", pooling_strategy, POOLING_STRATEGIES)
     _check_choice("activation_function", activation_function, ACTIVATION_FUNCTIONS)
     _check_choice("backend", backend, ("auto", *BACKENDS))
-    _check_screening(screening)
+    screening = _check_screening(screening, pooling_strategy)
     _check_tensor("hidden_states", hidden_states, _DTYPES)
     _check_tensor("weight", weight, _DTYPES, hidden_states.device)
     if weight.ndim != 2:
@@ -87,7 +87,7 @@ def splade_pool(
             raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {_shape(bias)}")
     compute_dtype, out_dtype = _choose_dtypes(hidden_states, weight, bias)
 
-    options = (bound, pooling_strategy, activation_function, compute_dtype, out_dtype, backend)
+    options = (bound, pooling_strategy, activation_function, compute_dtype, out_dtype, screening, backend)
     mask = None if packed else attention_mask
     trained = hidden_states.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
@@ -222,11 +222,18 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_screening(screening: str | bool) -> None:
-    if screening is True:
-        raise NotImplementedError("screening: expected 'auto' or False; exact screening is not available yet")
-    if screening is not False:
-        _check_choice("screening", screening, ("auto",))
+def _check_screening(screening: str | bool, pooling_strategy: str) -> str:
+    """As the operators are told: ``"auto"``, ``"on"`` or ``"off"``."""
+    if not isinstance(screening, bool) and screening != "auto":
+        raise ValueError(f"screening: expected 'auto', True or False, got {screening!r}")
+    if screening is True and pooling_strategy != "max":
+        raise ValueError(
+            f"screening: expected 'auto' or False with pooling_strategy={pooling_strategy!r}, which needs every "
+            "positive logit, got True"
+        )
+    if pooling_strategy != "max":
+        return "off"
+    return "auto" if screening == "auto" else "on" if screening else "off"
 
 
 def _check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> None:

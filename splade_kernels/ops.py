@@ -23,7 +23,8 @@ _library = torch.library.Library("splade_kernels", "DEF")
 
 _POOL = (
     "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, SymInt max_seqlen, "
-    "str pooling_strategy, str activation_function, ScalarType compute_dtype, ScalarType out_dtype, str backend"
+    "str pooling_strategy, str activation_function, ScalarType compute_dtype, ScalarType out_dtype, "
+    "str screening, str backend"
 )
 
 
@@ -50,7 +51,7 @@ def _describe(
     hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, options: Any
 ) -> tuple[PoolingCall, ModuleType]:
     """The call as backends are told it, and the backend."""
-    pooling_strategy, activation_function, compute_dtype, out_dtype, backend = options
+    pooling_strategy, activation_function, compute_dtype, out_dtype, screening, backend = options
     call = PoolingCall(
         _batch_size(hidden_states, cu_seqlens),
         attention_mask,
@@ -60,6 +61,7 @@ def _describe(
         activation_function,
         compute_dtype,
         out_dtype,
+        screening,
     )
     return call, backends.select(backend, hidden_states.device, compute_dtype)
 
@@ -91,7 +93,7 @@ def _pool_forward_fake(
     max_seqlen: int,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    *_, out_dtype, _, need_argmax = options
+    *_, out_dtype, _, _, need_argmax = options
     shape = (_batch_size(hidden_states, cu_seqlens), weight.shape[0])
     argmax = hidden_states.new_empty(shape if need_argmax else (0,), dtype=argmax_dtype(max_seqlen))
     return hidden_states.new_empty(shape, dtype=out_dtype), argmax

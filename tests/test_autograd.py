@@ -55,7 +55,7 @@ def test_opcheck(pooling, activation, packed, backend):
         hidden, cu_seqlens = case.packed()
         mask = None
     tensors = (hidden, case.weight.detach(), case.bias.detach(), mask, cu_seqlens)
-    options = (20, pooling, activation, dtype, dtype, backend)
+    options = (20, pooling, activation, dtype, dtype, "off", backend)
     for need_argmax in (True, False):
         opcheck(ops.pool_forward, (*tensors, *options, need_argmax))
     output, argmax = ops.pool_forward(*tensors, *options, True)

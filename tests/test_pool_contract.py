@@ -222,8 +222,8 @@ def cu(*values: int) -> torch.Tensor:
             {"activation_function": "gelu"},
         ),
         (ValueError, "backend: expected one of 'auto', 'torch', 'triton', got 'cuda'", {"backend": "cuda"}),
-        (NotImplementedError, "screening: .*not available yet", {"screening": True}),
-        (ValueError, "screening: expected one of 'auto', got 'yes'", {"screening": "yes"}),
+        (ValueError, "screening: .*pooling_strategy='sum'", {"screening": True, "pooling_strategy": "sum"}),
+        (ValueError, "screening: expected 'auto', True or False, got 'yes'", {"screening": "yes"}),
     ],
 )
 def test_bad_input_is_named(error, message, arguments):

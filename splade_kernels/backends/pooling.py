@@ -25,6 +25,7 @@ class PoolingCall:
     activation_function: str
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
+    screening: str = "off"  # "auto", "on" or "off"
     need_argmax: bool = False
     need_hidden: bool = False
     need_weight: bool = False
