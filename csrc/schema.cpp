@@ -14,4 +14,11 @@ STABLE_TORCH_LIBRARY(splade_kernels_csrc, library) {
   // Vocabulary ids and values of the entries in the mask; row b's begin at crow[b].
   library.def(
       "gather_active(Tensor embeddings, Tensor crow, Tensor mask, SymInt capacity) -> (Tensor col, Tensor values)");
+  // CPU only, docs/screening.md: the instruction set there are screening kernels for (0: none), the int8 form of a
+  // weight, and the maxima over the tokens of each sequence with the number of dots they took.
+  library.def("screening_isa() -> int");
+  library.def("quantise_words(Tensor weight, int isa) -> (Tensor quantised, Tensor bounds, Tensor shift)");
+  library.def(
+      "screened_maximum(Tensor rows, Tensor offsets, Tensor weight, Tensor? bias, Tensor quantised, Tensor bounds,"
+      " Tensor shift, int isa) -> (Tensor values, Tensor positions, int evaluated)");
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import compaction
+from . import compaction, screening
 from . import device as device_tiles
 from .pooling import PoolingCall, activate, activation_gradient
 
@@ -55,6 +55,10 @@ class Slice:
     group: int
     groups: Tensor  # [n, most groups of a sequence] packed groups of each sequence; past its last one, its first
 
+    def offsets(self) -> Tensor:
+        """``[n + 1]`` first packed row of each sequence."""
+        return F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0))
+
     def tile_columns(self, elements: int) -> int:
         return max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, elements // max(len(self.rows), 1)))
 
@@ -62,6 +66,10 @@ class Slice:
 def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(y [B, V], argmax [B, V])``; the argmax is a position in the sequence, and empty unless the call needs it."""
     if not _on_host(hidden):
+        if call.screening == "on":
+            raise RuntimeError(
+                f"screening: the torch backend screens on a CPU only, and hidden_states is on {hidden.device}"
+            )
         return device_tiles.pool_forward(call, hidden, weight, bias)
     return (_max_pool_forward if call.pooling_strategy == "max" else _sum_pool_forward)(call, hidden, weight, bias)
 
@@ -71,8 +79,20 @@ def _max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: T
     dtype = call.accumulation_dtype
     largest = hidden.new_full(shape, -torch.inf, dtype=dtype)
     argmax = call.new_argmax(hidden, weight.shape[0]).zero_()
+    screen = screening.screen(call, weight, bias, native_half=_rounds_dots(call))
     for part in _slices(call, hidden):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
+        rows, offsets = packed[: len(part.rows)], part.offsets()
+        if screen is not None and screen.pays(rows, offsets):
+            found = screen.maximise(rows, offsets)
+            screened = found.values
+            if bias is not None and _rounds_dots(call):
+                screened = screened + bias.to(dtype)
+            largest.index_copy_(0, part.sequences, screened)
+            if call.need_argmax:
+                winners = part.positions[found.rows + offsets[:-1, None]]
+                argmax.index_copy_(0, part.sequences, winners.to(argmax.dtype))
+            continue
         for columns, dots in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS):
             values, positions = _segment_maximum(dots, part, call.need_argmax)
             largest[:, columns].index_copy_(0, part.sequences, values.to(dtype))

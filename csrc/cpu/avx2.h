@@ -1,0 +1,81 @@
+// Eight lanes of AVX2, 16 words a block. vpmaddubsw adds two products in 16 bits, and two such sums are added before
+// they are widened: 4 · (2 · 63 + 1) · 63 < 2^15, so 63 levels, and 64 as the offset that makes tokens unsigned.
+#pragma once
+
+#include <immintrin.h>
+
+#include "screening.h"
+
+#define SK_TARGET __attribute__((target("avx2,fma,f16c")))
+
+namespace splade_kernels::cpu::avx2 {
+
+constexpr int kLanes = 8;
+constexpr int kTokens = 4;
+constexpr int kLevels = 63;
+constexpr int kOffset = 64;
+
+using Float = __m256;
+using Int = __m256i;
+using Mask = __m256;
+
+SK_TARGET inline Float spread(float x) { return _mm256_set1_ps(x); }
+SK_TARGET inline Float load(const float* p) { return _mm256_loadu_ps(p); }
+SK_TARGET inline Float load(const BFloat16Bits* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+SK_TARGET inline Float load(const Float16Bits* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+SK_TARGET inline void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
+SK_TARGET inline Float add(Float x, Float y) { return _mm256_add_ps(x, y); }
+SK_TARGET inline Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
+SK_TARGET inline Float multiply(Float x, Float y) { return _mm256_mul_ps(x, y); }
+SK_TARGET inline Float multiply_add(Float x, Float y, Float z) { return _mm256_fmadd_ps(x, y, z); }
+// y where x is NaN.
+SK_TARGET inline Float larger(Float x, Float y) { return _mm256_max_ps(x, y); }
+SK_TARGET inline Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
+SK_TARGET inline Int load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Int*>(p)); }
+SK_TARGET inline Int subtract(Int x, Int y) { return _mm256_sub_epi32(x, y); }
+SK_TARGET inline void store(int32_t* p, Int x) { _mm256_storeu_si256(reinterpret_cast<Int*>(p), x); }
+SK_TARGET inline Int larger_magnitude(Int m, Float x) {
+  return _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF)));
+}
+SK_TARGET inline Int nearest(Float x) { return _mm256_cvtps_epi32(x); }
+SK_TARGET inline void store_bytes(int8_t* p, Int x) {
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+}
+SK_TARGET inline Int zero() { return _mm256_setzero_si256(); }
+SK_TARGET inline Mask none() { return _mm256_setzero_ps(); }
+SK_TARGET inline Mask not_at_most(Float x, Float y) { return _mm256_cmp_ps(x, y, _CMP_NLE_UQ); }
+SK_TARGET inline Mask either(Mask x, Mask y) { return _mm256_or_ps(x, y); }
+SK_TARGET inline uint32_t bits(Mask x) { return static_cast<uint32_t>(_mm256_movemask_ps(x)); }
+
+// sums[t][j] += tokens[t] · words of vector j, eight hidden dimensions at a time.
+template <int N>
+SK_TARGET inline void accumulate(const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[N][2]) {
+  const Int ones = _mm256_set1_epi16(1);
+  const auto* words = reinterpret_cast<const Int*>(block);
+  for (int64_t k = 0; k < depth; k += 8, words += 4) {
+    Int w0 = _mm256_loadu_si256(words), w1 = _mm256_loadu_si256(words + 1);
+    Int w2 = _mm256_loadu_si256(words + 2), w3 = _mm256_loadu_si256(words + 3);
+    // Kept in registers: as operands in memory they would be loaded once a token.
+    asm("" : "+x"(w0), "+x"(w1), "+x"(w2), "+x"(w3));
+    for (int t = 0; t < N; ++t) {
+      const Int x0 = _mm256_set1_epi32(four_bytes(tokens + t * depth + k));
+      const Int x1 = _mm256_set1_epi32(four_bytes(tokens + t * depth + k + 4));
+      const Int a = _mm256_add_epi16(_mm256_maddubs_epi16(x0, w0), _mm256_maddubs_epi16(x1, w2));
+      const Int b = _mm256_add_epi16(_mm256_maddubs_epi16(x0, w1), _mm256_maddubs_epi16(x1, w3));
+      sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(a, ones));
+      sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(b, ones));
+    }
+  }
+}
+
+#include "screening_kernels.inc"
+
+}  // namespace splade_kernels::cpu::avx2
+
+#undef SK_TARGET

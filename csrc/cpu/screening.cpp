@@ -1,0 +1,198 @@
+// The operators of exact screening on a CPU. Blocks of words are independent of each other: any number of threads gives
+// the same bytes.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "../checks.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own AVX-512 intrinsics start from `__m512 y = y` (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#if defined(__x86_64__)
+#include "avx2.h"
+#include "avx512_vnni.h"
+#endif
+
+namespace splade_kernels::cpu {
+namespace {
+
+enum Isa : int64_t { kNone = 0, kAvx2 = 1, kAvx512Vnni = 2 };
+
+// Words of the vocabulary whose quantised and exact rows are used for all tokens before the next ones are touched.
+constexpr int64_t kStrip = 128;
+
+// The best instruction set of this CPU that there are kernels for.
+int64_t screening_isa() {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return kNone;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni")) return kAvx512Vnni;
+  return kAvx2;
+#else
+  return kNone;
+#endif
+}
+
+// f with the kernels for a dtype of the weight.
+template <class Function>
+void with_kernels(int64_t isa, ScalarType dtype, Function&& f) {
+  STD_TORCH_CHECK(isa > kNone && isa <= screening_isa(), "isa: expected one that this CPU has, got ", isa);
+#if defined(__x86_64__)
+  const bool vnni = isa == kAvx512Vnni;
+  switch (dtype) {
+    case ScalarType::Float: return f(vnni ? avx512_vnni::kernels<float> : avx2::kernels<float>);
+    case ScalarType::BFloat16: return f(vnni ? avx512_vnni::kernels<BFloat16Bits> : avx2::kernels<BFloat16Bits>);
+    case ScalarType::Half: return f(vnni ? avx512_vnni::kernels<Float16Bits> : avx2::kernels<Float16Bits>);
+    default: STD_TORCH_CHECK(false, "weight: expected float32, bfloat16 or float16");
+  }
+#endif
+}
+
+void check_weight(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) > 0, "weight: expected shape [V, D], D > 0");
+  STD_TORCH_CHECK(weight.stride(1) == 1, "weight: expected rows without gaps");
+  STD_TORCH_CHECK(weight.size(1) <= kMaxHiddenSize, "weight: expected at most ", kMaxHiddenSize, " hidden dimensions");
+}
+
+// Blocks [blocks, depth / 4, words, 4] int8, bounds [3, blocks · words] float32 (scale, radius, reach), shift int32.
+std::tuple<Tensor, Tensor, Tensor> quantise_words(Tensor weight, int64_t isa) {
+  check_weight(weight);
+  const int64_t vocab_size = weight.size(0), hidden_size = weight.size(1), stride = weight.stride(0);
+  const int64_t depth = divide_up(hidden_size, kDepthStep) * kDepthStep;
+  Tensor quantised, bounds, shift;
+  with_kernels(isa, weight.scalar_type(), [&]<class W>(const Kernels<W>& kernels) {
+    const int64_t blocks = divide_up(vocab_size, kernels.words), lanes = blocks * kernels.words;
+    quantised = torch::stable::new_zeros(weight, {lanes * depth}, ScalarType::Char);
+    bounds = torch::stable::new_zeros(weight, {3, lanes}, ScalarType::Float);
+    shift = torch::stable::new_zeros(weight, {lanes}, ScalarType::Int);
+    const W* p_weight = static_cast<const W*>(weight.const_data_ptr());
+    auto* p_quantised = static_cast<int8_t*>(quantised.mutable_data_ptr());
+    auto* p_bounds = static_cast<float*>(bounds.mutable_data_ptr());
+    auto* p_shift = static_cast<int32_t*>(shift.mutable_data_ptr());
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * kernels.words;
+        float* scale = p_bounds + first;
+        kernels.quantise_block(
+            p_weight + first * stride, stride, std::min<int64_t>(kernels.words, vocab_size - first), hidden_size, depth,
+            p_quantised + first * depth, scale, scale + lanes, scale + 2 * lanes, p_shift + first);
+      }
+    });
+  });
+  return {quantised, bounds, shift};
+}
+
+// A chunk of one sequence and where it belongs.
+struct Chunk {
+  int64_t sequence;
+  Tokens tokens;
+};
+
+// The largest dot of every (sequence, word) that may exceed -bias, -inf where none can, the position that attains it
+// and how many dots were computed.
+std::tuple<Tensor, Tensor, int64_t> screened_maximum(
+    Tensor rows, Tensor offsets, Tensor weight, std::optional<Tensor> bias, Tensor quantised, Tensor bounds,
+    Tensor shift, int64_t isa) {
+  check_weight(weight);
+  const int64_t vocab_size = weight.size(0), hidden_size = weight.size(1), stride = weight.stride(0);
+  const int64_t depth = divide_up(hidden_size, kDepthStep) * kDepthStep;
+  STD_TORCH_CHECK(
+      rows.dim() == 2 && rows.size(1) == hidden_size && rows.is_contiguous() &&
+          rows.scalar_type() == ScalarType::Float,
+      "rows: expected contiguous float32 [R, D]");
+  STD_TORCH_CHECK(
+      offsets.dim() == 1 && offsets.size(0) > 0 && offsets.is_contiguous() &&
+          offsets.scalar_type() == ScalarType::Long,
+      "offsets: expected contiguous int64 [n + 1]");
+  const int64_t sequences = offsets.size(0) - 1;
+  const auto* p_offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
+  for (int64_t b = 0; b < sequences; ++b) {
+    STD_TORCH_CHECK(
+        0 <= p_offsets[b] && p_offsets[b] <= p_offsets[b + 1] && p_offsets[b + 1] <= rows.size(0) &&
+            p_offsets[b + 1] - p_offsets[b] <= std::numeric_limits<int32_t>::max(),
+        "offsets: expected to rise from 0 to at most R");
+  }
+
+  Tensor values = torch::stable::new_empty(rows, {sequences, vocab_size}, ScalarType::Float);
+  torch::stable::fill_(values, -std::numeric_limits<double>::infinity());
+  Tensor positions = torch::stable::new_zeros(rows, {sequences, vocab_size}, ScalarType::Int);
+  std::atomic<int64_t> evaluated{0};
+  with_kernels(isa, weight.scalar_type(), [&]<class W>(const Kernels<W>& kernels) {
+    const int64_t lanes = divide_up(vocab_size, kernels.words) * kernels.words;
+    STD_TORCH_CHECK(
+        quantised.numel() == lanes * depth && bounds.numel() == 3 * lanes && shift.numel() == lanes,
+        "quantised, bounds, shift: expected those of this weight for this instruction set");
+    std::vector<float> threshold(static_cast<size_t>(lanes), 0.0F);
+    if (bias.has_value()) {
+      STD_TORCH_CHECK(
+          bias->dim() == 1 && bias->size(0) == vocab_size && bias->is_contiguous() &&
+              bias->scalar_type() == ScalarType::Float,
+          "bias: expected contiguous float32 [V]");
+      const auto* p_bias = static_cast<const float*>(bias->const_data_ptr());
+      std::transform(p_bias, p_bias + vocab_size, threshold.begin(), [](float c) { return -c; });
+    }
+
+    const int64_t count = rows.size(0);
+    const auto* p_rows = static_cast<const float*>(rows.const_data_ptr());
+    std::vector<uint8_t> tokens(static_cast<size_t>(count * depth));
+    std::vector<Bounds> token_bounds(static_cast<size_t>(count));
+    torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        token_bounds[static_cast<size_t>(t)] =
+            kernels.quantise_token(p_rows + t * hidden_size, hidden_size, depth, tokens.data() + t * depth);
+      }
+    });
+    std::vector<Chunk> chunks;
+    for (int64_t b = 0; b < sequences; ++b) {
+      for (int64_t t = p_offsets[b]; t < p_offsets[b + 1]; t += kChunk) {
+        chunks.push_back(
+            {b,
+             {p_rows + t * hidden_size, tokens.data() + t * depth, token_bounds.data() + t,
+              std::min(kChunk, p_offsets[b + 1] - t), static_cast<int32_t>(t - p_offsets[b])}});
+      }
+    }
+
+    const W* p_weight = static_cast<const W*>(weight.const_data_ptr());
+    const auto* p_quantised = static_cast<const int8_t*>(quantised.const_data_ptr());
+    const auto* p_bounds = static_cast<const float*>(bounds.const_data_ptr());
+    const auto* p_shift = static_cast<const int32_t*>(shift.const_data_ptr());
+    auto* p_values = static_cast<float*>(values.mutable_data_ptr());
+    auto* p_positions = static_cast<int32_t*>(positions.mutable_data_ptr());
+    torch::stable::parallel_for(0, divide_up(vocab_size, kStrip), 1, [&](int64_t begin, int64_t end) {
+      int64_t found = 0;
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t last = std::min(vocab_size, (strip + 1) * kStrip);
+        for (const Chunk& chunk : chunks) {
+          for (int64_t v = strip * kStrip; v < last; v += kernels.words) {
+            const float* scale = p_bounds + v;
+            const Words words{p_quantised + v * depth, scale, scale + lanes, scale + 2 * lanes, p_shift + v};
+            const int64_t place = chunk.sequence * vocab_size + v;
+            found += kernels.maximise_block(
+                chunk.tokens, hidden_size, depth, words, threshold.data() + v, p_weight + v * stride, stride,
+                std::min<int64_t>(kernels.words, last - v), p_values + place, p_positions + place);
+          }
+        }
+      }
+      evaluated += found;
+    });
+  });
+  return {values, positions, evaluated.load()};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(splade_kernels_csrc, CPU, library) {
+  library.impl("quantise_words", TORCH_BOX(&quantise_words));
+  library.impl("screened_maximum", TORCH_BOX(&screened_maximum));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(splade_kernels_csrc, CompositeExplicitAutograd, library) {
+  library.impl("screening_isa", TORCH_BOX(&screening_isa));
+}
+
+}  // namespace splade_kernels::cpu

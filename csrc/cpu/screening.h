@@ -1,0 +1,100 @@
+// Exact maxima over tokens by int8 bounds: what the kernels of both instruction sets share. Mathematics:
+// docs/screening.md.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace splade_kernels::cpu {
+
+// Bit patterns of half-precision numbers; both are loaded as float32, which holds them exactly.
+struct BFloat16Bits {
+  uint16_t bits;
+};
+struct Float16Bits {
+  uint16_t bits;
+};
+
+// Hidden dimensions are filled up with zeros to a multiple of this.
+constexpr int64_t kDepthStep = 8;
+// Most hidden dimensions: 255 · 127 · 65536 < 2^31.
+constexpr int64_t kMaxHiddenSize = 65536;
+// Largest elements of a row outside this range take the exact path: products of norms would leave float32.
+constexpr float kTiny = 0x1p-40f, kHuge = 0x1p40f;
+
+inline int32_t four_bytes(const uint8_t* p) {
+  int32_t value;
+  std::memcpy(&value, p, sizeof(value));
+  return value;
+}
+
+// How far a quantised row `scale · q` can be off, and how long the row is: both rounded up. Radius and norm are +inf
+// for a row that int8 cannot bound, whose q and scale are 0.
+struct Bounds {
+  float scale, radius, norm;
+};
+
+struct Slacks {
+  float sums;  // relative error of a computed norm
+  float dots;  // of a dot, in units of the product of the norms: its rounding and that of the bound
+};
+
+inline Slacks slacks(int64_t hidden_size) {
+  constexpr float unit = 0x1p-23f;
+  return {static_cast<float>(hidden_size + 64) * unit, static_cast<float>(hidden_size + 128) * unit};
+}
+
+// Quantised words, a block at a time: [depth / 4][words][4] int8.
+struct Words {
+  const int8_t* blocks;
+  const float* scale;
+  const float* radius;
+  const float* reach;    // norm + radius
+  const int32_t* shift;  // what the offset of the tokens adds to every dot
+};
+
+// Consecutive tokens of one sequence.
+struct Tokens {
+  const float* rows;        // [count, hidden_size]
+  const uint8_t* quantised;  // [count, depth]
+  const Bounds* bounds;
+  int64_t count;
+  int32_t first;  // position of the first one in its sequence
+};
+
+// Most tokens handled at a time: their upper bounds for one block stay in the L1 cache.
+constexpr int64_t kChunk = 128;
+
+// The largest dot found so far and the position of its token; NaN is the largest, ties go to the lowest position.
+struct Best {
+  float value;
+  int32_t position;
+
+  void see(float x, int32_t at) {
+    const bool better = std::isnan(x) ? !std::isnan(value) || at < position
+                                      : x > value || (x == value && at < position);
+    if (!better) return;
+    value = x;
+    position = at;
+  }
+};
+
+// The kernels of one instruction set, for weights of one type.
+template <class W>
+struct Kernels {
+  int words;  // of a block
+  Bounds (*quantise_token)(const float* row, int64_t hidden_size, int64_t depth, uint8_t* out);
+  void (*quantise_block)(
+      const W* weight, int64_t stride, int64_t count, int64_t hidden_size, int64_t depth, int8_t* block, float* scale,
+      float* radius, float* reach, int32_t* shift);
+  int64_t (*maximise_block)(
+      const Tokens& tokens, int64_t hidden_size, int64_t depth, const Words& words, const float* threshold,
+      const W* weight, int64_t stride, int64_t count, float* values, int32_t* positions);
+};
+
+}  // namespace splade_kernels::cpu

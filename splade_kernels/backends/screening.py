@@ -1,0 +1,269 @@
+"""Exact screening on a CPU: int8 bounds tell which dots can be the maximum, and only those are computed.
+
+``|h · w - ĥ · ŵ| <= B`` for rows quantised to int8 (Cauchy-Schwarz; derived with its rounding in docs/screening.md).
+Token t can win word v only if its upper bound exceeds ``-c[v]``, below which relu gives zero, and reaches the largest
+lower bound of its sequence. The dots of those tokens are computed from the unquantised rows.
+
+The compiled kernels of ``csrc/`` multiply, bound and evaluate a block of words at a time, most promising token first.
+Without them the same is written in PyTorch around ``torch._int_mm``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import compaction
+from .pooling import PoolingCall
+from .weight_cache import cached
+
+# 127 · 255 · 65536 still fits int32.
+MAX_HIDDEN_SIZE = 1 << 16
+# Rows whose largest element is outside this range are not bounded: products of norms would leave float32.
+TINY, HUGE = 2.0**-40, 2.0**40
+UNIT = 2.0**-23
+LEVELS = 127
+# "auto": words that are screened first, in so many runs spread over the vocabulary, and the share of their dots up to
+# which it pays to go on: an exact dot takes about four times as long as one in a matmul, an int8 dot a quarter.
+PROBE_WORDS, PROBE_RUNS = 256, 8
+PAYING_SHARE = 1 / 8
+# "auto" where the weight is quantised for this call alone: tokens from which that is worth its time.
+MIN_TOKENS = 256
+# Elements of a tile of bounds, and of the rows gathered for exact dots at a time.
+TILE_ELEMENTS = 1 << 20
+
+
+class Maxima(NamedTuple):
+    values: Tensor  # [n, V] largest dot where one may exceed -bias, else -inf
+    rows: Tensor  # [n, V] which row of its sequence attains it; the lowest on ties, and NaN is the largest
+    evaluated: int  # dots computed
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """``prepare(weight)`` quantises; ``maximise(rows, offsets, weight, bias, *prepared)`` takes packed rows ``[R, D]``
+    and ``[n + 1]`` where each sequence begins."""
+
+    name: str
+    prepare: Callable[[Tensor], tuple[Tensor, ...]]
+    maximise: Callable[..., Maxima]
+
+
+class Screen:
+    """Screening for one call: asks whether it pays, and quantises the weight when it is first needed."""
+
+    def __init__(self, call: PoolingCall, kernels: Kernels, weight: Tensor, bias: Tensor | None) -> None:
+        self._call, self._kernels, self._original = call, kernels, weight
+        self._weight = weight.to(call.compute_dtype)
+        if self._weight.stride(1) != 1:
+            self._weight = self._weight.contiguous()
+        self._bias = None if bias is None else bias.to(call.accumulation_dtype).contiguous()
+        self._prepared: tuple[Tensor, ...] | None = None
+
+    def pays(self, rows: Tensor, offsets: Tensor) -> bool:
+        """Whether to screen these packed rows: decided by the rows, the weight and the bias alone."""
+        if self._call.screening == "on":
+            return True
+        if len(rows) < MIN_TOKENS and (self._call.need_argmax or self._original.is_inference()):
+            return False
+        words = _probe(len(self._weight), self._weight.device)
+        weight = self._weight.index_select(0, words)
+        bias = None if self._bias is None else self._bias.index_select(0, words)
+        found = self._kernels.maximise(rows, offsets, weight, bias, *self._kernels.prepare(weight))
+        return found.evaluated <= PAYING_SHARE * len(rows) * len(words)
+
+    def maximise(self, rows: Tensor, offsets: Tensor) -> Maxima:
+        if self._prepared is None:
+            prepare = functools.partial(self._kernels.prepare, self._weight)
+            kind = f"{self._kernels.name}, {self._call.compute_dtype}"
+            # Training changes the weight at every step.
+            self._prepared = prepare() if self._call.need_argmax else cached(self._original, kind, prepare)
+        return self._kernels.maximise(rows, offsets, self._weight, self._bias, *self._prepared)
+
+
+def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: bool) -> Screen | None:
+    """How to screen a call, None for not at all. ``native_half``: unscreened, this CPU would multiply half precision,
+    about as fast as int8."""
+    vocab_size, hidden_size = weight.shape
+    if call.screening == "off" or not 0 < hidden_size <= MAX_HIDDEN_SIZE or vocab_size == 0:
+        return None
+    compiled = call.accumulation_dtype == torch.float32 and _isa() > 0
+    if call.screening == "auto":
+        if native_half or weight.stride(1) != 1 or not (compiled or _multiplies_fast()):
+            return None
+        if call.accumulation_dtype != torch.float32:
+            return None
+    return Screen(call, _compiled() if compiled else _plain(), weight, bias)
+
+
+def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mask: Tensor) -> tuple[int, int]:
+    """Dots that ``screening=True`` computes exactly for ``[B, S, D]`` padded input, and dots there are."""
+    real = attention_mask != 0
+    rows = hidden.detach()[real]
+    offsets = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0))
+    batch_size, length = real.shape
+    call = PoolingCall(
+        batch_size, attention_mask, None, length, "max", "relu", hidden.dtype, hidden.dtype, "on", need_argmax=True
+    )
+    chosen = screen(call, weight.detach(), bias, native_half=False)
+    if chosen is None:
+        raise ValueError(f"weight: expected 1 to {MAX_HIDDEN_SIZE} hidden dimensions and a word, got {weight.shape}")
+    return chosen.maximise(rows, offsets).evaluated, len(rows) * len(weight)
+
+
+def _probe(vocab_size: int, device: torch.device) -> Tensor:
+    """Ids of the words that are screened first."""
+    if vocab_size <= PROBE_WORDS:
+        return torch.arange(vocab_size, device=device)
+    width = PROBE_WORDS // PROBE_RUNS
+    first = torch.arange(PROBE_RUNS, device=device) * (vocab_size - width) // (PROBE_RUNS - 1)
+    return (first[:, None] + torch.arange(width, device=device)).view(-1)
+
+
+# The compiled kernels
+
+
+@functools.cache
+def _isa() -> int:
+    """Instruction set of the compiled kernels; 0: there are none, or they are wrong.
+
+    PyTorch's own limit (``ATEN_CPU_CAPABILITY``) holds for them too.
+    """
+    if not compaction.is_compiled(torch.device("cpu")):
+        return 0
+    isa: int = torch.ops.splade_kernels_csrc.screening_isa()
+    capability = torch.backends.cpu.get_cpu_capability()
+    isa = min(isa, 2 if capability.startswith("AVX512") else 1 if capability.startswith("AVX2") else 0)
+    return isa if isa and _agrees(_compiled_for(isa)) else 0
+
+
+def _compiled() -> Kernels:
+    return _compiled_for(_isa())
+
+
+def _compiled_for(isa: int) -> Kernels:
+    def prepare(weight: Tensor) -> tuple[Tensor, ...]:
+        prepared: tuple[Tensor, ...] = torch.ops.splade_kernels_csrc.quantise_words(weight, isa)
+        return prepared
+
+    def maximise(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *prepared: Tensor) -> Maxima:
+        rows = rows.to(torch.float32).contiguous()
+        found = torch.ops.splade_kernels_csrc.screened_maximum(rows, offsets, weight, bias, *prepared, isa)
+        return Maxima(*found)
+
+    return Kernels(f"compiled {isa}", prepare, maximise)
+
+
+def _agrees(kernels: Kernels) -> bool:
+    """Whether kernels give the maxima of a small product in float64: run once, before they are trusted."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(size, 333, generator=generator) for size in (37, 101))
+    rows[:9] = rows[:9].sign()  # every element at the last level
+    weight[::7] = weight[::7].abs().ceil()
+    offsets = torch.tensor([0, 9, 10, 37])
+    found = kernels.maximise(rows, offsets, weight, torch.full((101,), 1e3), *kernels.prepare(weight))
+    dots = rows.double() @ weight.double().t()
+    exact = torch.stack([dots[first:last].amax(dim=0) for first, last in itertools.pairwise(offsets)])
+    return torch.allclose(found.values.double(), exact, rtol=1e-5, atol=1e-3)
+
+
+# The same in PyTorch
+
+
+def _plain() -> Kernels:
+    return Kernels("plain", _quantise, _maximise)
+
+
+@functools.cache
+def _multiplies() -> bool:
+    """Whether ``torch._int_mm`` is right: without VNNI or AMX oneDNN may add pairs of products in saturating int16."""
+    generator = torch.Generator().manual_seed(0)
+    full = torch.full((33, 776), LEVELS, dtype=torch.int8)
+    mixed = torch.randint(-LEVELS, LEVELS + 1, (33, 776), generator=generator, dtype=torch.int8)
+    try:
+        return all(
+            torch.equal(torch._int_mm(a, b.t()).to(torch.float64), a.to(torch.float64) @ b.to(torch.float64).t())
+            for a in (full, mixed)
+            for b in (full, mixed)
+        )
+    except RuntimeError:
+        return False
+
+
+@functools.cache
+def _multiplies_fast() -> bool:
+    """Whether ``torch._int_mm`` is right and has instructions of its own; without, it takes longer than float32."""
+    return (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()) and _multiplies()
+
+
+def _quantise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int8 rows ``[n, D]`` and, each ``[n]`` float32, their scale, radius and norm (docs/screening.md)."""
+    size = rows.shape[1]
+    exact = rows.to(torch.float32)
+    largest = exact.abs().amax(dim=1)
+    bounded = (largest >= TINY) & (largest <= HUGE)
+    exact = torch.where(bounded[:, None], exact, 0)
+    scale = torch.where(bounded, largest / LEVELS, 0)
+    near = (exact * torch.where(bounded, LEVELS / largest, 0)[:, None]).round_()
+    norm = exact.square().sum(dim=1).sqrt_() * (1 + (size + 64) * UNIT)
+    error = (exact - near * scale[:, None]).square_().sum(dim=1).sqrt_()
+    radius = (error + norm * ((size + 128) * UNIT)) * (1 + (size + 64) * UNIT)
+    hostile = ~bounded & (largest != 0)
+    return near.to(torch.int8), scale, radius.masked_fill_(hostile, torch.inf), norm.masked_fill_(hostile, torch.inf)
+
+
+def _maximise(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *prepared: Tensor) -> Maxima:
+    quantised, scale, radius, norm = prepared
+    tokens, token_scale, token_radius, token_norm = (x if x.ndim == 2 else x[:, None] for x in _quantise(rows))
+    lengths = offsets.diff()
+    sequences, vocab_size = len(lengths), len(weight)
+    sequence = torch.repeat_interleave(torch.arange(sequences), lengths)
+    within = torch.arange(len(rows)) - offsets[sequence]
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    values = torch.full((sequences, vocab_size), -torch.inf, dtype=dtype)
+    winners = torch.zeros(sequences, vocab_size, dtype=torch.int64)
+    evaluated = 0
+    width = max(32, TILE_ELEMENTS // max(len(rows), 1) // 32 * 32)
+    for first in range(0, vocab_size, width):
+        words = slice(first, min(first + width, vocab_size))
+        near = _multiply(tokens, quantised[words]).mul_(scale[words]).mul_(token_scale)
+        far = token_radius * (norm + radius)[words] + token_norm * radius[words]
+        lower = (near - far).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+        nothing = lower.new_full(lower.shape[1:], -torch.inf)
+        # [n, words]
+        attained = torch.stack([x.amax(dim=0) if len(x) else nothing for x in lower.split(lengths.tolist())])
+        upper = near + far
+        threshold = 0 if bias is None else -bias[words]
+        # Written so that NaN passes.
+        candidates = ~((upper <= threshold) | (upper < attained.index_select(0, sequence)))
+        t, v = candidates.nonzero(as_tuple=True)
+        evaluated += len(t)
+        dots = _dots(rows, weight[words], t, v)
+        place = sequence[t] * near.shape[1] + v
+        largest = values.new_full((sequences * near.shape[1],), -torch.inf).scatter_reduce_(0, place, dots, "amax")
+        wins = (dots == largest[place]) | (dots.isnan() & largest[place].isnan())
+        lowest = torch.full(largest.shape, len(rows)).scatter_reduce_(0, place[wins], within[t[wins]], "amin")
+        values[:, words] = largest.view(sequences, -1)
+        winners[:, words] = torch.where(lowest < len(rows), lowest, 0).view(sequences, -1)
+    return Maxima(values, winners, evaluated)
+
+
+def _multiply(tokens: Tensor, words: Tensor) -> Tensor:
+    """``[R, words]`` float32 products of int8 rows, summed exactly."""
+    if _multiplies():
+        return torch._int_mm(tokens, words.t()).to(torch.float32)
+    return (tokens.to(torch.float64) @ words.to(torch.float64).t()).to(torch.float32)
+
+
+def _dots(rows: Tensor, words: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """``rows[t] · words[v]`` for each pair, in at least float32."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    step = max(1, TILE_ELEMENTS // rows.shape[1])
+    parts = [(rows[a].to(dtype) * words[b]).sum(dim=1) for a, b in zip(t.split(step), v.split(step), strict=True)]
+    return torch.cat(parts) if parts else rows.new_empty(0, dtype=dtype)
