@@ -53,25 +53,31 @@ SK_TARGET inline Mask not_at_most(Float x, Float y) { return _mm256_cmp_ps(x, y,
 SK_TARGET inline Mask either(Mask x, Mask y) { return _mm256_or_ps(x, y); }
 SK_TARGET inline uint32_t bits(Mask x) { return static_cast<uint32_t>(_mm256_movemask_ps(x)); }
 
-// sums[t][j] += tokens[t] · words of vector j, eight hidden dimensions at a time.
-template <int N>
-SK_TARGET inline void accumulate(const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[N][2]) {
+// Eight dimensions of a token times as many of both vectors, added in pairs of pairs.
+SK_TARGET inline void eight(const uint8_t* token, Int w0, Int w1, Int w2, Int w3, Int& low, Int& high) {
   const Int ones = _mm256_set1_epi16(1);
+  const Int x0 = _mm256_set1_epi32(four_bytes(token)), x1 = _mm256_set1_epi32(four_bytes(token + 4));
+  const Int a = _mm256_add_epi16(_mm256_maddubs_epi16(x0, w0), _mm256_maddubs_epi16(x1, w2));
+  const Int b = _mm256_add_epi16(_mm256_maddubs_epi16(x0, w1), _mm256_maddubs_epi16(x1, w3));
+  low = _mm256_add_epi32(low, _mm256_madd_epi16(a, ones));
+  high = _mm256_add_epi32(high, _mm256_madd_epi16(b, ones));
+}
+
+// sums[t][j] = tokens[t] · words of vector j, eight hidden dimensions at a time. Written with constant indices: GCC
+// keeps an array that a loop walks in memory.
+template <size_t... T>
+SK_TARGET inline void products(
+    std::index_sequence<T...>, const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[sizeof...(T)][2]) {
   const auto* words = reinterpret_cast<const Int*>(block);
+  Int low[] = {((void)T, zero())...}, high[] = {((void)T, zero())...};
   for (int64_t k = 0; k < depth; k += 8, words += 4) {
     Int w0 = _mm256_loadu_si256(words), w1 = _mm256_loadu_si256(words + 1);
     Int w2 = _mm256_loadu_si256(words + 2), w3 = _mm256_loadu_si256(words + 3);
     // Kept in registers: as operands in memory they would be loaded once a token.
     asm("" : "+x"(w0), "+x"(w1), "+x"(w2), "+x"(w3));
-    for (int t = 0; t < N; ++t) {
-      const Int x0 = _mm256_set1_epi32(four_bytes(tokens + t * depth + k));
-      const Int x1 = _mm256_set1_epi32(four_bytes(tokens + t * depth + k + 4));
-      const Int a = _mm256_add_epi16(_mm256_maddubs_epi16(x0, w0), _mm256_maddubs_epi16(x1, w2));
-      const Int b = _mm256_add_epi16(_mm256_maddubs_epi16(x0, w1), _mm256_maddubs_epi16(x1, w3));
-      sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(a, ones));
-      sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(b, ones));
-    }
+    (eight(tokens + T * depth + k, w0, w1, w2, w3, low[T], high[T]), ...);
   }
+  ((sums[T][0] = low[T], sums[T][1] = high[T]), ...);
 }
 
 #include "screening_kernels.inc"

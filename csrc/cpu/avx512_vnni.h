@@ -11,7 +11,7 @@
 namespace splade_kernels::cpu::avx512_vnni {
 
 constexpr int kLanes = 16;
-constexpr int kTokens = 12;
+constexpr int kTokens = 8;
 constexpr int kLevels = 127;
 constexpr int kOffset = 128;
 
@@ -52,17 +52,18 @@ SK_TARGET inline Mask not_at_most(Float x, Float y) { return _mm512_cmp_ps_mask(
 SK_TARGET inline Mask either(Mask x, Mask y) { return static_cast<Mask>(x | y); }
 SK_TARGET inline uint32_t bits(Mask x) { return x; }
 
-// sums[t][j] += tokens[t] · words of vector j, four hidden dimensions at a time.
-template <int N>
-SK_TARGET inline void accumulate(const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[N][2]) {
+// sums[t][j] = tokens[t] · words of vector j, four hidden dimensions at a time. Written with constant indices: GCC keeps
+// an array that a loop walks in memory.
+template <size_t... T>
+SK_TARGET inline void products(
+    std::index_sequence<T...>, const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[sizeof...(T)][2]) {
+  Int low[] = {((void)T, zero())...}, high[] = {((void)T, zero())...};
   for (int64_t k = 0; k < depth; k += 4, block += 128) {
     const Int w0 = _mm512_loadu_si512(block), w1 = _mm512_loadu_si512(block + 64);
-    for (int t = 0; t < N; ++t) {
-      const Int x = _mm512_set1_epi32(four_bytes(tokens + t * depth + k));
-      sums[t][0] = _mm512_dpbusd_epi32(sums[t][0], x, w0);
-      sums[t][1] = _mm512_dpbusd_epi32(sums[t][1], x, w1);
-    }
+    const Int x[] = {_mm512_set1_epi32(four_bytes(tokens + T * depth + k))...};
+    ((low[T] = _mm512_dpbusd_epi32(low[T], x[T], w0), high[T] = _mm512_dpbusd_epi32(high[T], x[T], w1)), ...);
   }
+  ((sums[T][0] = low[T], sums[T][1] = high[T]), ...);
 }
 
 #include "screening_kernels.inc"
