@@ -38,6 +38,9 @@ int64_t screening_isa() {
 #endif
 }
 
+// Pieces of so much work, in multiply-adds, that are worth a thread.
+int64_t grain(int64_t work) { return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, work)); }
+
 // f with the kernels for a dtype of the weight.
 template <class Function>
 void with_kernels(int64_t isa, ScalarType dtype, Function&& f) {
@@ -74,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> quantise_words(Tensor weight, int64_t isa) {
     auto* p_quantised = static_cast<int8_t*>(quantised.mutable_data_ptr());
     auto* p_bounds = static_cast<float*>(bounds.mutable_data_ptr());
     auto* p_shift = static_cast<int32_t*>(shift.mutable_data_ptr());
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, blocks, grain(kernels.words * depth * 8), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kernels.words;
         float* scale = p_bounds + first;
@@ -141,7 +144,7 @@ std::tuple<Tensor, Tensor, int64_t> screened_maximum(
     const auto* p_rows = static_cast<const float*>(rows.const_data_ptr());
     std::vector<uint8_t> tokens(static_cast<size_t>(count * depth));
     std::vector<Bounds> token_bounds(static_cast<size_t>(count));
-    torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, count, grain(depth * 8), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         token_bounds[static_cast<size_t>(t)] =
             kernels.quantise_token(p_rows + t * hidden_size, hidden_size, depth, tokens.data() + t * depth);
@@ -163,7 +166,7 @@ std::tuple<Tensor, Tensor, int64_t> screened_maximum(
     const auto* p_shift = static_cast<const int32_t*>(shift.const_data_ptr());
     auto* p_values = static_cast<float*>(values.mutable_data_ptr());
     auto* p_positions = static_cast<int32_t*>(positions.mutable_data_ptr());
-    torch::stable::parallel_for(0, divide_up(vocab_size, kStrip), 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, divide_up(vocab_size, kStrip), grain(count * depth * kStrip), [&](int64_t begin, int64_t end) {
       int64_t found = 0;
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t last = std::min(vocab_size, (strip + 1) * kStrip);

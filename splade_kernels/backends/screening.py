@@ -19,9 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compaction
+from . import compaction, weight_cache
 from .pooling import PoolingCall
-from .weight_cache import cached
 
 # 127 · 255 · 65536 still fits int32.
 MAX_HIDDEN_SIZE = 1 << 16
@@ -83,13 +82,15 @@ class Screen:
             prepare = functools.partial(self._kernels.prepare, self._weight)
             kind = f"{self._kernels.name}, {self._call.compute_dtype}"
             # Training changes the weight at every step.
-            self._prepared = prepare() if self._call.need_argmax else cached(self._original, kind, prepare)
+            self._prepared = prepare() if self._call.need_argmax else weight_cache.cached(self._original, kind, prepare)
         return self._kernels.maximise(rows, offsets, self._weight, self._bias, *self._prepared)
 
 
 def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: bool) -> Screen | None:
     """How to screen a call, None for not at all. ``native_half``: unscreened, this CPU would multiply half precision,
     about as fast as int8."""
+    if call.need_argmax:
+        weight_cache.forget(weight)
     vocab_size, hidden_size = weight.shape
     if call.screening == "off" or not 0 < hidden_size <= MAX_HIDDEN_SIZE or vocab_size == 0:
         return None

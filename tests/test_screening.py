@@ -1,0 +1,351 @@
+"""Exact screening on a CPU: no active pair lost, values and gradients those of the unscreened head."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import splade_kernels as sk
+from splade_kernels import ops
+from splade_kernels.backends import screening, weight_cache
+from tests import oracle
+from tests.oracle import Case, make_case
+
+COMPILED = sk.available_backends()["csrc"] == "available" and torch.cpu._is_avx2_supported()
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def kernels(request, monkeypatch):
+    """The compiled kernels, or the same in PyTorch; the torch backend on a CPU is what they belong to."""
+    if request.param == "plain":
+        monkeypatch.setattr(screening, "_isa", lambda: 0)
+    elif not COMPILED:
+        pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
+    return request.param
+
+
+def pool(case: Case, screen: str | bool, **options: str) -> Tensor:
+    return sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, screening=screen, backend="torch", **options)
+
+
+def logits_and_band(case: Case) -> tuple[Tensor, Tensor]:
+    """``[B, V]`` largest logit in float64, and how far two float32 sums of the same products can be from it."""
+    hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
+    dots = hidden @ weight.t()
+    norms = hidden.norm(dim=2)[:, :, None] * weight.norm(dim=1)
+    real = (case.mask != 0)[:, :, None]
+    largest = dots.masked_fill(~real, -torch.inf).amax(dim=1)
+    band = 2.0**-24 * hidden.shape[2] * norms.masked_fill(~real, 0).amax(dim=1) + 2.0**-126
+    return largest + (0 if case.bias is None else case.bias.detach().double()), band
+
+
+def hostile_case(kind: str, seed: int) -> Case:
+    """One small case; what is hostile about it is in a few rows of either side."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    shape = (integer(1, 4), integer(1, 13), integer(1, 25), integer(1, 41))
+    case = make_case(shape, pattern="ragged", seed=seed)
+    hidden, weight = case.hidden.detach(), case.weight.detach()
+    rows = hidden.view(-1, shape[2])
+    some = [integer(0, len(rows)), integer(0, len(weight))]
+    where = integer(0, shape[2])
+    for row, matrix in zip(some, (rows, weight), strict=True):
+        if kind == "outlier":
+            matrix[:, where] *= 100
+        elif kind == "scales":
+            matrix *= 10.0 ** torch.randint(-16, 17, (len(matrix), 1), generator=generator)
+        elif kind == "denormal":
+            matrix[row] = 1e-41
+        elif kind == "zero":
+            matrix[row] = 0
+        elif kind == "equal":
+            matrix[:] = matrix[:1]
+        elif kind == "extreme":
+            matrix[:] = matrix.sign()
+        elif kind in ("nan", "inf"):
+            matrix[row, where] = float(kind)
+    bias = case.bias.detach()
+    if kind == "boundary":
+        # Logits within rounding of zero, on either side.
+        largest, _ = logits_and_band(Case(hidden, weight, None, case.mask, case.grad))
+        bias[:] = -largest[integer(0, shape[0])].nan_to_num(neginf=0).float()
+        bias *= 1 + torch.randint(-2, 3, bias.shape, generator=generator) * 2.0**-24
+    else:
+        bias -= integer(0, 3)
+    return Case(hidden, weight, bias, case.mask, case.grad)
+
+
+KINDS = ("normal", "outlier", "scales", "denormal", "zero", "equal", "extreme", "nan", "inf", "boundary")
+
+
+@pytest.fixture
+def one_thread():
+    """Where others use the cores too, waiting for a second thread takes longer than a small case."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_active_pair_is_lost(kind, kernels):
+    for seed in range(1000 if kernels == "compiled" else 300):
+        case = hostile_case(kind, seed)
+        screened = pool(case, True).double()
+        if kind in ("nan", "inf"):
+            assert_same_special(screened, pool(case, False).double(), (kind, seed))
+            continue
+        logit, band = logits_and_band(case)
+        logit = torch.where((case.mask != 0).any(dim=1)[:, None], logit, -torch.inf)
+        assert ((screened > 0) | (logit <= band)).all(), (kind, seed)
+        assert ((screened == 0) | (logit >= -band)).all(), (kind, seed)
+        exact = logit.clamp_min(0).log1p()
+        rounding = 2.0**-22 * (exact + case.bias.abs() + 2.0**-20)
+        assert ((screened - exact).abs() <= band + rounding).all(), (kind, seed)
+
+
+def assert_same_special(screened: Tensor, unscreened: Tensor, name: object) -> None:
+    assert torch.equal(screened.isnan(), unscreened.isnan()), name
+    assert torch.equal(screened.isinf(), unscreened.isinf()), name
+    assert torch.allclose(screened, unscreened, rtol=1e-5, atol=1e-5, equal_nan=True), name
+
+
+@pytest.mark.parametrize("pattern", ["ragged", "full", "holes", "empty", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_values_and_gradients_are_those_of_the_definition(dtype, pattern, kernels):
+    case = make_case((5, 70, 96, 333), dtype, pattern=pattern)
+    with torch.no_grad():
+        case.bias -= 2.5
+    parameters = [tensor.detach() for tensor in case.parameters()]
+    out_dtype = torch.promote_types(dtype, torch.float32)
+    output, argmax = ops.pool_forward(
+        *parameters, case.mask, None, 70, "max", "relu", dtype, out_dtype, "on", "torch", True
+    )
+    exact, _ = oracle.reference_in_double(case)
+    assert 0.001 < (exact > 0).double().mean() < 0.5
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    assert (output.double() - exact).abs().max() <= tolerance
+    winners = oracle.attained_maximum(case, argmax) + case.bias.detach().double()
+    assert (winners.clamp_min(0).log1p() - exact).abs()[output > 0].max() <= tolerance
+
+    trained = pool(case, True)
+    gradients = torch.autograd.grad(trained, case.parameters(), case.grad)
+    expected = oracle.expected_gradients(case, trained.detach(), argmax, "relu")
+    rounding = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for ours, gradient in zip(gradients, expected, strict=True):
+        assert oracle.largest_error(ours, gradient) <= rounding * max(1.0, gradient.abs().max().item())
+
+
+def test_ties_go_to_the_lowest_position(kernels):
+    case = make_case((3, 300, 16, 50), integers=True)
+    parameters = [tensor.detach() for tensor in case.parameters()]
+    _, argmax = ops.pool_forward(
+        *parameters, case.mask, None, 300, "max", "relu", torch.float32, torch.float32, "on", "torch", True
+    )
+    logits = (case.hidden @ case.weight.t()).detach() + case.bias.detach()
+    logits = logits.masked_fill((case.mask == 0)[:, :, None], -torch.inf)
+    first = (logits == logits.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    assert torch.equal(argmax.long(), torch.where(logits.amax(dim=1) > 0, first, 0))
+
+
+def test_padded_packed_and_more_padded_give_the_same_bits(kernels):
+    case = make_case((5, 40, 48, 500))
+    padded = pool(case, True)
+    rows, cu_seqlens = case.packed()
+    packed = sk.splade_pool(
+        rows, case.weight, case.bias, cu_seqlens=cu_seqlens, max_seqlen=40, screening=True, backend="torch"
+    )
+    more = Case(F.pad(case.hidden, (0, 0, 0, 23)), case.weight, case.bias, F.pad(case.mask, (0, 23)), case.grad)
+    assert torch.equal(padded, packed)
+    assert torch.equal(padded, pool(more, True))
+
+
+def test_a_weight_with_gaps_between_its_rows_or_elements(kernels):
+    case = make_case((2, 30, 24, 65))
+    expected = pool(case, True)
+    gaps = torch.full((65, 40), torch.nan)
+    gaps[:, :24] = case.weight.detach()
+    for weight in (gaps[:, :24], case.weight.detach().t().contiguous().t()):
+        assert torch.equal(pool(Case(case.hidden, weight, case.bias, case.mask, case.grad), True), expected)
+
+
+def test_autocast_screens_the_rounded_products(kernels):
+    case = make_case((3, 40, 64, 200))
+    with torch.autocast("cpu", torch.bfloat16):
+        screened = pool(case, True)
+    rounded = Case(case.hidden.bfloat16(), case.weight.bfloat16(), case.bias, case.mask, case.grad)
+    exact, _ = oracle.reference_in_double(rounded)
+    assert screened.dtype == torch.float32
+    assert (screened.double() - exact).abs().max() <= 2e-6
+
+
+def sparse_case(shape: tuple[int, int, int, int] = (8, 60, 96, 700)) -> Case:
+    case = make_case(shape, pattern="full")
+    with torch.no_grad():
+        case.bias.fill_(-3)
+    return case
+
+
+def hopeless_case() -> Case:
+    """Tokens so alike that int8 cannot tell them apart: every dot would be computed."""
+    case = make_case((8, 60, 96, 700), pattern="full")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        case.hidden[:] = case.hidden[:, :1] + 1e-4 * torch.randn(case.hidden.shape, generator=generator)
+        case.bias.fill_(3)
+    return case
+
+
+def test_auto_screens_where_few_dots_are_left_and_stands_aside_elsewhere():
+    if not COMPILED:
+        pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
+    sparse, hopeless = sparse_case(), hopeless_case()
+    for case, screens in ((sparse, True), (hopeless, False)):
+        assert torch.equal(pool(case, "auto"), pool(case, screens))
+        assert not torch.equal(pool(case, True), pool(case, False)), "the two cannot be told apart"
+        computed, pairs = screening.survivors(case.hidden, case.weight, case.bias, case.mask)
+        assert (computed < 0.02 * pairs) if screens else (computed > 0.5 * pairs)
+
+
+def test_auto_depends_on_the_inputs_alone():
+    sparse, hopeless = sparse_case(), hopeless_case()
+    before = [pool(case, "auto") for case in (sparse, hopeless)]
+    with torch.no_grad():
+        for _ in range(2):
+            for case, output in zip((sparse, hopeless), before, strict=True):
+                assert torch.equal(pool(case, "auto"), output)
+
+
+def test_auto_needs_many_tokens_only_where_the_weight_is_quantised_anew(monkeypatch):
+    if not COMPILED:
+        pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
+    query = sparse_case((2, 9, 96, 700))
+    quantised = []
+    real = screening._compiled_for(screening._isa())
+    counting = screening.Kernels(
+        real.name, lambda weight: quantised.append(len(weight)) or real.prepare(weight), real.maximise
+    )
+    monkeypatch.setattr(screening, "_compiled", lambda: counting)
+    pool(query, "auto")
+    assert quantised == []
+    with torch.no_grad():
+        pool(query, "auto")
+    assert quantised == [256, 700]
+    with torch.inference_mode():
+        weight = query.weight.clone()
+        pool(Case(query.hidden, weight, query.bias, query.mask, query.grad), "auto")
+    assert quantised == [256, 700]
+
+
+def test_the_quantised_weight_is_kept_for_inference_and_follows_the_weight(kernels, monkeypatch):
+    made = []
+    for name in ("_compiled_for", "_plain"):
+        real = getattr(screening, name)
+
+        def counting(*args: int, real: object = real) -> screening.Kernels:
+            kernels = real(*args)
+            return screening.Kernels(kernels.name, lambda w: made.append(1) or kernels.prepare(w), kernels.maximise)
+
+        monkeypatch.setattr(screening, name, counting)
+    case = make_case((3, 20, 16, 60))
+    weight_cache.forget(case.weight)
+    with torch.no_grad():
+        first = pool(case, True)
+        assert torch.equal(pool(case, True), first)
+        assert len(made) == 1
+        case.weight.mul_(-1)
+        assert torch.equal(pool(case, True), pool(Case(case.hidden, case.weight.clone(), *tail(case)), True))
+        assert not torch.equal(pool(case, True), first)
+    made.clear()
+    for _ in range(2):
+        pool(case, True)
+    assert len(made) == 2
+
+
+def tail(case: Case) -> tuple[Tensor | None, Tensor, Tensor]:
+    return case.bias, case.mask, case.grad
+
+
+def test_kernels_that_are_wrong_are_not_used(monkeypatch):
+    def wrong(*arguments: object) -> screening.Maxima:
+        found = real.maximise(*arguments)
+        return found._replace(values=found.values + 0.1)
+
+    real = screening._plain()
+    assert screening._agrees(real)
+    assert not screening._agrees(screening.Kernels("wrong", real.prepare, wrong))
+
+
+def saturating(a: Tensor, b: Tensor) -> Tensor:
+    """What oneDNN computes without VNNI: pairs of products added in int16, unsigned times signed."""
+    pairs = (a.int()[:, ::2, None] + 128) * b.int()[None, ::2] + (a.int()[:, 1::2, None] + 128) * b.int()[None, 1::2]
+    return pairs.clamp(-(2**15), 2**15 - 1).sum(dim=1) - 128 * b.int().sum(dim=0)
+
+
+def test_int_mm_that_saturates_is_found_out(monkeypatch):
+    monkeypatch.setattr(screening, "_isa", lambda: 0)
+    case = make_case((3, 20, 16, 60))
+    expected = pool(case, True)
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    screening._multiplies.cache_clear()
+    try:
+        assert not screening._multiplies()
+        assert torch.equal(pool(case, True), expected)
+    finally:
+        screening._multiplies.cache_clear()
+
+
+HELD_BACK = [{"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"}]
+
+
+@pytest.mark.parametrize("environment", HELD_BACK, ids=str)
+def test_a_cpu_held_back_gives_the_same_results(environment, tmp_path):
+    case = sparse_case((4, 80, 64, 300))
+    program = """
+import sys, torch, splade_kernels as sk
+hidden, weight, bias, path = torch.load(sys.argv[1]) + [sys.argv[2]]
+torch.save([sk.splade_pool(hidden, weight, bias, screening=s, backend="torch") for s in (True, "auto", False)], path)
+"""
+    inputs, outputs = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
+    torch.save([tensor.detach() for tensor in case.parameters()], inputs)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, inputs, outputs], env=os.environ | environment, check=True
+    )
+    exact, _ = oracle.reference_in_double(case)
+    for output in torch.load(outputs):
+        assert (output.double() - exact).abs().max() <= 2e-6
+
+
+def test_what_cannot_be_screened_is_refused_by_name():
+    case = make_case((1, 3, 4, 5))
+    with pytest.raises(ValueError, match="screening: expected 'auto' or False with pooling_strategy='sum'"):
+        pool(case, True, pooling_strategy="sum")
+
+
+def test_accelerators_of_the_torch_backend_do_not_screen(monkeypatch):
+    import splade_kernels.backends.torch as torch_backend
+
+    monkeypatch.setattr(torch_backend, "_on_host", lambda tensor: False)
+    case = make_case((1, 3, 4, 5))
+    with pytest.raises(RuntimeError, match="screening: the torch backend screens on a CPU only"):
+        pool(case, True)
+    assert torch.allclose(pool(case, "auto"), pool(case, False))
+
+
+def test_dimensions_beyond_int32_and_empty_inputs_are_left_unscreened(kernels, monkeypatch):
+    monkeypatch.setattr(screening, "MAX_HIDDEN_SIZE", 8)
+    case = make_case((2, 5, 9, 30))
+    assert torch.equal(pool(case, True), pool(case, False))
+    for shape in [(0, 5, 4, 6), (2, 0, 4, 6), (2, 5, 0, 6), (2, 5, 4, 0)]:
+        empty = make_case(shape)
+        assert torch.equal(pool(empty, True), pool(empty, False))
