@@ -19,6 +19,6 @@ STABLE_TORCH_LIBRARY(splade_kernels_csrc, library) {
   library.def("screening_isa() -> int");
   library.def("quantise_words(Tensor weight, int isa) -> (Tensor quantised, Tensor bounds, Tensor shift)");
   library.def(
-      "screened_maximum(Tensor rows, Tensor offsets, Tensor weight, Tensor? bias, Tensor quantised, Tensor bounds,"
-      " Tensor shift, int isa) -> (Tensor values, Tensor positions, int evaluated)");
+      "screened_maximum(Tensor rows, Tensor offsets, Tensor weight, Tensor? bias, Tensor? quantised, Tensor? bounds,"
+      " Tensor? shift, int isa) -> (Tensor values, Tensor positions, int evaluated)");
 }

@@ -62,6 +62,31 @@ void check_weight(const Tensor& weight) {
   STD_TORCH_CHECK(weight.size(1) <= kMaxHiddenSize, "weight: expected at most ", kMaxHiddenSize, " hidden dimensions");
 }
 
+// Quantised words in memory that somebody owns: `lanes` of them, whole blocks.
+struct Memory {
+  int8_t* blocks;
+  float* bounds;  // [3, lanes]: scale, radius, reach
+  int32_t* shift;
+  int64_t lanes;
+
+  Words at(int64_t v, int64_t depth) const {
+    return {blocks + v * depth, bounds + v, bounds + lanes + v, bounds + 2 * lanes + v, shift + v};
+  }
+};
+
+// The words [first, last) of the weight, a whole number of blocks or the last ones, to `to` of the memory.
+template <class W>
+void quantise(
+    const Kernels<W>& kernels, const W* weight, int64_t stride, int64_t first, int64_t last, int64_t hidden_size,
+    int64_t depth, const Memory& memory, int64_t to) {
+  for (int64_t v = first; v < last; v += kernels.words, to += kernels.words) {
+    kernels.quantise_block(
+        weight + v * stride, stride, std::min<int64_t>(kernels.words, last - v), hidden_size, depth,
+        memory.blocks + to * depth, memory.bounds + to, memory.bounds + memory.lanes + to,
+        memory.bounds + 2 * memory.lanes + to, memory.shift + to);
+  }
+}
+
 // Blocks [blocks, depth / 4, words, 4] int8, bounds [3, blocks · words] float32 (scale, radius, reach), shift int32.
 std::tuple<Tensor, Tensor, Tensor> quantise_words(Tensor weight, int64_t isa) {
   check_weight(weight);
@@ -74,17 +99,12 @@ std::tuple<Tensor, Tensor, Tensor> quantise_words(Tensor weight, int64_t isa) {
     bounds = torch::stable::new_zeros(weight, {3, lanes}, ScalarType::Float);
     shift = torch::stable::new_zeros(weight, {lanes}, ScalarType::Int);
     const W* p_weight = static_cast<const W*>(weight.const_data_ptr());
-    auto* p_quantised = static_cast<int8_t*>(quantised.mutable_data_ptr());
-    auto* p_bounds = static_cast<float*>(bounds.mutable_data_ptr());
-    auto* p_shift = static_cast<int32_t*>(shift.mutable_data_ptr());
+    const Memory memory{
+        static_cast<int8_t*>(quantised.mutable_data_ptr()), static_cast<float*>(bounds.mutable_data_ptr()),
+        static_cast<int32_t*>(shift.mutable_data_ptr()), lanes};
     torch::stable::parallel_for(0, blocks, grain(kernels.words * depth * 8), [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kernels.words;
-        float* scale = p_bounds + first;
-        kernels.quantise_block(
-            p_weight + first * stride, stride, std::min<int64_t>(kernels.words, vocab_size - first), hidden_size, depth,
-            p_quantised + first * depth, scale, scale + lanes, scale + 2 * lanes, p_shift + first);
-      }
+      const int64_t first = begin * kernels.words, last = std::min(vocab_size, end * kernels.words);
+      quantise(kernels, p_weight, stride, first, last, hidden_size, depth, memory, first);
     });
   });
   return {quantised, bounds, shift};
@@ -97,10 +117,10 @@ struct Chunk {
 };
 
 // The largest dot of every (sequence, word) that may exceed -bias, -inf where none can, the position that attains it
-// and how many dots were computed.
+// and how many dots were computed. Without quantised words each strip is quantised when its turn comes.
 std::tuple<Tensor, Tensor, int64_t> screened_maximum(
-    Tensor rows, Tensor offsets, Tensor weight, std::optional<Tensor> bias, Tensor quantised, Tensor bounds,
-    Tensor shift, int64_t isa) {
+    Tensor rows, Tensor offsets, Tensor weight, std::optional<Tensor> bias,
+    std::optional<Tensor> quantised, std::optional<Tensor> bounds, std::optional<Tensor> shift, int64_t isa) {
   check_weight(weight);
   const int64_t vocab_size = weight.size(0), hidden_size = weight.size(1), stride = weight.stride(0);
   const int64_t depth = divide_up(hidden_size, kDepthStep) * kDepthStep;
@@ -127,9 +147,16 @@ std::tuple<Tensor, Tensor, int64_t> screened_maximum(
   std::atomic<int64_t> evaluated{0};
   with_kernels(isa, weight.scalar_type(), [&]<class W>(const Kernels<W>& kernels) {
     const int64_t lanes = divide_up(vocab_size, kernels.words) * kernels.words;
+    const bool prepared = quantised.has_value() && bounds.has_value() && shift.has_value();
     STD_TORCH_CHECK(
-        quantised.numel() == lanes * depth && bounds.numel() == 3 * lanes && shift.numel() == lanes,
+        !prepared || (quantised->numel() == lanes * depth && bounds->numel() == 3 * lanes && shift->numel() == lanes),
         "quantised, bounds, shift: expected those of this weight for this instruction set");
+    const Memory whole =
+        prepared ? Memory{
+                       static_cast<int8_t*>(quantised->mutable_data_ptr()),
+                       static_cast<float*>(bounds->mutable_data_ptr()),
+                       static_cast<int32_t*>(shift->mutable_data_ptr()), lanes}
+                 : Memory{};
     std::vector<float> threshold(static_cast<size_t>(lanes), 0.0F);
     if (bias.has_value()) {
       STD_TORCH_CHECK(
@@ -161,19 +188,20 @@ std::tuple<Tensor, Tensor, int64_t> screened_maximum(
     }
 
     const W* p_weight = static_cast<const W*>(weight.const_data_ptr());
-    const auto* p_quantised = static_cast<const int8_t*>(quantised.const_data_ptr());
-    const auto* p_bounds = static_cast<const float*>(bounds.const_data_ptr());
-    const auto* p_shift = static_cast<const int32_t*>(shift.const_data_ptr());
     auto* p_values = static_cast<float*>(values.mutable_data_ptr());
     auto* p_positions = static_cast<int32_t*>(positions.mutable_data_ptr());
     torch::stable::parallel_for(0, divide_up(vocab_size, kStrip), grain(count * depth * kStrip), [&](int64_t begin, int64_t end) {
+      std::vector<int8_t> blocks(prepared ? 0 : static_cast<size_t>(kStrip * depth));
+      std::vector<float> word_bounds(3 * kStrip);
+      std::vector<int32_t> word_shift(kStrip);
+      const Memory own{blocks.data(), word_bounds.data(), word_shift.data(), kStrip};
       int64_t found = 0;
       for (int64_t strip = begin; strip < end; ++strip) {
-        const int64_t last = std::min(vocab_size, (strip + 1) * kStrip);
+        const int64_t first = strip * kStrip, last = std::min(vocab_size, first + kStrip);
+        if (!prepared) quantise(kernels, p_weight, stride, first, last, hidden_size, depth, own, 0);
         for (const Chunk& chunk : chunks) {
-          for (int64_t v = strip * kStrip; v < last; v += kernels.words) {
-            const float* scale = p_bounds + v;
-            const Words words{p_quantised + v * depth, scale, scale + lanes, scale + 2 * lanes, p_shift + v};
+          for (int64_t v = first; v < last; v += kernels.words) {
+            const Words words = prepared ? whole.at(v, depth) : own.at(v - first, depth);
             const int64_t place = chunk.sequence * vocab_size + v;
             found += kernels.maximise_block(
                 chunk.tokens, hidden_size, depth, words, threshold.data() + v, p_weight + v * stride, stride,

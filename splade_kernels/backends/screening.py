@@ -46,8 +46,8 @@ class Maxima(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernels:
-    """``prepare(weight)`` quantises; ``maximise(rows, offsets, weight, bias, *prepared)`` takes packed rows ``[R, D]``
-    and ``[n + 1]`` where each sequence begins."""
+    """``maximise(rows, offsets, weight, bias, *prepared)`` takes packed rows ``[R, D]`` and ``[n + 1]`` where each
+    sequence begins; ``prepare(weight)`` quantises the weight beforehand, which may be left out."""
 
     name: str
     prepare: Callable[[Tensor], tuple[Tensor, ...]]
@@ -55,7 +55,7 @@ class Kernels:
 
 
 class Screen:
-    """Screening for one call: asks whether it pays, and quantises the weight when it is first needed."""
+    """Screening for one call: asks whether it pays, and keeps the quantised weight for the next one."""
 
     def __init__(self, call: PoolingCall, kernels: Kernels, weight: Tensor, bias: Tensor | None) -> None:
         self._call, self._kernels, self._original = call, kernels, weight
@@ -63,7 +63,6 @@ class Screen:
         if self._weight.stride(1) != 1:
             self._weight = self._weight.contiguous()
         self._bias = None if bias is None else bias.to(call.accumulation_dtype).contiguous()
-        self._prepared: tuple[Tensor, ...] | None = None
 
     def pays(self, rows: Tensor, offsets: Tensor) -> bool:
         """Whether to screen these packed rows: decided by the rows, the weight and the bias alone."""
@@ -74,16 +73,16 @@ class Screen:
         words = _probe(len(self._weight), self._weight.device)
         weight = self._weight.index_select(0, words)
         bias = None if self._bias is None else self._bias.index_select(0, words)
-        found = self._kernels.maximise(rows, offsets, weight, bias, *self._kernels.prepare(weight))
+        found = self._kernels.maximise(rows, offsets, weight, bias)
         return found.evaluated <= PAYING_SHARE * len(rows) * len(words)
 
     def maximise(self, rows: Tensor, offsets: Tensor) -> Maxima:
-        if self._prepared is None:
-            prepare = functools.partial(self._kernels.prepare, self._weight)
+        prepared: tuple[Tensor, ...] = ()
+        # Training changes the weight at every step; then it is quantised where it is used.
+        if not self._call.need_argmax and not self._original.is_inference():
             kind = f"{self._kernels.name}, {self._call.compute_dtype}"
-            # Training changes the weight at every step.
-            self._prepared = prepare() if self._call.need_argmax else weight_cache.cached(self._original, kind, prepare)
-        return self._kernels.maximise(rows, offsets, self._weight, self._bias, *self._prepared)
+            prepared = weight_cache.cached(self._original, kind, lambda: self._kernels.prepare(self._weight))
+        return self._kernels.maximise(rows, offsets, self._weight, self._bias, *prepared)
 
 
 def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: bool) -> Screen | None:
@@ -155,7 +154,8 @@ def _compiled_for(isa: int) -> Kernels:
 
     def maximise(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *prepared: Tensor) -> Maxima:
         rows = rows.to(torch.float32).contiguous()
-        found = torch.ops.splade_kernels_csrc.screened_maximum(rows, offsets, weight, bias, *prepared, isa)
+        words = prepared or (None, None, None)
+        found = torch.ops.splade_kernels_csrc.screened_maximum(rows, offsets, weight, bias, *words, isa)
         return Maxima(*found)
 
     return Kernels(f"compiled {isa}", prepare, maximise)
@@ -168,7 +168,7 @@ def _agrees(kernels: Kernels) -> bool:
     rows[:9] = rows[:9].sign()  # every element at the last level
     weight[::7] = weight[::7].abs().ceil()
     offsets = torch.tensor([0, 9, 10, 37])
-    found = kernels.maximise(rows, offsets, weight, torch.full((101,), 1e3), *kernels.prepare(weight))
+    found = kernels.maximise(rows, offsets, weight, torch.full((101,), 1e3))
     dots = rows.double() @ weight.double().t()
     exact = torch.stack([dots[first:last].amax(dim=0) for first, last in itertools.pairwise(offsets)])
     return torch.allclose(found.values.double(), exact, rtol=1e-5, atol=1e-3)
@@ -220,7 +220,7 @@ def _quantise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _maximise(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *prepared: Tensor) -> Maxima:
-    quantised, scale, radius, norm = prepared
+    quantised, scale, radius, norm = prepared or _quantise(weight)
     tokens, token_scale, token_radius, token_norm = (x if x.ndim == 2 else x[:, None] for x in _quantise(rows))
     lengths = offsets.diff()
     sequences, vocab_size = len(lengths), len(weight)
