@@ -15,10 +15,10 @@ STABLE_TORCH_LIBRARY(splade_kernels_csrc, library) {
   library.def(
       "gather_active(Tensor embeddings, Tensor crow, Tensor mask, SymInt capacity) -> (Tensor col, Tensor values)");
   // CPU only, docs/screening.md: the instruction set there are screening kernels for (0: none), the int8 form of a
-  // weight, and the maxima over the tokens of each sequence with the number of dots they took.
+  // weight, and the maxima over the tokens of each sequence, with the number of dots they took.
   library.def("screening_isa() -> int");
   library.def("quantise_words(Tensor weight, int isa) -> (Tensor quantised, Tensor bounds, Tensor shift)");
   library.def(
       "screened_maximum(Tensor rows, Tensor offsets, Tensor weight, Tensor? bias, Tensor? quantised, Tensor? bounds,"
-      " Tensor? shift, int isa) -> (Tensor values, Tensor positions, int evaluated)");
+      " Tensor? shift, Tensor sequences, Tensor positions, Tensor(a!) largest, Tensor(b!)? argmax, int isa) -> int");
 }

@@ -116,11 +116,13 @@ struct Chunk {
   Tokens tokens;
 };
 
-// The largest dot of every (sequence, word) that may exceed -bias, -inf where none can, the position that attains it
-// and how many dots were computed. Without quantised words each strip is quantised when its turn comes.
-std::tuple<Tensor, Tensor, int64_t> screened_maximum(
-    Tensor rows, Tensor offsets, Tensor weight, std::optional<Tensor> bias,
-    std::optional<Tensor> quantised, std::optional<Tensor> bounds, std::optional<Tensor> shift, int64_t isa) {
+// The largest dot of every (sequence, word) that may exceed -bias, and the position of the token that attains it, into
+// the rows `sequences` of largest and argmax: -inf and 0 where none can. How many dots were computed. Without quantised
+// words each strip is quantised when its turn comes.
+int64_t screened_maximum(
+    Tensor rows, Tensor offsets, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> quantised,
+    std::optional<Tensor> bounds, std::optional<Tensor> shift, Tensor sequences, Tensor positions, Tensor largest,
+    std::optional<Tensor> argmax, int64_t isa) {
   check_weight(weight);
   const int64_t vocab_size = weight.size(0), hidden_size = weight.size(1), stride = weight.stride(0);
   const int64_t depth = divide_up(hidden_size, kDepthStep) * kDepthStep;
@@ -132,18 +134,41 @@ std::tuple<Tensor, Tensor, int64_t> screened_maximum(
       offsets.dim() == 1 && offsets.size(0) > 0 && offsets.is_contiguous() &&
           offsets.scalar_type() == ScalarType::Long,
       "offsets: expected contiguous int64 [n + 1]");
-  const int64_t sequences = offsets.size(0) - 1;
+  const int64_t n = offsets.size(0) - 1;
   const auto* p_offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
-  for (int64_t b = 0; b < sequences; ++b) {
+  for (int64_t b = 0; b < n; ++b) {
     STD_TORCH_CHECK(
         0 <= p_offsets[b] && p_offsets[b] <= p_offsets[b + 1] && p_offsets[b + 1] <= rows.size(0) &&
             p_offsets[b + 1] - p_offsets[b] <= std::numeric_limits<int32_t>::max(),
         "offsets: expected to rise from 0 to at most R");
   }
 
-  Tensor values = torch::stable::new_empty(rows, {sequences, vocab_size}, ScalarType::Float);
-  torch::stable::fill_(values, -std::numeric_limits<double>::infinity());
-  Tensor positions = torch::stable::new_zeros(rows, {sequences, vocab_size}, ScalarType::Int);
+  STD_TORCH_CHECK(
+      sequences.dim() == 1 && sequences.size(0) == n && sequences.is_contiguous() &&
+          sequences.scalar_type() == ScalarType::Long,
+      "sequences: expected contiguous int64 [n]");
+  STD_TORCH_CHECK(
+      positions.dim() == 1 && positions.size(0) >= p_offsets[n] && positions.is_contiguous() &&
+          positions.scalar_type() == ScalarType::Long,
+      "positions: expected contiguous int64 [R]");
+  STD_TORCH_CHECK(
+      largest.dim() == 2 && largest.size(1) == vocab_size && largest.stride(1) == 1 &&
+          largest.scalar_type() == ScalarType::Float,
+      "largest: expected float32 [B, V] without gaps in its rows");
+  STD_TORCH_CHECK(
+      !argmax.has_value() ||
+          (argmax->dim() == 2 && argmax->size(0) == largest.size(0) && argmax->size(1) == vocab_size &&
+           argmax->stride(1) == 1 &&
+           (argmax->scalar_type() == ScalarType::Short || argmax->scalar_type() == ScalarType::Int)),
+      "argmax: expected int16 or int32 [B, V] without gaps in its rows");
+  const auto* p_sequences = static_cast<const int64_t*>(sequences.const_data_ptr());
+  const auto* p_positions = static_cast<const int64_t*>(positions.const_data_ptr());
+  for (int64_t b = 0; b < n; ++b) {
+    STD_TORCH_CHECK(
+        0 <= p_sequences[b] && p_sequences[b] < largest.size(0), "sequences: expected rows of largest, got ",
+        p_sequences[b]);
+  }
+
   std::atomic<int64_t> evaluated{0};
   with_kernels(isa, weight.scalar_type(), [&]<class W>(const Kernels<W>& kernels) {
     const int64_t lanes = divide_up(vocab_size, kernels.words) * kernels.words;
@@ -178,7 +203,7 @@ std::tuple<Tensor, Tensor, int64_t> screened_maximum(
       }
     });
     std::vector<Chunk> chunks;
-    for (int64_t b = 0; b < sequences; ++b) {
+    for (int64_t b = 0; b < n; ++b) {
       for (int64_t t = p_offsets[b]; t < p_offsets[b + 1]; t += kChunk) {
         chunks.push_back(
             {b,
@@ -188,31 +213,50 @@ std::tuple<Tensor, Tensor, int64_t> screened_maximum(
     }
 
     const W* p_weight = static_cast<const W*>(weight.const_data_ptr());
-    auto* p_values = static_cast<float*>(values.mutable_data_ptr());
-    auto* p_positions = static_cast<int32_t*>(positions.mutable_data_ptr());
+    auto* p_largest = static_cast<float*>(largest.mutable_data_ptr());
+    const auto write_positions = [&]<class Position>(Position* out, const int32_t* winners, int64_t b, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Position>(p_positions[p_offsets[b] + winners[i]]);
+    };
     torch::stable::parallel_for(0, divide_up(vocab_size, kStrip), grain(count * depth * kStrip), [&](int64_t begin, int64_t end) {
       std::vector<int8_t> blocks(prepared ? 0 : static_cast<size_t>(kStrip * depth));
       std::vector<float> word_bounds(3 * kStrip);
       std::vector<int32_t> word_shift(kStrip);
       const Memory own{blocks.data(), word_bounds.data(), word_shift.data(), kStrip};
+      // Of one strip: what the chunks of a sequence improve in turn.
+      std::vector<float> values(static_cast<size_t>(n * kStrip));
+      std::vector<int32_t> winners(static_cast<size_t>(n * kStrip));
       int64_t found = 0;
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = strip * kStrip, last = std::min(vocab_size, first + kStrip);
         if (!prepared) quantise(kernels, p_weight, stride, first, last, hidden_size, depth, own, 0);
+        std::fill(values.begin(), values.end(), -std::numeric_limits<float>::infinity());
+        std::fill(winners.begin(), winners.end(), 0);
         for (const Chunk& chunk : chunks) {
           for (int64_t v = first; v < last; v += kernels.words) {
             const Words words = prepared ? whole.at(v, depth) : own.at(v - first, depth);
-            const int64_t place = chunk.sequence * vocab_size + v;
+            const int64_t place = chunk.sequence * kStrip + v - first;
             found += kernels.maximise_block(
                 chunk.tokens, hidden_size, depth, words, threshold.data() + v, p_weight + v * stride, stride,
-                std::min<int64_t>(kernels.words, last - v), p_values + place, p_positions + place);
+                std::min<int64_t>(kernels.words, last - v), values.data() + place, winners.data() + place);
+          }
+        }
+        for (int64_t b = 0; b < n; ++b) {
+          const float* from = values.data() + b * kStrip;
+          std::copy(from, from + (last - first), p_largest + p_sequences[b] * largest.stride(0) + first);
+          if (!argmax.has_value()) continue;
+          const int64_t place = p_sequences[b] * argmax->stride(0) + first;
+          const int32_t* won = winners.data() + b * kStrip;
+          if (argmax->scalar_type() == ScalarType::Short) {
+            write_positions(static_cast<int16_t*>(argmax->mutable_data_ptr()) + place, won, b, last - first);
+          } else {
+            write_positions(static_cast<int32_t*>(argmax->mutable_data_ptr()) + place, won, b, last - first);
           }
         }
       }
       evaluated += found;
     });
   });
-  return {values, positions, evaluated.load()};
+  return evaluated.load();
 }
 
 }  // namespace

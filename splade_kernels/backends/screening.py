@@ -38,20 +38,24 @@ MIN_TOKENS = 256
 TILE_ELEMENTS = 1 << 20
 
 
-class Maxima(NamedTuple):
-    values: Tensor  # [n, V] largest dot where one may exceed -bias, else -inf
-    rows: Tensor  # [n, V] which row of its sequence attains it; the lowest on ties, and NaN is the largest
-    evaluated: int  # dots computed
+class Target(NamedTuple):
+    """Where the maxima of packed sequences go."""
+
+    sequences: Tensor  # [n] their rows in what follows
+    positions: Tensor  # [R] position of each packed row in its sequence
+    largest: Tensor  # [B, V] largest dot where one may exceed -bias, else -inf
+    argmax: Tensor | None  # [B, V] position that attains it, the lowest on ties; NaN is the largest
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """``maximise(rows, offsets, weight, bias, *prepared)`` takes packed rows ``[R, D]`` and ``[n + 1]`` where each
-    sequence begins; ``prepare(weight)`` quantises the weight beforehand, which may be left out."""
+    """``maximise(rows, offsets, weight, bias, target, *prepared)`` returns how many dots it computed. It takes packed
+    rows ``[R, D]`` and ``[n + 1]`` where each sequence begins; ``prepare(weight)`` quantises the weight beforehand,
+    which may be left out."""
 
     name: str
     prepare: Callable[[Tensor], tuple[Tensor, ...]]
-    maximise: Callable[..., Maxima]
+    maximise: Callable[..., int]
 
 
 class Screen:
@@ -73,16 +77,17 @@ class Screen:
         words = _probe(len(self._weight), self._weight.device)
         weight = self._weight.index_select(0, words)
         bias = None if self._bias is None else self._bias.index_select(0, words)
-        found = self._kernels.maximise(rows, offsets, weight, bias)
-        return found.evaluated <= PAYING_SHARE * len(rows) * len(words)
+        evaluated = self._kernels.maximise(rows, offsets, weight, bias, _scratch(rows, offsets, weight))
+        return evaluated <= PAYING_SHARE * len(rows) * len(words)
 
-    def maximise(self, rows: Tensor, offsets: Tensor) -> Maxima:
+    def maximise(self, rows: Tensor, offsets: Tensor, target: Target) -> int:
+        """How many dots were computed."""
         prepared: tuple[Tensor, ...] = ()
         # Training changes the weight at every step; then it is quantised where it is used.
         if not self._call.need_argmax and not self._original.is_inference():
             kind = f"{self._kernels.name}, {self._call.compute_dtype}"
             prepared = weight_cache.cached(self._original, kind, lambda: self._kernels.prepare(self._weight))
-        return self._kernels.maximise(rows, offsets, self._weight, self._bias, *prepared)
+        return self._kernels.maximise(rows, offsets, self._weight, self._bias, target, *prepared)
 
 
 def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: bool) -> Screen | None:
@@ -114,7 +119,14 @@ def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mas
     chosen = screen(call, weight.detach(), bias, native_half=False)
     if chosen is None:
         raise ValueError(f"weight: expected 1 to {MAX_HIDDEN_SIZE} hidden dimensions and a word, got {weight.shape}")
-    return chosen.maximise(rows, offsets).evaluated, len(rows) * len(weight)
+    return chosen.maximise(rows, offsets, _scratch(rows, offsets, weight)), len(rows) * len(weight)
+
+
+def _scratch(rows: Tensor, offsets: Tensor, weight: Tensor) -> Target:
+    sequences = torch.arange(len(offsets) - 1, device=rows.device)
+    positions = torch.arange(len(rows), device=rows.device)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return Target(sequences, positions, rows.new_empty(len(sequences), len(weight), dtype=dtype), None)
 
 
 def _probe(vocab_size: int, device: torch.device) -> Tensor:
@@ -152,11 +164,15 @@ def _compiled_for(isa: int) -> Kernels:
         prepared: tuple[Tensor, ...] = torch.ops.splade_kernels_csrc.quantise_words(weight, isa)
         return prepared
 
-    def maximise(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *prepared: Tensor) -> Maxima:
+    def maximise(
+        rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, target: Target, *prepared: Tensor
+    ) -> int:
         rows = rows.to(torch.float32).contiguous()
         words = prepared or (None, None, None)
-        found = torch.ops.splade_kernels_csrc.screened_maximum(rows, offsets, weight, bias, *words, isa)
-        return Maxima(*found)
+        evaluated: int = torch.ops.splade_kernels_csrc.screened_maximum(
+            rows, offsets, weight, bias, *words, *target, isa
+        )
+        return evaluated
 
     return Kernels(f"compiled {isa}", prepare, maximise)
 
@@ -168,10 +184,11 @@ def _agrees(kernels: Kernels) -> bool:
     rows[:9] = rows[:9].sign()  # every element at the last level
     weight[::7] = weight[::7].abs().ceil()
     offsets = torch.tensor([0, 9, 10, 37])
-    found = kernels.maximise(rows, offsets, weight, torch.full((101,), 1e3))
+    target = _scratch(rows, offsets, weight)
+    kernels.maximise(rows, offsets, weight, torch.full((101,), 1e3), target)
     dots = rows.double() @ weight.double().t()
     exact = torch.stack([dots[first:last].amax(dim=0) for first, last in itertools.pairwise(offsets)])
-    return torch.allclose(found.values.double(), exact, rtol=1e-5, atol=1e-3)
+    return torch.allclose(target.largest.double(), exact, rtol=1e-5, atol=1e-3)
 
 
 # The same in PyTorch
@@ -219,16 +236,15 @@ def _quantise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return near.to(torch.int8), scale, radius.masked_fill_(hostile, torch.inf), norm.masked_fill_(hostile, torch.inf)
 
 
-def _maximise(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *prepared: Tensor) -> Maxima:
+def _maximise(
+    rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, target: Target, *prepared: Tensor
+) -> int:
     quantised, scale, radius, norm = prepared or _quantise(weight)
     tokens, token_scale, token_radius, token_norm = (x if x.ndim == 2 else x[:, None] for x in _quantise(rows))
     lengths = offsets.diff()
     sequences, vocab_size = len(lengths), len(weight)
     sequence = torch.repeat_interleave(torch.arange(sequences), lengths)
-    within = torch.arange(len(rows)) - offsets[sequence]
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    values = torch.full((sequences, vocab_size), -torch.inf, dtype=dtype)
-    winners = torch.zeros(sequences, vocab_size, dtype=torch.int64)
     evaluated = 0
     width = max(32, TILE_ELEMENTS // max(len(rows), 1) // 32 * 32)
     for first in range(0, vocab_size, width):
@@ -247,12 +263,17 @@ def _maximise(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None
         evaluated += len(t)
         dots = _dots(rows, weight[words], t, v)
         place = sequence[t] * near.shape[1] + v
-        largest = values.new_full((sequences * near.shape[1],), -torch.inf).scatter_reduce_(0, place, dots, "amax")
+        largest = torch.full((sequences * near.shape[1],), -torch.inf, dtype=dtype)
+        largest.scatter_reduce_(0, place, dots, "amax")
+        target.largest[:, words].index_copy_(0, target.sequences, largest.view(sequences, -1))
+        if target.argmax is None:
+            continue
         wins = (dots == largest[place]) | (dots.isnan() & largest[place].isnan())
-        lowest = torch.full(largest.shape, len(rows)).scatter_reduce_(0, place[wins], within[t[wins]], "amin")
-        values[:, words] = largest.view(sequences, -1)
-        winners[:, words] = torch.where(lowest < len(rows), lowest, 0).view(sequences, -1)
-    return Maxima(values, winners, evaluated)
+        lowest = torch.full(largest.shape, torch.iinfo(torch.int64).max)
+        lowest.scatter_reduce_(0, place[wins], target.positions[t[wins]], "amin")
+        lowest = torch.where(largest == -torch.inf, 0, lowest).view(sequences, -1)
+        target.argmax[:, words].index_copy_(0, target.sequences, lowest.to(target.argmax.dtype))
+    return evaluated
 
 
 def _multiply(tokens: Tensor, words: Tensor) -> Tensor:

@@ -84,14 +84,10 @@ def _max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: T
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         rows, offsets = packed[: len(part.rows)], part.offsets()
         if screen is not None and screen.pays(rows, offsets):
-            found = screen.maximise(rows, offsets)
-            screened = found.values
+            target = screening.Target(part.sequences, part.positions, largest, argmax if call.need_argmax else None)
+            screen.maximise(rows, offsets, target)
             if bias is not None and _rounds_dots(call):
-                screened = screened + bias.to(dtype)
-            largest.index_copy_(0, part.sequences, screened)
-            if call.need_argmax:
-                winners = part.positions[found.rows + offsets[:-1, None]]
-                argmax.index_copy_(0, part.sequences, winners.to(argmax.dtype))
+                largest.index_add_(0, part.sequences, bias.to(dtype).expand(len(part.sequences), -1))
             continue
         for columns, dots in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS):
             values, positions = _segment_maximum(dots, part, call.need_argmax)
