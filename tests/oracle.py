@@ -148,7 +148,7 @@ def forward_with_argmax(case: Case, backend: str, activation_function: str = "re
         activation_function,
         dtype,
         dtype,
-        "off",
+        "auto",
         backend,
         True,
     )

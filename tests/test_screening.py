@@ -226,25 +226,14 @@ def test_auto_depends_on_the_inputs_alone():
                 assert torch.equal(pool(case, "auto"), output)
 
 
-def test_auto_needs_many_tokens_only_where_the_weight_is_quantised_anew(monkeypatch):
-    if not COMPILED:
-        pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
-    query = sparse_case((2, 9, 96, 700))
-    quantised = []
-    real = screening._compiled_for(screening._isa())
-    counting = screening.Kernels(
-        real.name, lambda weight: quantised.append(len(weight)) or real.prepare(weight), real.maximise
-    )
-    monkeypatch.setattr(screening, "_compiled", lambda: counting)
-    pool(query, "auto")
-    assert quantised == []
-    with torch.no_grad():
-        pool(query, "auto")
-    assert quantised == [700]
-    with torch.inference_mode():
-        weight = query.weight.clone()
-        pool(Case(query.hidden, weight, query.bias, query.mask, query.grad), "auto")
-    assert quantised == [700]
+def test_auto_decides_alike_in_training_and_inference():
+    for case in (sparse_case(), hopeless_case(), sparse_case((2, 9, 96, 700))):
+        trained = pool(case, "auto")
+        with torch.no_grad():
+            assert torch.equal(pool(case, "auto"), trained)
+        with torch.inference_mode():
+            weight = case.weight.clone()
+            assert torch.equal(pool(Case(case.hidden, weight, *tail(case)), "auto"), trained)
 
 
 def test_the_quantised_weight_is_kept_for_inference_and_follows_the_weight(kernels, monkeypatch):

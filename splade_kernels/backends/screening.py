@@ -32,8 +32,6 @@ LEVELS = 127
 # which it pays to go on: an exact dot takes about four times as long as one in a matmul, an int8 dot a quarter.
 PROBE_WORDS, PROBE_RUNS = 256, 8
 PAYING_SHARE = 1 / 8
-# "auto" where the weight is quantised for this call alone: tokens from which that is worth its time.
-MIN_TOKENS = 256
 # Elements of a tile of bounds, and of the rows gathered for exact dots at a time.
 TILE_ELEMENTS = 1 << 20
 
@@ -69,11 +67,10 @@ class Screen:
         self._bias = None if bias is None else bias.to(call.accumulation_dtype).contiguous()
 
     def pays(self, rows: Tensor, offsets: Tensor) -> bool:
-        """Whether to screen these packed rows: decided by the rows, the weight and the bias alone."""
+        """Whether to screen these packed rows: decided by the rows, the weight and the bias alone, the same in training
+        and inference."""
         if self._call.screening == "on":
             return True
-        if len(rows) < MIN_TOKENS and (self._call.need_argmax or self._original.is_inference()):
-            return False
         words = _probe(len(self._weight), self._weight.device)
         weight = self._weight.index_select(0, words)
         bias = None if self._bias is None else self._bias.index_select(0, words)
