@@ -1,0 +1,70 @@
+"""What backends derive from a weight alone, kept between inference calls.
+
+An entry belongs to one storage (by weak reference: a dead weight's entry is never used), one view of it and one version
+of its contents. Writes that PyTorch does not count are not seen: through ``weight.data``, NumPy, a raw pointer, or
+under ``torch.autograd._unsafe_preserve_version_counter``. Callers therefore :func:`forget` a weight whenever they see
+it trained, so that such an update between a training step and an evaluation does no harm.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# A model has one decoder; a few more are for models side by side.
+MAX_ENTRIES = 4
+
+T = TypeVar("T")
+# Where the weight is -> its storage, the version of its contents, and what was made of them.
+_entries: OrderedDict[tuple[Any, ...], tuple[StorageWeakRef, int, Any]] = OrderedDict()
+_lock = threading.Lock()
+
+
+def cached(weight: Tensor, kind: str, make: Callable[[], T]) -> T:
+    """``make()``, or what it returned for the same contents of ``weight``, which must be all that it depends on.
+
+    ``kind`` names what is made, and everything else that it depends on. Never kept: what is made from an inference
+    tensor, which has no version, or while a CUDA graph is captured, whose memory and contents are the graph's own.
+    """
+    if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return make()
+    storage = StorageWeakRef(weight.untyped_storage())
+    # What one stream made is not ready for another.
+    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
+    layout = (weight.dtype, weight.device, tuple(weight.shape), weight.stride())
+    key = (storage.cdata, weight.data_ptr(), layout, stream, kind)
+    version = weight._version
+    with _lock:
+        _drop(lambda reference: reference.expired())
+        if key in _entries and _entries[key][1] == version:
+            _entries.move_to_end(key)
+            found: T = _entries[key][2]
+            return found
+        # Memory for the new one.
+        _entries.pop(key, None)
+    made = make()
+    with _lock:
+        _entries[key] = (storage, version, made)
+        _entries.move_to_end(key)
+        while len(_entries) > MAX_ENTRIES:
+            _entries.popitem(last=False)
+    return made
+
+
+def forget(weight: Tensor) -> None:
+    """Drop what is kept for any view of this weight's storage."""
+    if _entries:
+        storage = StorageWeakRef(weight.untyped_storage())
+        with _lock:
+            _drop(lambda reference: reference.expired() or reference == storage)
+
+
+def _drop(unwanted: Callable[[StorageWeakRef], bool]) -> None:
+    for key in [key for key, (reference, *_) in _entries.items() if unwanted(reference)]:
+        del _entries[key]
