@@ -158,7 +158,7 @@ def _others(make: Maker) -> Iterator[Case]:
 
 
 def _screening(make: Maker) -> Iterator[Case]:
-    counts = {"found_ptr": "*i64", "queue_ptr": "*i64", "entry_count_ptr": "*i64"}
+    counts = {"budget_ptr": "*i64", "queue_ptr": "*i64", "entry_count_ptr": "*i64"}
     int8 = {"quantised_ptr": "*i8", "statistics_ptr": "*fp32"}
     for aligned, absent in ((True, {}), (False, {"group_count_ptr": None})):
         constants = {"BLOCK_D": quantise.BLOCK_D, "stride_d": 1, **absent}

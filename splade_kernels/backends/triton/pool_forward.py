@@ -53,7 +53,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
     arch = architecture(hidden.device)
     config = matmul_config(arch, hidden_size, vocab_size, call.compute_dtype, precision)
     original, weight = weight, weight.to(call.compute_dtype)
-    quantised_weight = quantised(call, original, weight) if can_screen(call, weight) else None
+    quantised_weight = quantised(call, original, weight) if can_screen(call, weight, arch) else None
     bias = None if bias is None else bias.contiguous()
     tokens = find_tokens(call, hidden)
     key_dtype = torch.int64 if call.need_argmax else torch.int32
@@ -177,11 +177,13 @@ def _maximum_kernel(
 
 @triton.jit
 def _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
-    """Whether a group of the tile is left to this kernel."""
+    """Whether a group of the tile is left to this kernel; scalars: the compiler knows that a warp does not part here."""
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
-    o_g = tile_t * GROUPS + tl.arange(0, GROUPS)
-    sequence = tl.load(group_sequence_ptr + o_g, mask=o_g < rows // GROUP_ROWS, other=-1)
-    return tl.max(sequence, axis=0) >= 0
+    largest = -1
+    for i in tl.static_range(GROUPS):
+        g = tile_t * GROUPS + i
+        largest = tl.maximum(largest, tl.load(group_sequence_ptr + g, mask=g < rows // GROUP_ROWS, other=-1))
+    return largest >= 0
 
 
 @triton.jit

@@ -32,7 +32,9 @@ _MOST_BITS = tl.constexpr(167 << 23)
 @dataclass(frozen=True)
 class Quantised:
     rows: Tensor  # [n, D filled up] int8
-    statistics: Tensor  # [3, n] float32 scale, radius R, norm N of each row
+    # float32. Of a weight: [n] scales, [n] radii, [n] norms. Of packed rows: [n] scales, and of every group of 16 the
+    # largest ratios [n / 16] of radius and [n / 16] of norm to scale.
+    statistics: Tensor
 
 
 def quantise_weight(weight: Tensor) -> Quantised:
@@ -49,7 +51,8 @@ def _quantise(source: Tensor, group_count: Tensor | None) -> Quantised:
     count, hidden_size = source.shape
     width = triton.cdiv(hidden_size, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     rows = torch.empty(count, width, device=source.device, dtype=torch.int8)
-    statistics = torch.empty(3, count, device=source.device, dtype=torch.float32)
+    size = 3 * count if group_count is None else count + 2 * (count // GROUP)
+    statistics = torch.empty(size, device=source.device, dtype=torch.float32)
     _quantise_kernel[(triton.cdiv(count, GROUP),)](
         source,
         group_count,
@@ -86,7 +89,7 @@ def _quantise_kernel(
 
     A and delta are multiples of float32's unit in the last place: A covers the rounding of dots of such rows in any
     order of summation, of the residual and of the bound that is computed from it, delta that of the two sums here. Rows
-    with NaN, infinities or a largest magnitude outside of 2^-40 to 2^40 are not quantised: R = NaN, of which no bound
+    with NaN, infinities or a largest magnitude outside of 2^-40 to 2^40 are not quantised: s = NaN, of which no bound
     comes out, so that every pair with one of them is computed exactly.
     """
     g = tl.program_id(0)
@@ -127,7 +130,11 @@ def _quantise_kernel(
     allowance = (hidden_size + 128.0) * UNIT
     norm = tl.sqrt_rn(tl.sum(squares, axis=1)) * (1.0 + delta)
     radius = (tl.sqrt_rn(tl.sum(residual_squares, axis=1)) + allowance * norm) * (1.0 + delta)
-    p_statistic = statistics_ptr + o_n
-    tl.store(p_statistic, scale, mask=m_n)
-    tl.store(p_statistic + tl.cast(rows, tl.int64), tl.where(plain, radius, float("nan")), mask=m_n)
-    tl.store(p_statistic + 2 * tl.cast(rows, tl.int64), norm, mask=m_n)
+    tl.store(statistics_ptr + o_n, tl.where(plain, scale, float("nan")), mask=m_n)
+    if group_count_ptr is None:
+        tl.store(statistics_ptr + rows + o_n, radius, mask=m_n)
+        tl.store(statistics_ptr + 2 * rows + o_n, norm, mask=m_n)
+    else:
+        p_group = statistics_ptr + tl.cast(rows, tl.int64) + g
+        tl.store(p_group, tl.max(radius * inverse, axis=0))
+        tl.store(p_group + rows // GROUP_ROWS, tl.max(norm * inverse, axis=0))

@@ -29,7 +29,7 @@ from .common import GROUP, GROUP_ROWS, tile_of
 from .exact import ENTRY_BYTES, GROUP_SHIFT, MAX_VOCAB_SIZE, WORD_SHIFT, compute_exactly
 from .pack import TAIL_GROUPS, Packed
 from .quantise import MAX_HIDDEN_SIZE, Quantised, quantise_packed, quantise_weight
-from .tuning import MatmulConfig, fits_descriptor, multiprocessors
+from .tuning import MatmulConfig, fits_descriptor, multiprocessors, screening_may_pay
 
 # A sequence keeps at most one of so many of its pairs. "auto": estimated from datasheets, not measured. A kept pair
 # reads a row of W and 1.2 rows of tokens from L2, a tile of tensor cores saves half to three quarters of the pair's
@@ -38,9 +38,11 @@ SHARE = {"auto": 32, "on": 8}
 DIVIDE_BLOCK = 1024
 
 
-def can_screen(call: PoolingCall, weight: Tensor) -> bool:
+def can_screen(call: PoolingCall, weight: Tensor, arch: int) -> bool:
+    """As far as the host decides: never from batch or length."""
     vocab_size, hidden_size = weight.shape
-    return call.screening != "off" and 0 < hidden_size <= MAX_HIDDEN_SIZE and vocab_size <= MAX_VOCAB_SIZE
+    wanted = call.screening == "on" or (call.screening == "auto" and screening_may_pay(arch))
+    return wanted and 0 < hidden_size <= MAX_HIDDEN_SIZE and vocab_size <= MAX_VOCAB_SIZE
 
 
 def quantised(call: PoolingCall, original: Tensor, weight: Tensor) -> Quantised:
@@ -73,14 +75,15 @@ def screen(
         number of groups up to the last such one.
     """
     vocab_size, hidden_size = weight.shape
-    groups, sequences = len(packed.group_sequence), len(packed.lengths)
+    groups = len(packed.group_sequence)
     rows = quantise_packed(packed)
-    queue = torch.empty(groups * vocab_size // share, device=weight.device, dtype=torch.int64)
-    # Pairs of each sequence that can be active; entries of the queue.
-    found = torch.zeros(sequences + 1, device=weight.device, dtype=torch.int64)
-    # Groups up to the last dense one; whether there is anything for the exact kernel.
-    outcome = torch.zeros(2, device=weight.device, dtype=torch.int32)
+    queue = torch.empty(groups * (vocab_size // share), device=weight.device, dtype=torch.int64)
+    # Pairs that each sequence may still keep; below zero, it is dense.
+    budget = packed.group_offsets.diff().to(torch.int64).mul_(vocab_size // share)
+    entry_count = torch.zeros(1, device=weight.device, dtype=torch.int64)
     dense_sequence = torch.empty_like(packed.group_sequence)
+    # Groups up to the last dense one; whether there is anything for the exact kernel.
+    outcome = torch.empty(2, device=weight.device, dtype=torch.int32)
 
     programs = triton.cdiv(vocab_size, config.block_v) * triton.cdiv(groups * GROUP, config.block_t)
     tiles: tuple[Tensor | TensorDescriptor, ...] = (quantised_weight.rows, rows.rows)
@@ -98,14 +101,13 @@ def screen(
         bias,
         packed.positions,
         packed.group_sequence,
-        packed.group_offsets,
-        found,
+        packed.group_offsets[-1:],
+        budget,
+        entry_count,
         queue,
-        sequences,
         vocab_size,
         rows.rows.shape[1],
         groups * GROUP,
-        share,
         DESCRIPTORS=descriptors,
         BLOCK_V=config.block_v,
         BLOCK_T=config.block_t,
@@ -114,36 +116,22 @@ def screen(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    _divide_kernel[(triton.cdiv(groups, DIVIDE_BLOCK),)](
+    _divide_kernel[(1,)](
         packed.group_sequence,
-        packed.group_offsets,
-        found,
+        packed.group_offsets[-1:],
+        budget,
         dense_sequence,
         outcome,
-        sequences,
         groups,
-        vocab_size,
-        share,
         TAIL_GROUPS,
         BLOCK_G=DIVIDE_BLOCK,
-        num_warps=4,
+        num_warps=DIVIDE_BLOCK // 128,
     )
-    compute_exactly(packed, weight, bias, dense_sequence, outcome, queue, found[-1:], keys)
+    compute_exactly(packed, weight, bias, dense_sequence, outcome, queue, entry_count, keys)
     return dense_sequence, outcome[:1]
 
 
-@triton.jit
-def _pairs_allowed(offset_ptr, sequence, mask, vocab_size, share):
-    """How many pairs the sequences may keep."""
-    first = tl.load(offset_ptr + sequence, mask=mask, other=0)
-    last = tl.load(offset_ptr + sequence + 1, mask=mask, other=0)
-    return (last - first).to(tl.int64) * vocab_size // share
-
-
-@triton.jit(
-    do_not_specialize=["sequences", "rows", "share"],
-    do_not_specialize_on_alignment=["offset_ptr"],
-)
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group_count_ptr"])
 def _screen_kernel(
     weight,
     row,
@@ -152,14 +140,13 @@ def _screen_kernel(
     bias_ptr,
     position_ptr,
     group_sequence_ptr,
-    offset_ptr,
-    found_ptr,
+    group_count_ptr,
+    budget_ptr,
+    entry_count_ptr,
     queue_ptr,
-    sequences,
     vocab_size,
     width,
     rows,
-    share,
     DESCRIPTORS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -168,18 +155,19 @@ def _screen_kernel(
 ):
     """Append to the queue every pair (group, v) that has a token with ``d + B > -c``; count them by sequence.
 
+    ``d = s_t s_v i`` from the product i of the quantised rows, ``B = s_t (ρ (N_v + R_v) + ν R_v)`` with the largest
+    ratios ``ρ = R_t / s_t``, ``ν = N_t / s_t`` of the tokens of a group: little more than the bound of each token, as
+    residuals are half a step whatever the row, and three quarters of the registers.
+
     ``weight`` and ``row`` are int8, pointers or TMA descriptors, as in the unscreened kernel.
     """
     tiles_v = tl.cdiv(vocab_size, BLOCK_V)
-    tiles_t = tl.cdiv(tl.load(offset_ptr + sequences) * GROUP_ROWS, BLOCK_T)
+    tiles_t = tl.cdiv(tl.load(group_count_ptr) * GROUP_ROWS, BLOCK_T)
     tile = tl.program_id(0)
     if DESCRIPTORS:
         for tile in tl.range(tl.program_id(0), tiles_v * tiles_t, tl.num_programs(0)):
             tile_v, tile_t = tile_of(tile, tiles_v, tiles_t, GROUP_V)
-            sequence, allowed, wanted = _sequences(
-                group_sequence_ptr, offset_ptr, found_ptr, tile_t, vocab_size, rows, share, BLOCK_T
-            )
-            if wanted:
+            if _is_open(group_sequence_ptr, budget_ptr, tile_t, rows, BLOCK_T):
                 # [BLOCK_V, BLOCK_T]
                 product = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.int32)
                 for first in range(0, width, BLOCK_K):
@@ -187,15 +175,12 @@ def _screen_kernel(
                     b_h = row.load([tile_t * BLOCK_T, first])
                     product = tl.dot(b_w, b_h.T, product, out_dtype=tl.int32)
                 _append(
-                    product, weight_statistics_ptr, row_statistics_ptr, bias_ptr, position_ptr, found_ptr, queue_ptr,
-                    sequence, allowed, tile_v, tile_t, sequences, vocab_size, rows,
+                    product, weight_statistics_ptr, row_statistics_ptr, bias_ptr, position_ptr, group_sequence_ptr,
+                    budget_ptr, entry_count_ptr, queue_ptr, tile_v, tile_t, vocab_size, rows,
                 )  # fmt: skip
     elif tile < tiles_v * tiles_t:
         tile_v, tile_t = tile_of(tile, tiles_v, tiles_t, GROUP_V)
-        sequence, allowed, wanted = _sequences(
-            group_sequence_ptr, offset_ptr, found_ptr, tile_t, vocab_size, rows, share, BLOCK_T
-        )
-        if wanted:
+        if _is_open(group_sequence_ptr, budget_ptr, tile_t, rows, BLOCK_T):
             o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
             o_t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
             o_k = tl.arange(0, BLOCK_K)
@@ -207,24 +192,26 @@ def _screen_kernel(
                 b_h = tl.load(p_h + first, mask=(o_t < rows)[None, :], other=0)
                 product = tl.dot(b_w, b_h, product, out_dtype=tl.int32)
             _append(
-                product, weight_statistics_ptr, row_statistics_ptr, bias_ptr, position_ptr, found_ptr, queue_ptr,
-                sequence, allowed, tile_v, tile_t, sequences, vocab_size, rows,
+                product, weight_statistics_ptr, row_statistics_ptr, bias_ptr, position_ptr, group_sequence_ptr,
+                budget_ptr, entry_count_ptr, queue_ptr, tile_v, tile_t, vocab_size, rows,
             )  # fmt: skip
 
 
 @triton.jit
-def _sequences(
-    group_sequence_ptr, offset_ptr, found_ptr, tile_t, vocab_size, rows, share, BLOCK_T: tl.constexpr
-):
-    """Of a tile's groups: their sequences, the pairs these may keep, and whether any of them is not known as dense."""
+def _is_open(group_sequence_ptr, budget_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
+    """Whether a sequence of the tile is not known to be dense yet.
+
+    Scalars, so that the compiler knows that a warp does not part here.
+    """
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
-    o_g = tile_t * GROUPS + tl.arange(0, GROUPS)
-    sequence = tl.load(group_sequence_ptr + o_g, mask=o_g < rows // GROUP_ROWS, other=-1)
-    real = sequence >= 0
-    allowed = _pairs_allowed(offset_ptr, sequence, real, vocab_size, share)
-    # Past the first cache, which would not see what other programs count. An old count is only ever too low.
-    found = tl.load(found_ptr + sequence, mask=real, other=0, cache_modifier=".cg")
-    return sequence, allowed, tl.max((real & (found <= allowed)).to(tl.int32), 0) > 0
+    largest = tl.full((), -1, tl.int64)
+    for i in tl.static_range(GROUPS):
+        g = tile_t * GROUPS + i
+        sequence = tl.load(group_sequence_ptr + g, mask=g < rows // GROUP_ROWS, other=-1)
+        # Past the first cache, which would not see what other programs subtract. An old budget is only ever too high.
+        budget = tl.load(budget_ptr + sequence, mask=sequence >= 0, other=-1, cache_modifier=".cg")
+        largest = tl.maximum(largest, budget)
+    return largest >= 0
 
 
 @triton.jit
@@ -234,17 +221,16 @@ def _append(
     row_statistics_ptr,
     bias_ptr,
     position_ptr,
-    found_ptr,
+    group_sequence_ptr,
+    budget_ptr,
+    entry_count_ptr,
     queue_ptr,
-    sequence,
-    allowed,
     tile_v,
     tile_t,
-    sequences,
     vocab_size,
     rows,
 ):
-    """The pairs of a finished tile that can be active: all are counted, and those within the allowance are queued."""
+    """The pairs of a finished tile that can be active: all are counted, and queued as long as the budget lasts."""
     BLOCK_V: tl.constexpr = product.shape[0]
     BLOCK_T: tl.constexpr = product.shape[1]
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
@@ -253,72 +239,73 @@ def _append(
     o_g = tile_t * GROUPS + tl.arange(0, GROUPS)
     m_v = o_v < vocab_size
     m_t = o_t < rows
-    p_w = weight_statistics_ptr + o_v
-    p_h = row_statistics_ptr + o_t
-    scale_w = tl.load(p_w, mask=m_v, other=0.0)
-    radius_w = tl.load(p_w + vocab_size, mask=m_v, other=0.0)
-    norm_w = tl.load(p_w + 2 * vocab_size, mask=m_v, other=0.0)
-    scale_h = tl.load(p_h, mask=m_t, other=0.0)
-    radius_h = tl.load(p_h + tl.cast(rows, tl.int64), mask=m_t, other=0.0)
-    norm_h = tl.load(p_h + 2 * tl.cast(rows, tl.int64), mask=m_t, other=0.0)
+    m_g = o_g < rows // GROUP_ROWS
+    scale_w = tl.load(weight_statistics_ptr + o_v, mask=m_v, other=0.0)
+    radius_w = tl.load(weight_statistics_ptr + vocab_size + o_v, mask=m_v, other=0.0)
+    norm_w = tl.load(weight_statistics_ptr + 2 * vocab_size + o_v, mask=m_v, other=0.0)
+    p_group = row_statistics_ptr + tl.cast(rows, tl.int64) + o_g
+    scale_h = tl.load(row_statistics_ptr + o_t, mask=m_t, other=0.0)
+    radius_ratio = tl.load(p_group, mask=m_g, other=0.0)
+    norm_ratio = tl.load(p_group + rows // GROUP_ROWS, mask=m_g, other=0.0)
     threshold = tl.zeros((BLOCK_V,), dtype=tl.float32)
     if bias_ptr is not None:
         threshold -= tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)
-    # [BLOCK_V, BLOCK_T]
-    estimate = scale_h[None, :] * (scale_w[:, None] * product.to(tl.float32))
-    bound = radius_h[None, :] * (norm_w + radius_w)[:, None] + norm_h[None, :] * radius_w[:, None]
-    inactive = estimate + bound <= threshold[:, None]
+    # B / s, [BLOCK_V, GROUPS]
+    bound = radius_ratio[None, :] * (norm_w + radius_w)[:, None] + norm_ratio[None, :] * radius_w[:, None]
+    # (d + B) / s, [BLOCK_V, GROUPS, GROUP_ROWS]
+    product = tl.reshape(product, (BLOCK_V, GROUPS, GROUP_ROWS)).to(tl.float32)
+    largest = scale_w[:, None, None] * product + bound[:, :, None]
+    inactive = tl.reshape(scale_h, (GROUPS, GROUP_ROWS))[None, :, :] * largest <= threshold[:, None, None]
     # A bit for every token, written so that NaN has one.
-    bit = 1 << (tl.arange(0, BLOCK_T) % GROUP_ROWS)
-    bits = tl.reshape(tl.where(inactive, 0, bit[None, :]), (BLOCK_V, GROUPS, GROUP_ROWS))
+    bit = 1 << tl.arange(0, GROUP_ROWS)
+    bits = tl.where(inactive, 0, bit[None, None, :])
 
     # Repeats, which fill a sequence up, are its first token: no later than what precedes them, and left to that one.
     position = tl.load(position_ptr + o_t, mask=m_t, other=0)
-    start = tl.load(position_ptr + o_g * GROUP_ROWS, mask=o_g < rows // GROUP_ROWS, other=0)
+    start = tl.load(position_ptr + o_g * GROUP_ROWS, mask=m_g, other=0)
     later = tl.reshape(position, (GROUPS, GROUP_ROWS)) > start[:, None]
-    real = 1 + tl.sum(tl.where(later, tl.reshape(bit, (GROUPS, GROUP_ROWS)), 0), axis=1)
+    sequence = tl.load(group_sequence_ptr + o_g, mask=m_g, other=-1)
+    real = 1 + tl.sum(tl.where(later, bit[None, :], 0), axis=1)
     real = tl.where(sequence >= 0, real, 0)
     # [BLOCK_V, GROUPS]
     tokens = tl.where(m_v[:, None], tl.sum(bits, axis=2) & real[None, :], 0)
 
     survives = tokens != 0
     pairs = tl.sum(survives.to(tl.int32), axis=0).to(tl.int64)
-    before = tl.atomic_add(found_ptr + sequence, pairs, mask=pairs > 0, sem="relaxed")
-    kept = survives & (before + pairs <= allowed)[None, :]
+    before = tl.atomic_add(budget_ptr + sequence, -pairs, mask=pairs > 0, sem="relaxed")
+    kept = survives & (before >= pairs)[None, :]
     places = tl.reshape(kept.to(tl.int32), (BLOCK_V * GROUPS,))
     total = tl.sum(places, axis=0)
     if total > 0:
-        first = tl.atomic_add(found_ptr + sequences, total.to(tl.int64), sem="relaxed")
+        first = tl.atomic_add(entry_count_ptr, total.to(tl.int64), sem="relaxed")
         entry = (o_v.to(tl.int64) << WORD_SHIFT)[:, None] | (o_g.to(tl.int64) << GROUP_SHIFT)[None, :] | tokens
         p_entry = queue_ptr + first + tl.cumsum(places, axis=0) - places
         tl.store(p_entry, tl.reshape(entry, (BLOCK_V * GROUPS,)), mask=places > 0)
 
 
-@triton.jit(
-    do_not_specialize=["sequences", "groups", "share", "tail"], do_not_specialize_on_alignment=["offset_ptr"]
-)
+@triton.jit(do_not_specialize=["groups", "tail"], do_not_specialize_on_alignment=["group_count_ptr"])
 def _divide_kernel(
     group_sequence_ptr,
-    offset_ptr,
-    found_ptr,
+    group_count_ptr,
+    budget_ptr,
     dense_sequence_ptr,
     outcome_ptr,
-    sequences,
     groups,
-    vocab_size,
-    share,
     tail,
     BLOCK_G: tl.constexpr,
 ):
-    """``dense[g] = sequence of group g`` if it found more pairs than it may keep, else -1."""
-    o_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    m_g = o_g < tl.minimum(tl.load(offset_ptr + sequences) + tail, groups)
-    sequence = tl.load(group_sequence_ptr + o_g, mask=m_g, other=-1)
-    real = sequence >= 0
-    found = tl.load(found_ptr + sequence, mask=real, other=0)
-    dense = real & (found > _pairs_allowed(offset_ptr, sequence, real, vocab_size, share))
-    tl.store(dense_sequence_ptr + o_g, tl.where(dense, sequence, -1), mask=m_g)
-    end = tl.max(tl.where(dense, o_g + 1, 0), axis=0)
-    tl.atomic_max(outcome_ptr, end, sem="relaxed")
-    screened = tl.max((real & (found > 0) & ~dense).to(tl.int32), axis=0)
-    tl.atomic_max(outcome_ptr + 1, screened, sem="relaxed")
+    """``dense[g] = sequence of group g`` if it found more pairs than it may keep, else -1. One program."""
+    end = tl.zeros((BLOCK_G,), dtype=tl.int32)
+    screened = tl.zeros((BLOCK_G,), dtype=tl.int32)
+    count = tl.minimum(tl.load(group_count_ptr) + tail, groups)
+    for first in range(0, count, BLOCK_G):
+        o_g = first + tl.arange(0, BLOCK_G)
+        m_g = o_g < count
+        sequence = tl.load(group_sequence_ptr + o_g, mask=m_g, other=-1)
+        real = sequence >= 0
+        dense = tl.load(budget_ptr + sequence, mask=real, other=0) < 0
+        tl.store(dense_sequence_ptr + o_g, tl.where(dense, sequence, -1), mask=m_g)
+        end = tl.maximum(end, tl.where(dense, o_g + 1, 0))
+        screened |= (real & ~dense).to(tl.int32)
+    tl.store(outcome_ptr, tl.max(end, axis=0))
+    tl.store(outcome_ptr + 1, tl.max(screened, axis=0))

@@ -66,7 +66,9 @@ _AMPERE_TF32 = MatmulConfig(128, 128, 16, 8, 3)
 _HOPPER_HALF = MatmulConfig(128, 128, 64, 4, 3, tma=True, resident=2)
 _HOPPER_TF32 = MatmulConfig(128, 128, 32, 4, 3, tma=True, resident=2)
 _AMPERE_INT8 = MatmulConfig(128, 128, 64, 8, 3)
-_HOPPER_INT8 = MatmulConfig(128, 128, 128, 8, 3, tma=True)
+_HOPPER_INT8 = MatmulConfig(128, 128, 128, 4, 3, tma=True, resident=2)
+# Its int8 products are compiled to the instructions of sm_80, which take more registers.
+_BLACKWELL_INT8 = MatmulConfig(128, 128, 128, 8, 3, tma=True)
 # For a GPU nobody has compiled for: 16 KiB of shared memory in half precision, 32 KiB in float32.
 _SAFE = MatmulConfig(64, 64, 32, 4, 2)
 
@@ -131,7 +133,14 @@ def screening_config(arch: int) -> MatmulConfig:
         return _INTERPRETED
     if arch not in ARCHITECTURES:
         return _SAFE
-    return _HOPPER_INT8 if uses_descriptors(arch) else _AMPERE_INT8
+    if not uses_descriptors(arch):
+        return _AMPERE_INT8
+    return _HOPPER_INT8 if arch < 100 else _BLACKWELL_INT8
+
+
+def screening_may_pay(arch: int) -> bool:
+    """Whether int8 products are known to have the tensor cores' full rate: not on sm_100 and unknown GPUs."""
+    return arch == 0 or (arch in ARCHITECTURES and arch != 100)
 
 
 def _nearest(table: Mapping[Shape, MatmulConfig], wanted: Shape) -> MatmulConfig | None:
