@@ -1,13 +1,14 @@
 """What backends derive from a weight alone, kept between inference calls.
 
 An entry belongs to one storage (by weak reference: a dead weight's entry is never used), one view of it and one version
-of its contents. Writes that PyTorch does not count are not seen: through ``weight.data``, NumPy, a raw pointer, or
-under ``torch.autograd._unsafe_preserve_version_counter``. Callers therefore :func:`forget` a weight whenever they see
-it trained, so that such an update between a training step and an evaluation does no harm.
+of its contents. Versions do not count every write: not those of fused optimizers, nor any through ``weight.data``,
+NumPy or a raw pointer. So every step of an optimizer empties the cache, and callers :func:`forget` a weight that they
+see trained. An uncounted write between two inference calls, with neither of these in between, is not seen.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # A model has one decoder; a few more are for models side by side.
 MAX_ENTRIES = 4
@@ -48,6 +50,7 @@ def cached(weight: Tensor, kind: str, make: Callable[[], T]) -> T:
             return found
         # Memory for the new one.
         _entries.pop(key, None)
+    _watch_optimizers()
     made = make()
     with _lock:
         _entries[key] = (storage, version, made)
@@ -68,3 +71,14 @@ def forget(weight: Tensor) -> None:
 def _drop(unwanted: Callable[[StorageWeakRef], bool]) -> None:
     for key in [key for key, (reference, *_) in _entries.items() if unwanted(reference)]:
         del _entries[key]
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """From the first entry on."""
+
+    def empty(*step: Any) -> None:
+        with _lock:
+            _entries.clear()
+
+    register_optimizer_step_post_hook(empty)

@@ -63,9 +63,7 @@ def find_tokens(call: PoolingCall, hidden: Tensor) -> Tokens:
     return Tokens(edges[:-1], lengths, listed, F.pad(groups.cumsum(0, dtype=torch.int32), (1, 0)))
 
 
-def slices(
-    call: PoolingCall, vocab_size: int, hidden: Tensor, key_bytes: int, group_bytes: int = 0
-) -> Iterator[slice]:
+def slices(call: PoolingCall, vocab_size: int, hidden: Tensor, key_bytes: int, group_bytes: int = 0) -> Iterator[slice]:
     """The batch in pieces whose keys and packed rows stay below ``SLICE_BYTES`` each, as far as the host can tell.
 
     So does whatever else takes ``group_bytes`` for each group of packed rows.

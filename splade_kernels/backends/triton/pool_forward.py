@@ -143,7 +143,7 @@ def _maximum_kernel(
     GROUP_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``key[b, v] = max(key[b, v], key(max over a group of W[v] · h[t]))`` for every group of 16 tokens with a sequence.
+    """``key[b, v] = max(key[b, v], key(max over a group of W[v] · h[t]))`` for every group of 16 tokens of a sequence.
 
     ``weight`` and ``row`` are pointers, a program a tile, or TMA descriptors and a persistent grid. Either way programs
     walk the tiles that hold tokens, whose number only the device knows.
@@ -177,7 +177,10 @@ def _maximum_kernel(
 
 @triton.jit
 def _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
-    """Whether a group of the tile is left to this kernel; scalars: the compiler knows that a warp does not part here."""
+    """Whether a group of the tile is left to this kernel.
+
+    Scalars, so that the compiler knows that a warp does not part here: it would double every shuffle that follows.
+    """
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
     largest = -1
     for i in tl.static_range(GROUPS):

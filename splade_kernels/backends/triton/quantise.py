@@ -1,6 +1,6 @@
 """Rows in int8 with what is known about them: what screening multiplies, and how far off it can be.
 
-``docs/screening.md`` derives the bound. A row x is kept as ``q = round(x / s)`` with its own scale ``s = max|x| / 127``,
+``docs/screening.md`` derives the bound. A row x is kept as ``q = round(x / s)`` with its own scale s, ``max|x| / 127``,
 an upper bound N on its norm, and a radius R that bounds ``‖x - s q‖`` together with the rounding of every product that
 the row may take part in.
 """
@@ -69,9 +69,7 @@ def _quantise(source: Tensor, group_count: Tensor | None) -> Quantised:
     return Quantised(rows, statistics)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "tail"], do_not_specialize_on_alignment=["group_count_ptr"]
-)
+@triton.jit(do_not_specialize=["rows", "tail"], do_not_specialize_on_alignment=["group_count_ptr"])
 def _quantise_kernel(
     source_ptr,
     group_count_ptr,

@@ -56,7 +56,7 @@ def quantised(call: PoolingCall, original: Tensor, weight: Tensor) -> Quantised:
 
 def queue_bytes(call: PoolingCall, vocab_size: int) -> int:
     """Of one group, at most."""
-    return triton.cdiv(vocab_size * ENTRY_BYTES, SHARE[call.screening])
+    return vocab_size // SHARE[call.screening] * ENTRY_BYTES
 
 
 def screen(
@@ -74,7 +74,7 @@ def screen(
         ``[G]`` int32 sequence of each group that is left to the unscreened kernel, -1 for the others, and ``[1]`` the
         number of groups up to the last such one.
     """
-    vocab_size, hidden_size = weight.shape
+    vocab_size = weight.shape[0]
     groups = len(packed.group_sequence)
     rows = quantise_packed(packed)
     queue = torch.empty(groups * (vocab_size // share), device=weight.device, dtype=torch.int64)
