@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from splade_kernels.backends.triton import flops, grad_hidden, pack, pool_backward, pool_sum
+from splade_kernels.backends.triton import exact, flops, grad_hidden, pack, pool_backward, pool_sum, quantise, screening
 from splade_kernels.backends.triton.pool_forward import FINALISE_BLOCK, _finalise_kernel, _maximum_kernel
-from splade_kernels.backends.triton.tuning import MatmulConfig, matmul_config
+from splade_kernels.backends.triton.tuning import MatmulConfig, matmul_config, screening_config
 
 # (name for the report, Triton's name, dtype, precision of float32 products)
 DTYPES = (
@@ -36,6 +36,7 @@ UNALIGNED = {
     "output_ptr",
     "argmax_ptr",
     "mask_ptr",
+    "entry_count_ptr",
 }
 
 
@@ -85,8 +86,9 @@ class Maker:
         chosen = {name: types.get(name) or _default_type(name, self.element) for name in names}
         aligned = [name for name in names if chosen[name].startswith("*") and name not in UNALIGNED]
         if aligned_rows:
-            aligned += [name for name in names if name in ("hidden_size", "stride_wv", "stride_hn")]
-        matmul = "PRECISION" in constants
+            aligned += [name for name in names if name in ("hidden_size", "stride_wv", "stride_hn", "stride_n")]
+        aligned += [name for name in names if name == "width"]
+        matmul = "BLOCK_K" in constants
         launch = (num_warps, num_stages, matmul, maxnreg)
         return Case(kernel, self.arch, self.dtype, chosen, constants, tuple(aligned), *launch)
 
@@ -101,12 +103,14 @@ def _default_type(name: str, element: str) -> str:
 _INDICES = {
     "chunk_offset_ptr",
     "chunk_row_ptr",
+    "dense_sequence_ptr",
     "edge_ptr",
     "group_count_ptr",
     "group_sequence_ptr",
     "length_ptr",
     "listed_ptr",
     "offset_ptr",
+    "outcome_ptr",
     "position_ptr",
     "sequence_ptr",
     "start_ptr",
@@ -149,7 +153,32 @@ def _others(make: Maker) -> Iterator[Case]:
     for absent in ({}, {"kept_ptr": None}):
         sums = {"BLOCK_B": flops.BLOCK_B, "BLOCK_V": flops.BLOCK_V, "stride_ev": 1, **absent}
         yield make(flops._sums_kernel, {"kept_ptr": "*u8", "sum_ptr": "*fp32"}, sums)
+    yield from _screening(make)
     yield from _backward(make)
+
+
+def _screening(make: Maker) -> Iterator[Case]:
+    counts = {"budget_ptr": "*i64", "queue_ptr": "*i64", "entry_count_ptr": "*i64"}
+    int8 = {"quantised_ptr": "*i8", "statistics_ptr": "*fp32"}
+    for aligned, absent in ((True, {}), (False, {"group_count_ptr": None})):
+        constants = {"BLOCK_D": quantise.BLOCK_D, "stride_d": 1, **absent}
+        yield make(quantise._quantise_kernel, int8, constants, aligned_rows=aligned)
+    config = screening_config(make.arch)
+    tiles = {"weight": "*i8", "row": "*i8"}
+    if config.tma:
+        tiles = {
+            "weight": f"tensordesc<i8[{config.block_v}, {config.block_k}]>",
+            "row": f"tensordesc<i8[{config.block_t}, {config.block_k}]>",
+        }
+    statistics = {"weight_statistics_ptr": "*fp32", "row_statistics_ptr": "*fp32"}
+    constants = {"BLOCK_V": config.block_v, "BLOCK_T": config.block_t, "BLOCK_K": config.block_k}
+    constants |= {"GROUP_V": config.group_v, "DESCRIPTORS": config.tma}
+    launch = (config.num_warps, config.num_stages)
+    yield make(screening._screen_kernel, tiles | statistics | counts, constants, *launch)
+    yield make(screening._divide_kernel, counts, {"BLOCK_G": screening.DIVIDE_BLOCK})
+    for keys in ("*i64", "*i32"):
+        constants = {"ENTRIES": exact.ENTRIES, "BLOCK_D": exact.BLOCK_D, "stride_wd": 1}
+        yield make(exact._exact_kernel, counts | {"key_ptr": keys}, constants, exact.WARPS)
 
 
 def _backward(make: Maker) -> Iterator[Case]:

@@ -30,7 +30,7 @@ from splade_kernels.backends.triton.tuning import ARCHITECTURES
 
 # Shared memory one program may have: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QMMA", "OMMA")
+TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "QMMA", "OMMA")
 ASYNCHRONOUS_COPY = ("LDGSTS", "UTMALDG")
 ATOMIC = ("RED", "REDG", "ATOM", "ATOMG")
 

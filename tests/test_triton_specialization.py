@@ -27,6 +27,8 @@ backend = importlib.import_module("splade_kernels.backends.triton")
 tuning = importlib.import_module("splade_kernels.backends.triton.tuning")
 max_forward = importlib.import_module("splade_kernels.backends.triton.pool_forward")
 packing = importlib.import_module("splade_kernels.backends.triton.pack")
+screening = importlib.import_module("splade_kernels.backends.triton.screening")
+exact = importlib.import_module("splade_kernels.backends.triton.exact")
 sum_pooling = importlib.import_module("splade_kernels.backends.triton.pool_sum")
 
 HIDDEN, VOCAB = 64, 1002
@@ -65,13 +67,15 @@ def record(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     monkeypatch.setattr(packing, "_pack", pack_nothing)
     for module in (max_forward, sum_pooling):
         monkeypatch.setattr(module, "architecture", lambda device: request.param)
-    monkeypatch.setattr(max_forward, "multiprocessors", lambda device: 82)
+    for module in (max_forward, screening, exact):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 82)
     return lambda: keys
 
 
 def _cached() -> Keys:
     found: Keys = {}
-    for name in ("common", "flops", "grad_hidden", "pack", "pool_backward", "pool_forward", "pool_sum"):
+    modules = "common exact flops grad_hidden pack pool_backward pool_forward pool_sum quantise screening"
+    for name in modules.split():
         for kernel in vars(importlib.import_module(f"splade_kernels.backends.triton.{name}")).values():
             if isinstance(kernel, triton.JITFunction):
                 caches = kernel.device_caches.values()
@@ -91,8 +95,8 @@ def _run(batch: int, length: int, dtype: torch.dtype, pooling: str, layout: str)
     if layout == "packed":
         cu_seqlens = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
     call = PoolingCall(
-        batch, mask, cu_seqlens, length, pooling, "relu", dtype, dtype, need_argmax=pooling == "max",
-        need_hidden=True, need_weight=True, need_bias=True,
+        batch, mask, cu_seqlens, length, pooling, "relu", dtype, dtype, "auto" if pooling == "max" else "off",
+        need_argmax=pooling == "max", need_hidden=True, need_weight=True, need_bias=True,
     )  # fmt: skip
     hidden, weight, bias = draw(batch * length, HIDDEN), draw(VOCAB, HIDDEN), draw(VOCAB)
     output, argmax = backend.pool_forward(call, hidden, weight, bias)
@@ -114,6 +118,7 @@ def test_twenty_shapes_compile_each_kernel_once(record, pooling, layout):
         _run(4, 40, dtype, pooling, layout)
     first = {name: set(keys) for name, keys in record().items()}
     assert any(first.values())
+    assert ("_screen_kernel" in first) == (pooling == "max")
     for batch, length in SHAPES:
         _run(batch, length, torch.bfloat16, pooling, layout)
     grown = {name: len(keys - first[name]) for name, keys in record().items() if keys - first[name]}

@@ -60,6 +60,22 @@ def unordered(o):
 
 
 @triton.jit
+def training_key(dot, packed_row):
+    """The larger the canonical dot, then the lower its row, the larger the key; never 0."""
+    return ((ordered(dot).to(tl.int64) + 0x80000000) << 31) | (0x7FFFFFFF - packed_row).to(tl.int64)
+
+
+@triton.jit
+def key_dot(key):
+    return unordered(((key >> 31) - 0x80000000).to(tl.int32))
+
+
+@triton.jit
+def key_row(key):
+    return (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+
+
+@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 

@@ -63,10 +63,13 @@ def find_tokens(call: PoolingCall, hidden: Tensor) -> Tokens:
     return Tokens(edges[:-1], lengths, listed, F.pad(groups.cumsum(0, dtype=torch.int32), (1, 0)))
 
 
-def slices(call: PoolingCall, vocab_size: int, hidden: Tensor, key_bytes: int) -> Iterator[slice]:
-    """The batch in pieces whose keys and packed rows stay below ``SLICE_BYTES`` each, as far as the host can tell."""
+def slices(call: PoolingCall, vocab_size: int, hidden: Tensor, key_bytes: int, group_bytes: int = 0) -> Iterator[slice]:
+    """The batch in pieces whose keys and packed rows stay below ``SLICE_BYTES`` each, as far as the host can tell.
+
+    So does whatever else takes ``group_bytes`` for each group of packed rows.
+    """
     total_rows, hidden_size = hidden.shape
-    group_bytes = GROUP * hidden_size * call.compute_dtype.itemsize
+    group_bytes = max(group_bytes, GROUP * hidden_size * call.compute_dtype.itemsize)
     step = SLICE_BYTES // max(1, vocab_size * key_bytes)
     if group_capacity(call, call.batch_size, total_rows) * group_bytes > SLICE_BYTES:
         # Pieces of packed tokens would each pack as many rows as the bound on a length says. Where that is several

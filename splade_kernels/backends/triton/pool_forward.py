@@ -25,14 +25,18 @@ from .common import (
     canonical,
     dot_precision,
     dots,
+    key_dot,
+    key_row,
     maximum,
     multiply,
     ordered,
     tile_of,
+    training_key,
     unordered,
 )
-from .pack import Packed, find_tokens, pack_sequences, slices
-from .tuning import MatmulConfig, architecture, fits_descriptor, matmul_config, multiprocessors
+from .pack import find_tokens, pack_sequences, slices
+from .screening import SHARE, can_screen, quantised, queue_bytes, screen
+from .tuning import MatmulConfig, architecture, fits_descriptor, matmul_config, multiprocessors, screening_config
 
 _NOTHING = tl.constexpr(-0x80000000)
 FINALISE_BLOCK = 1024
@@ -46,17 +50,25 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
     if hidden.shape[0] == 0 or vocab_size == 0:
         return output.zero_(), argmax.zero_()
     precision = dot_precision(call.compute_dtype)
-    config = matmul_config(architecture(hidden.device), hidden_size, vocab_size, call.compute_dtype, precision)
-    weight = weight.to(call.compute_dtype)
+    arch = architecture(hidden.device)
+    config = matmul_config(arch, hidden_size, vocab_size, call.compute_dtype, precision)
+    original, weight = weight, weight.to(call.compute_dtype)
+    quantised_weight = quantised(call, original, weight) if can_screen(call, weight, arch) else None
     bias = None if bias is None else bias.contiguous()
     tokens = find_tokens(call, hidden)
     key_dtype = torch.int64 if call.need_argmax else torch.int32
     nothing = 0 if call.need_argmax else torch.iinfo(torch.int32).min
-    for part in slices(call, vocab_size, hidden, key_dtype.itemsize):
+    group_bytes = 0 if quantised_weight is None else queue_bytes(call, vocab_size)
+    for part in slices(call, vocab_size, hidden, key_dtype.itemsize, group_bytes):
         packed = pack_sequences(call, tokens, hidden, part)
         sequences = part.stop - part.start
         keys = torch.full((sequences, vocab_size), nothing, device=hidden.device, dtype=key_dtype)
-        _launch_maximum(config, precision, packed, weight, bias, keys)
+        group_sequence, group_count = packed.group_sequence, packed.group_offsets[-1:]
+        if quantised_weight is not None:
+            group_sequence, group_count = screen(
+                screening_config(arch), SHARE[call.screening], packed, weight, quantised_weight, bias, keys
+            )
+        _launch_maximum(config, precision, weight, packed.rows, bias, group_sequence, group_count, keys)
         _finalise_kernel[(sequences, triton.cdiv(vocab_size, FINALISE_BLOCK))](
             keys,
             bias,
@@ -68,14 +80,20 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
             BLOCK_V=FINALISE_BLOCK,
             num_warps=4,
         )
-        del packed, keys  # before the next slice's are allocated
+        del packed, keys, group_sequence, group_count  # before the next slice's are allocated
     return output, argmax
 
 
 def _launch_maximum(
-    config: MatmulConfig, precision: str, packed: Packed, weight: Tensor, bias: Tensor | None, keys: Tensor
+    config: MatmulConfig,
+    precision: str,
+    weight: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    group_sequence: Tensor,
+    group_count: Tensor,
+    keys: Tensor,
 ) -> None:
-    rows = packed.rows
     programs = triton.cdiv(weight.shape[0], config.block_v) * triton.cdiv(len(rows), config.block_t)
     tiles: tuple[Tensor | TensorDescriptor, ...] = (weight, rows)
     descriptors = config.tma and fits_descriptor(weight) and fits_descriptor(rows)
@@ -88,8 +106,8 @@ def _launch_maximum(
     _maximum_kernel[(programs,)](
         *tiles,
         bias,
-        packed.group_sequence,
-        packed.group_offsets[-1:],
+        group_sequence,
+        group_count,
         keys,
         *weight.shape,
         len(rows),
@@ -103,22 +121,6 @@ def _launch_maximum(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-@triton.jit
-def training_key(dot, packed_row):
-    """The larger the canonical dot, then the lower its row, the larger the key; never 0."""
-    return ((ordered(dot).to(tl.int64) + 0x80000000) << 31) | (0x7FFFFFFF - packed_row).to(tl.int64)
-
-
-@triton.jit
-def key_dot(key):
-    return unordered(((key >> 31) - 0x80000000).to(tl.int32))
-
-
-@triton.jit
-def key_row(key):
-    return (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group_count_ptr"])
@@ -141,7 +143,7 @@ def _maximum_kernel(
     GROUP_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``key[b, v] = max(key[b, v], key(max over a group of W[v] · h[t]))`` for every group of 16 packed tokens.
+    """``key[b, v] = max(key[b, v], key(max over a group of W[v] · h[t]))`` for every group of 16 tokens of a sequence.
 
     ``weight`` and ``row`` are pointers, a program a tile, or TMA descriptors and a persistent grid. Either way programs
     walk the tiles that hold tokens, whose number only the device knows.
@@ -152,23 +154,39 @@ def _maximum_kernel(
     if DESCRIPTORS:
         for tile in tl.range(tl.program_id(0), tiles_v * tiles_t, tl.num_programs(0)):
             tile_v, tile_t = tile_of(tile, tiles_v, tiles_t, GROUP_V)
-            # [BLOCK_V, BLOCK_T]
-            acc = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
-            for first in range(0, hidden_size, BLOCK_K):
-                b_w = weight.load([tile_v * BLOCK_V, first])
-                b_h = row.load([tile_t * BLOCK_T, first])
-                acc = multiply(b_w, b_h.T, acc, PRECISION)
-            _combine(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows)
+            if _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T):
+                # [BLOCK_V, BLOCK_T]
+                acc = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
+                for first in range(0, hidden_size, BLOCK_K):
+                    b_w = weight.load([tile_v * BLOCK_V, first])
+                    b_h = row.load([tile_t * BLOCK_T, first])
+                    acc = multiply(b_w, b_h.T, acc, PRECISION)
+                _combine(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows)
     elif tile < tiles_v * tiles_t:
         # Without the loop: on sm_86 it would take a third more registers.
         tile_v, tile_t = tile_of(tile, tiles_v, tiles_t, GROUP_V)
-        o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        o_t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-        acc = dots(
-            weight, row, o_v, o_t, o_v < vocab_size, o_t < rows, hidden_size, hidden_size, stride_wv, stride_wd,
-            BLOCK_K, PRECISION,
-        )  # fmt: skip
-        _combine(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows)
+        if _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T):
+            o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+            o_t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+            acc = dots(
+                weight, row, o_v, o_t, o_v < vocab_size, o_t < rows, hidden_size, hidden_size, stride_wv, stride_wd,
+                BLOCK_K, PRECISION,
+            )  # fmt: skip
+            _combine(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows)
+
+
+@triton.jit
+def _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
+    """Whether a group of the tile is left to this kernel.
+
+    Scalars, so that the compiler knows that a warp does not part here: it would double every shuffle that follows.
+    """
+    GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
+    largest = -1
+    for i in tl.static_range(GROUPS):
+        g = tile_t * GROUPS + i
+        largest = tl.maximum(largest, tl.load(group_sequence_ptr + g, mask=g < rows // GROUP_ROWS, other=-1))
+    return largest >= 0
 
 
 @triton.jit
@@ -184,8 +202,10 @@ def _combine(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_s
     dot = canonical(acc)
     first_g = tile_t * GROUPS
     last_g = first_g + GROUPS - 1
+    first_sequence = tl.load(group_sequence_ptr + first_g)
     last_sequence = tl.load(group_sequence_ptr + last_g, mask=last_g < rows // GROUP_ROWS, other=-1)
-    if tl.load(group_sequence_ptr + first_g) == last_sequence:
+    # Between two groups of one sequence there is no other; between two that were screened (-1) there may be.
+    if (first_sequence == last_sequence) & (first_sequence >= 0):
         _combine_runs(dot, bias_ptr, group_sequence_ptr, key_ptr, first_g, o_v, vocab_size, rows, BLOCK_T)
     else:
         _combine_runs(dot, bias_ptr, group_sequence_ptr, key_ptr, first_g, o_v, vocab_size, rows, GROUP_ROWS)

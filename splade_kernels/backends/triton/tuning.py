@@ -65,6 +65,10 @@ _AMPERE_HALF = MatmulConfig(128, 128, 32, 8, 3)
 _AMPERE_TF32 = MatmulConfig(128, 128, 16, 8, 3)
 _HOPPER_HALF = MatmulConfig(128, 128, 64, 4, 3, tma=True, resident=2)
 _HOPPER_TF32 = MatmulConfig(128, 128, 32, 4, 3, tma=True, resident=2)
+_AMPERE_INT8 = MatmulConfig(128, 128, 64, 8, 3)
+_HOPPER_INT8 = MatmulConfig(128, 128, 128, 4, 3, tma=True, resident=2)
+# Its int8 products are compiled to the instructions of sm_80, which take more registers.
+_BLACKWELL_INT8 = MatmulConfig(128, 128, 128, 8, 3, tma=True)
 # For a GPU nobody has compiled for: 16 KiB of shared memory in half precision, 32 KiB in float32.
 _SAFE = MatmulConfig(64, 64, 32, 4, 2)
 
@@ -121,6 +125,22 @@ def default_config(arch: int, dtype: str) -> MatmulConfig:
     if uses_descriptors(arch):
         return _HOPPER_TF32 if dtype == "tf32" else _HOPPER_HALF
     return _AMPERE_TF32 if dtype == "tf32" else _AMPERE_HALF
+
+
+def screening_config(arch: int) -> MatmulConfig:
+    """Configuration of the int8 kernel of screening; its ``block_k`` divides ``quantise.WIDTH_MULTIPLE``."""
+    if arch == 0:
+        return _INTERPRETED
+    if arch not in ARCHITECTURES:
+        return _SAFE
+    if not uses_descriptors(arch):
+        return _AMPERE_INT8
+    return _HOPPER_INT8 if arch < 100 else _BLACKWELL_INT8
+
+
+def screening_may_pay(arch: int) -> bool:
+    """Whether int8 products are known to have the tensor cores' full rate: not on sm_100 and unknown GPUs."""
+    return arch == 0 or (arch in ARCHITECTURES and arch != 100)
 
 
 def _nearest(table: Mapping[Shape, MatmulConfig], wanted: Shape) -> MatmulConfig | None:
