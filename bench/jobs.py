@@ -82,6 +82,7 @@ def backward(case: Case, precision: Precision, distribution: str, device: torch.
                 activation_function="relu",
                 compute_dtype=precision.compute_dtype,
                 out_dtype=precision.out_dtype,
+                screening="off",
                 backend="auto",
                 need_hidden=True,
                 need_weight=True,
