@@ -10,7 +10,6 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import torch
@@ -88,7 +87,7 @@ def surviving_share(inputs: Inputs, precision: Precision) -> float | None:
 
 
 def encode(corpus: Corpus, precision: Precision, device: torch.device, names: Sequence[str]) -> list[Job]:
-    """A whole ``encode``, tokenizer and transformer included, to dense embeddings."""
+    """A whole ``encode`` with its defaults: tokenizer, transformer, head, sparse embeddings."""
     from splade_kernels.integrations import sentence_transformers as integration
 
     texts = screening_model.passages()[: corpus.texts]
@@ -96,7 +95,6 @@ def encode(corpus: Corpus, precision: Precision, device: torch.device, names: Se
 
     def steps(name: str) -> list[Step]:
         model = screening_model.load(device).to(precision.dtype)
-        options: dict[str, Any] = {"batch_size": corpus.batch_size, "convert_to_sparse_tensor": False}
         if name == "stock":
             pool = sk.splade_pool
         else:
@@ -106,15 +104,20 @@ def encode(corpus: Corpus, precision: Precision, device: torch.device, names: Se
         def step() -> Tensors:
             # The drop-in has no setting of its own for this.
             with mock.patch.object(integration, "splade_pool", pool), precision.forward(device):
-                embeddings: Tensor = model.encode(texts, **options)
-            return (embeddings,)
+                embeddings: Tensor = model.encode(texts, batch_size=corpus.batch_size).coalesce()
+            return embeddings.indices(), embeddings.values()
 
         return [step]
 
-    (expected,) = steps("stock")[0]()
+    def dense(found: Tensors) -> Tensor:
+        (rows, words), values = found
+        return values.new_zeros(len(texts), vocab_size).index_put((rows, words), values)
+
+    vocab_size = screening_model.load().transformers_model.get_output_embeddings().weight.shape[0]
+    expected = dense(steps("stock")[0]())
 
     def check(found: Tensors) -> dict[str, float]:
-        return {"output": truth.relative_distance(found[0], expected)}
+        return {"output": truth.relative_distance(dense(found), expected)}
 
     share = float((expected > 0).double().mean())
     weigh = cuda_extra_bytes if device.type == "cuda" else unweighed

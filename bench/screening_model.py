@@ -1,6 +1,6 @@
 """A small SPLADE model trained on text, for what random numbers cannot show: the margins of real logits.
 
-    python -m bench.screening_model --data ../shared/data [--output outputs/screening-model]
+    python -m bench.screening_model --data DIR [--output outputs/screening-model]
 
 ``--data`` holds ``vocab.txt`` (bert-base-uncased) and ``squad/`` in BEIR's layout. The demo's model (2 layers, 128
 wide, V 30522, tied decoder) is trained through the demo's trainer with the fused head; model and unseen passages, those
@@ -25,9 +25,9 @@ HIDDEN_SIZE = 128
 MAX_LENGTH = 128
 STEPS = 300
 BATCH_SIZE = 16
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-3
 # Lighter than the demo's, for the share of active terms that large SPLADE models have: 1 to 2 % of the vocabulary.
-QUERY_WEIGHT, DOCUMENT_WEIGHT = 1e-5, 1e-6
+QUERY_WEIGHT, DOCUMENT_WEIGHT = 5e-5, 1e-5
 SEED = 0
 # Of the queries of the held-out articles, every fourth is searched with.
 SEARCHED_EVERY = 4
@@ -37,7 +37,7 @@ def why_not() -> str | None:
     """Why there is no trained model to take inputs from, or None."""
     if (FOLDER / "passages.json").is_file():
         return None
-    return "no trained model here: python -m bench.screening_model makes it"
+    return "no trained model here: python -m bench.screening_model --data DIR makes it"
 
 
 def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDEN_SIZE) -> dict[str, Any]:

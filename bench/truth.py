@@ -94,7 +94,9 @@ def in_bands(found: Tensor, other: Tensor, allowed: Tensor, precision: Precision
     pair that is lost shows here, where a norm over all of them would hide it."""
     coarsest = max(torch.finfo(precision.compute_dtype).eps, torch.finfo(precision.out_dtype).eps)
     found, other = found.double(), other.double()
-    return float(((found - other).abs() / (allowed + 2 * coarsest * torch.maximum(found, other))).amax())
+    # A word whose weight is all zero, as a tied decoder's padding is, allows no difference and has none.
+    limit = (allowed + 2 * coarsest * torch.maximum(found, other)).clamp_min_(torch.finfo(torch.float64).tiny)
+    return float(((found - other).abs() / limit).amax())
 
 
 def backward(output: Tensor, argmax: Tensor, grad: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -122,6 +122,9 @@ def test_the_band_by_hand():
     # An output of 1 is rounded by 2^-23 at most, twice.
     near = torch.tensor([[1 + 42 * 2**-23, 0.0]])
     assert truth.in_bands(near, other * torch.tensor([1, 0]), allowed, FLOAT32) == pytest.approx(1, rel=1e-5)
+    nothing = torch.zeros(1, 2)
+    assert truth.in_bands(nothing, nothing, 0 * allowed, FLOAT32) == 0
+    assert truth.in_bands(nothing, nothing + 1e-30, 0 * allowed, FLOAT32) > 1
     coarse = truth.band(inputs, PRECISIONS["tf32"])
     assert coarse[0, 0].item() == pytest.approx((8 * 2**-24 + 2**-9) * 10)
     assert not truth.in_bands(found * torch.nan, other, allowed, FLOAT32) <= 1
@@ -164,7 +167,7 @@ def test_without_a_trained_model_its_cases_say_so(absent, monkeypatch, tmp_path,
     monkeypatch.setattr(sys, "argv", ["measure", "screening", f"--output={path}", "--device=cpu", "--seconds=0"])
     measure.main()
     result = json.loads(path.read_text())
-    reason = "no trained model here: python -m bench.screening_model makes it"
+    reason = "no trained model here: python -m bench.screening_model --data DIR makes it"
     assert result["left_out"] == [f"trained-squad float32: {reason}", f"encode-squad float32: {reason}"]
     assert [row["variant"] for row in result["rows"]] == [*variants.SCREENING, "matmul-real"]
     assert result["environment"]["cpu_flags"] == environment.describe()["cpu_flags"]
