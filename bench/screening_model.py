@@ -27,7 +27,7 @@ STEPS = 300
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-3
 # Lighter than the demo's, for the share of active terms that large SPLADE models have: 1 to 2 % of the vocabulary.
-QUERY_WEIGHT, DOCUMENT_WEIGHT = 5e-5, 1e-5
+QUERY_WEIGHT, DOCUMENT_WEIGHT = 4e-4, 2e-4
 SEED = 0
 # Of the queries of the held-out articles, every fourth is searched with.
 SEARCHED_EVERY = 4
