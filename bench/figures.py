@@ -67,6 +67,7 @@ def _plot_shares(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: P
         panel.set(
             xscale="log", xlabel="active (sequence, word) pairs, %", ylabel=f"times as fast as {rival}", ylim=(0, None)
         )
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{result['environment']['device']}, forward, {rows[0]['precision']}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
