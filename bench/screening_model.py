@@ -26,8 +26,7 @@ MAX_LENGTH = 128
 STEPS = 300
 BATCH_SIZE = 16
 LEARNING_RATE = 7.5e-4
-# Faster and under less regularisation than the demo's, for the share of active terms that large SPLADE models have: 1 to
-# 2 % of the vocabulary.
+# Less regularised than the demo's, for the share of active terms that large SPLADE models have: 1 to 2 % of the words.
 QUERY_WEIGHT, DOCUMENT_WEIGHT = 4e-4, 2e-4
 SEED = 0
 # Of the queries of the held-out articles, every fourth is searched with.
