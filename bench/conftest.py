@@ -45,12 +45,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 def parameters(kind: str) -> list[tuple[str, str, str, Callable[[], list[Job]]]]:
     """``(case, precision, job, function)`` of everything a kind measures on this device."""
-    from bench.variants import VARIANTS
-
     found = []
     for precision in measure.default_precisions(DEVICE):
+        names = measure.default_variants(kind)
         for name, subject in measure.plan(kind, measure.default_cases(kind, DEVICE), DEVICE):
-            for job, make in measure.groups(kind, subject, PRECISIONS[precision], DEVICE, list(VARIANTS)).items():
+            if measure.why_absent(subject):
+                continue
+            for job, make in measure.groups(kind, subject, PRECISIONS[precision], DEVICE, names).items():
                 found.append((name, precision, job, make))
     return found
 

@@ -20,6 +20,7 @@ def describe() -> dict[str, object]:
         **_device(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": _cpu_flags(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
@@ -47,11 +48,21 @@ def command(module: str) -> str:
 
 
 def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> list[str]:
+    """The vector and matrix instructions among the flags of the CPU (Linux on x86): what integer products run on."""
+    return sorted(flag for flag in _cpuinfo("flags").split() if re.match("avx|amx|fma", flag))
+
+
+def _cpuinfo(key: str) -> str:
+    """The first value of a key in ``/proc/cpuinfo``; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
 def _version(name: str) -> str | None:

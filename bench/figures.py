@@ -1,4 +1,4 @@
-"""Cost against tokens, vocabulary and batch: one picture a result, with the roofline of the machine it ran on."""
+"""Cost against tokens, vocabulary and batch with the machine's roofline; gain of screening against the active share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from bench.roofline import Machine, Work
 
 COLORS = {"stock": "#c2410c", "compile": "#a16207", "tiled": "#0f766e", "sparton": "#7e22ce", "ours": "#1d4ed8"}
+SCREENING_COLORS = {"screened": "#1d4ed8", "ours": "#0f766e"}
 AXES = {"S": "tokens a sequence", "V": "vocabulary", "B": "batch"}
 
 
@@ -29,6 +30,49 @@ def plot_curves(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             _plot(result, rows, path)
             paths.append(path)
     return paths
+
+
+def plot_shares(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Paths of the pictures written: one for each screening result that has several shares of active pairs."""
+    paths = []
+    for result in results:
+        rows = [row for row in result["rows"] if row.get("job") == "forward"]
+        if result["kind"] == "screening" and len({row["active_share"] for row in rows}) > 1:
+            path = folder / f"{Path(result['file']).stem}-shares.png"
+            _plot_shares(result, rows, path)
+            paths.append(path)
+    return paths
+
+
+def _plot_shares(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Random numbers as lines, text as single marks: the case named trained-squad has another shape."""
+    rows = [row for row in rows if row["precision"] == rows[0]["precision"]]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
+    for panel, rival in zip(panels, ("unscreened", "stock"), strict=True):
+        base = {row["case"]: row["median"] for row in rows if row["variant"] == rival}
+        for name, color in SCREENING_COLORS.items():
+            label = {"ours": "auto"}.get(name, name)
+            points = [
+                (100 * row["active_share"], base[row["case"]] / row["median"], row["case"].endswith("squad"))
+                for row in rows
+                if row["variant"] == name and row["median"] and base.get(row["case"])
+            ]
+            line = sorted((x, y) for x, y, text in points if not text)
+            if line:
+                panel.plot(*zip(*line, strict=True), marker="o", markersize=4, color=color, label=label)
+            for x, y, text in points:
+                if text:
+                    panel.plot(x, y, marker="*", markersize=9, color=color, linestyle="", label=f"{label}, text")
+        panel.axhline(1, color="black", linestyle="--", linewidth=1)
+        panel.set(
+            xscale="log", xlabel="active (sequence, word) pairs, %", ylabel=f"times as fast as {rival}", ylim=(0, None)
+        )
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{result['environment']['device']}, forward, {rows[0]['precision']}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _plot(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import splade_kernels as sk
 from bench import distributions, roofline, timing, truth, variants
-from bench.cases import Case, Inputs, Precision, make_inputs
+from bench.cases import Case, Inputs, Precision, input_sets
 from bench.rows import Job, Row
 from bench.steps import Step, Tensors, cuda_extra_bytes, train_or_infer, unweighed, weigher
 
@@ -19,7 +19,7 @@ from bench.steps import Step, Tensors, cuda_extra_bytes, train_or_infer, unweigh
 def head(case: Case, precision: Precision, job: str, device: torch.device, names: Sequence[str]) -> list[Job]:
     """The variants of ``forward`` or ``forward_backward``."""
     training = job == "forward_backward"
-    sets = _input_sets(case, precision, device)
+    sets = input_sets(case, precision, device)
     exact = truth.compute(sets[0], precision)
     real = variants.tokens(case, padded=False)
     active = int((exact.output > 0).sum())
@@ -57,7 +57,7 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
 
 def backward(case: Case, precision: Precision, distribution: str, device: torch.device) -> list[Job]:
     """The backward operator alone on one distribution, beside the training forward of the same shape."""
-    sets = _input_sets(case, precision, device)
+    sets = input_sets(case, precision, device)
     drawn = [distributions.draw(distribution, case, precision, device, seed) for seed in range(len(sets))]
     exact = truth.backward(*drawn[0], sets[0])
     real, active = variants.tokens(case, padded=False), int((drawn[0][0] > 0).sum())
@@ -82,6 +82,7 @@ def backward(case: Case, precision: Precision, distribution: str, device: torch.
                 activation_function="relu",
                 compute_dtype=precision.compute_dtype,
                 out_dtype=precision.out_dtype,
+                screening="off",
                 backend="auto",
                 need_hidden=True,
                 need_weight=True,
@@ -156,8 +157,3 @@ def flops(shape: tuple[int, int], precision: Precision, job: str, device: torch.
         )
         for name, function in (("stock", stock), ("ours", sk.flops_loss))
     ]
-
-
-def _input_sets(case: Case, precision: Precision, device: torch.device) -> list[Inputs]:
-    size = case.hidden_size * (case.batch_size * case.length + case.vocab_size) * precision.dtype.itemsize
-    return [make_inputs(case, precision, device, seed) for seed in range(timing.rotation(size, device))]

@@ -1,6 +1,6 @@
 """Measure one kind of job on the device at hand and write a result file.
 
-    python -m bench.measure head|backward|flops --output RESULT.json [--case dev ...] [--precision bf16 ...]
+    python -m bench.measure head|backward|flops|screening --output RESULT.json [--case dev ...] [--precision bf16 ...]
 
 Every variant is first checked against the truth and against a second run of itself: a red one is not timed. Then all
 variants of a case are timed in interleaved rounds (:mod:`bench.timing`). Extra memory is the peak above inputs, outputs
@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from typing import Any
 import torch
 
 from bench import cases as shapes
-from bench import distributions, jobs, roofline, rows, timing, variants
+from bench import distributions, jobs, roofline, rows, screening, screening_model, timing, variants
 from bench.cases import Precision
 from bench.environment import command, describe
 from bench.rows import Job, Row
 
 SCHEMA = 1
-KINDS = ("head", "backward", "flops")
+KINDS = ("head", "backward", "flops", "screening")
 CURVES = "curves"
+ENCODE = "encode-squad"
 # Other cases would be scaled to one of these shapes.
 CPU_CASES = (
     "dev-ragged",
@@ -55,22 +56,31 @@ def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tupl
                 yield f"B{rows}-V{columns}", (rows, columns)
         return
     curves = [case for axis in shapes.CURVES for case in shapes.curve_points(axis, device)] if CURVES in names else []
-    chosen = [shapes.CASES[name] for name in names if name != CURVES]
-    seen: set[tuple[str, str]] = set()
+    known = shapes.CASES | shapes.SCREENING
+    chosen = [known[name] for name in names if name in known]
+    seen: set[shapes.Case] = set()
     for case in [*chosen, *curves]:
         scaled = shapes.for_device(case, device)
-        key = (scaled.shape, scaled.lengths)
+        key = replace(scaled, name="", scaled_from=None)
         if scaled.scaled_from is None or key not in seen:
             seen.add(key)
             yield case.name, scaled
+    if ENCODE in names:
+        yield ENCODE, screening.Corpus()
 
 
 def default_cases(kind: str, device: torch.device) -> list[str]:
+    if kind == "screening":
+        return [*shapes.SCREENING, ENCODE]
     if kind == "backward":
         return ["dev", "splade-v3"] if device.type == "cuda" else ["dev"]
     if device.type == "cpu":
         return list(CPU_CASES)
     return [*shapes.CASES, CURVES]
+
+
+def default_variants(kind: str) -> list[str]:
+    return list(variants.SCREENING if kind == "screening" else variants.HEADS)
 
 
 def default_precisions(device: torch.device) -> list[str]:
@@ -83,10 +93,21 @@ def groups(
     """By name, functions that make the jobs to be interleaved with each other."""
     if kind == "head":
         return {job: partial(jobs.head, subject, precision, job, device, names) for job in roofline.PASSES}
+    if isinstance(subject, screening.Corpus):
+        return {"encode": partial(screening.encode, subject, precision, device, names)}
+    if kind == "screening":
+        return {"forward": partial(screening.head, subject, precision, device, names)}
     if kind == "flops":
         shape: tuple[int, int] = subject
         return {job: partial(jobs.flops, shape, precision, job, device) for job in roofline.PASSES}
     return {name: partial(jobs.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS}
+
+
+def why_absent(subject: Any) -> str | None:
+    """Why there is nothing to measure a subject on here, or None."""
+    if isinstance(subject, screening.Corpus):
+        return screening_model.why_not()
+    return shapes.why_absent(subject) if isinstance(subject, shapes.Case) else None
 
 
 def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.device, seconds: float) -> list[Row]:
@@ -130,9 +151,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--case", nargs="+", choices=[*shapes.CASES, CURVES], help="default: all; 'curves': S, V and B")
+    known = [*shapes.CASES, CURVES, *shapes.SCREENING, ENCODE]
+    parser.add_argument("--case", nargs="+", choices=known, help="default: all of the kind; 'curves': S, V and B")
     parser.add_argument("--precision", nargs="+", choices=list(shapes.PRECISIONS))
-    parser.add_argument("--variant", nargs="+", choices=list(variants.VARIANTS), default=list(variants.VARIANTS))
+    parser.add_argument("--variant", nargs="+", choices=list(variants.VARIANTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on the rounds of one group")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
@@ -140,6 +162,7 @@ def main() -> None:
     device = torch.device(args.device)
     names = args.case or default_cases(args.kind, device)
     precisions = args.precision or default_precisions(device)
+    chosen = args.variant or default_variants(args.kind)
     begin = time.monotonic()
     result = document(args.kind, device, precisions, command("bench.measure"))
     for precision in (shapes.PRECISIONS[name] for name in precisions):
@@ -147,7 +170,11 @@ def main() -> None:
             if time.monotonic() - begin > args.budget:
                 result["left_out"].append(f"{name} {precision.name}")
                 continue
-            for job, make in groups(args.kind, subject, precision, device, args.variant).items():
+            absent = why_absent(subject)
+            if absent:
+                result["left_out"].append(f"{name} {precision.name}: {absent}")
+                continue
+            for job, make in groups(args.kind, subject, precision, device, chosen).items():
                 try:
                     measured = measure(make, precision, device, args.seconds)
                 except Exception as error:  # the inputs themselves may not fit
@@ -158,9 +185,11 @@ def main() -> None:
                     print(_line(row), flush=True)
             write(args.output, result)
     write(args.output, result)
-    red = [row for row in result["rows"] if row["variant"] == "ours" and row["status"].startswith(("red", "failed"))]
+    ours = [row for row in result["rows"] if row["variant"] in variants.OURS]
+    red = [row for row in ours if row["status"].startswith(("red", "failed"))]
     if red:
-        raise SystemExit("\n".join(f"{row['case']} {row['precision']} {row['job']}: {row['status']}" for row in red))
+        named = (" ".join(row[key] for key in ("case", "precision", "job", "variant", "status")) for row in red)
+        raise SystemExit("\n".join(named))
 
 
 def _line(row: Row) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import head_limits, roofline, training_tables
+from bench import head_limits, roofline, screening_tables, training_tables
 from bench.cases import CASES, GOOAQ, PRECISIONS
 from bench.roofline import Machine, Work
 
@@ -51,7 +51,7 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
     ]
     if not _on_gpu(results):
         parts += [NOT_ON_A_GPU + " What a GPU would need at least is computed below, from its datasheet.", floors()]
-    parts += [f"![Cost against one size]({figure})" for figure in figures]
+    parts += [_picture(figure) for figure in figures]
     parts += [SECTIONS.get(result["kind"], plain_section)(result) for result in ranked]
     parts.append(head_limits.section([row for result in results if result["kind"] == "head" for row in result["rows"]]))
     return "\n\n".join(parts) + "\n"
@@ -72,13 +72,13 @@ def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
         ]
         header = ["forward and backward", "stock", "fused", "", "extra memory, stock", "fused"]
         parts += [table([header, *rows]), caption(result)] if rows else []
-    parts += [f"![Cost against one size]({figure})" for figure in figures]
+    parts += [_picture(figure) for figure in figures]
     return "\n\n".join([*parts, "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md).", END])
 
 
 def head_section(result: Result) -> str:
     only_curves = all(row["case"].startswith("curve") for row in result["rows"])
-    parts = [f"## Head{', curves' if only_curves else ''}: {_device(result)}", caption(result)]
+    parts = [f"## Head{', curves' if only_curves else ''}: {device(result)}", caption(result)]
     for precision in result["machine"]:
         machine = _machine(result, precision)
         for job in roofline.PASSES:
@@ -93,9 +93,9 @@ def head_section(result: Result) -> str:
                 rows.append(
                     [
                         case,
-                        *(_cell(variants.get(name)) for name in names),
-                        _speedup(variants.get("stock"), ours),
-                        _ratio(ours, floor, "{:.2f}x"),
+                        *(cell(variants.get(name)) for name in names),
+                        speedup(variants.get("stock"), ours),
+                        ratio(ours, floor, "{:.2f}x"),
                         f"{machine.seconds(work) / ours['median']:.0%}" if work and ours.get("median") else "-",
                     ]
                 )
@@ -108,23 +108,23 @@ def head_section(result: Result) -> str:
 
 def backward_section(result: Result) -> str:
     rows = [["case", "precision", "distribution", "active", "backward, ms", "training forward, ms", "ratio"]]
-    for case, precision, job, variants in _grouped(result["rows"]):
+    for case, precision, job, variants in grouped(result["rows"]):
         ours, forward = variants["ours"], variants.get("training-forward")
         share = f"{ours['active_share']:.1%}"
-        cells = [_cell(ours), _cell(forward), _ratio(ours, forward, "{:.2f}")]
+        cells = [cell(ours), cell(forward), ratio(ours, forward, "{:.2f}")]
         rows.append([case, precision, job.removeprefix("backward-"), share, *cells])
-    return "\n\n".join([f"## Backward alone: {_device(result)}", caption(result), table(rows), _checks(result)])
+    return "\n\n".join([f"## Backward alone: {device(result)}", caption(result), table(rows), _checks(result)])
 
 
 def flops_section(result: Result) -> str:
     rows = [["rows and columns", "precision", "job", "stock, ms", "ours, ms", "ours, GB/s", "of copy bandwidth"]]
-    for _, precision, job, variants in _grouped(result["rows"], "shape"):
+    for _, precision, job, variants in grouped(result["rows"], "shape"):
         ours = variants["ours"]
         rate = ours["bytes"] / ours["median"] if ours["median"] else 0.0
         share = rate / result["machine"][precision]["bytes_per_second"]
         shown = [f"{rate / 1e9:.1f}", f"{share:.0%}"] if job == "forward" and rate else ["-", "-"]
-        rows.append([ours["shape"], precision, job, _cell(variants["stock"]), _cell(ours), *shown])
-    return "\n\n".join([f"## FLOPS regulariser: {_device(result)}", caption(result), table(rows), _checks(result)])
+        rows.append([ours["shape"], precision, job, cell(variants["stock"]), cell(ours), *shown])
+    return "\n\n".join([f"## FLOPS regulariser: {device(result)}", caption(result), table(rows), _checks(result)])
 
 
 def resources_section(result: Result) -> str:
@@ -140,19 +140,20 @@ def resources_section(result: Result) -> str:
 
 def training_section(result: Result) -> str:
     """Whole training steps, or the largest batches."""
-    return f"## {result['kind'].capitalize()}: {_device(result)}\n\n{training_tables.table(result)}"
+    return f"## {result['kind'].capitalize()}: {device(result)}\n\n{training_tables.table(result)}"
 
 
 def plain_section(result: Result) -> str:
     """A kind that has no section of its own: the scalars of its rows."""
     names = list(dict.fromkeys(k for row in result["rows"] for k, v in row.items() if not isinstance(v, (dict, list))))
     rows = [names, *([_scalar(row.get(name)) for name in names] for row in result["rows"])]
-    parts = [f"## {result['kind']}: {_device(result)}", caption(result), table(rows) if names else "No rows."]
+    parts = [f"## {result['kind']}: {device(result)}", caption(result), table(rows) if names else "No rows."]
     return "\n\n".join(part for part in parts if part)
 
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "head": head_section,
+    "screening": screening_tables.section,
     "backward": backward_section,
     "flops": flops_section,
     "training": training_section,
@@ -184,7 +185,7 @@ def caption(result: Result) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
     driver = f", driver {environment['driver']}, CUDA {environment['cuda']}" if environment.get("driver") else ""
     text = (
-        f"{_device(result)}{driver}; python {environment['python']}, {packages}; commit {environment['commit']}. "
+        f"{device(result)}{driver}; python {environment['python']}, {packages}; commit {environment['commit']}. "
         f"Command: `{result.get('command', '')}`; file `bench/results/{result['file']}`."
     )
     if any(_beside_others(row) for row in result["rows"]):
@@ -214,7 +215,12 @@ def replace_block(text: str, block: str) -> str:
     return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
 
 
-def _grouped(rows: Sequence[Row], key: str = "case") -> list[tuple[str, str, str, dict[str, Row]]]:
+def _picture(figure: str) -> str:
+    shows = "Screening against the share of active pairs" if figure.endswith("-shares.png") else "Cost against one size"
+    return f"![{shows}]({figure})"
+
+
+def grouped(rows: Sequence[Row], key: str = "case") -> list[tuple[str, str, str, dict[str, Row]]]:
     """``(case, precision, job, variants by name)`` in the order of the rows."""
     found: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
@@ -226,7 +232,7 @@ def _table(result: Result, precision: str, job: str) -> list[tuple[str, dict[str
     """Named cases and their variants; a GooAQ step is its two batches together."""
     found = {
         case: variants
-        for case, mode, passes, variants in _grouped(result["rows"])
+        for case, mode, passes, variants in grouped(result["rows"])
         if (mode, passes) == (precision, job) and not case.startswith("curve")
     }
     if all(name in found for name in GOOAQ):
@@ -251,8 +257,8 @@ def _short(case: str, variants: dict[str, Row]) -> list[list[str]]:
     if case.split(" ")[0] not in README_CASES or "stock" not in variants:
         return []
     stock, ours = variants["stock"], variants["ours"]
-    cells = [f"{_cell(row)} ms" if row.get("median") else _cell(row) for row in (stock, ours)]
-    return [[case, *cells, _speedup(stock, ours), *(_mebibytes(row) for row in (stock, ours))]]
+    cells = [f"{cell(row)} ms" if row.get("median") else cell(row) for row in (stock, ours)]
+    return [[case, *cells, speedup(stock, ours), *(mebibytes(row) for row in (stock, ours))]]
 
 
 def _memory(result: Result, precision: str) -> list[str]:
@@ -261,7 +267,7 @@ def _memory(result: Result, precision: str) -> list[str]:
     ]
     jobs = [dict(_table(result, precision, job)) for job in roofline.PASSES]
     for case in jobs[0]:
-        cells = [_mebibytes(job.get(case, {}).get(name)) for job in jobs for name in ("stock", "ours")]
+        cells = [mebibytes(job.get(case, {}).get(name)) for job in jobs for name in ("stock", "ours")]
         if any(cell != "-" for cell in cells):
             rows.append([case, *cells])
     return [f"### Peak memory beyond inputs, outputs and gradients, {precision}, MiB", table(rows)] if rows[1:] else []
@@ -278,7 +284,7 @@ def _checks(result: Result) -> str:
     return "\n".join([text, *([""] if lines else []), *lines])
 
 
-def _cell(row: Row | None) -> str:
+def cell(row: Row | None) -> str:
     if row is None:
         return "-"
     if row["median"] is not None:
@@ -291,20 +297,20 @@ def _beside_others(row: Row) -> bool:
     return bool(row.get("clock") == "perf_counter" and (row.get("others") or 0) > BUSY_PROCESSORS)
 
 
-def _ratio(top: Row | None, bottom: Row | None, pattern: str) -> str:
+def ratio(top: Row | None, bottom: Row | None, pattern: str) -> str:
     if not top or not bottom or top["median"] is None or bottom["median"] is None:
         return "-"
     return pattern.format(top["median"] / bottom["median"])
 
 
-def _speedup(stock: Row | None, ours: Row | None) -> str:
+def speedup(stock: Row | None, ours: Row | None) -> str:
     if not stock or not ours or stock["median"] is None or ours["median"] is None:
         return "-"
     ratio = stock["median"] / ours["median"]
     return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
 
 
-def _mebibytes(row: Row | None) -> str:
+def mebibytes(row: Row | None) -> str:
     return "-" if not row or row.get("extra_bytes") is None else f"{row['extra_bytes'] / 2**20:,.0f} MiB"
 
 
@@ -318,7 +324,7 @@ def _work(row: Row) -> Work | None:
 
 def _machine(result: Result, precision: str) -> Machine:
     rates = result["machine"][precision]
-    return Machine(_device(result), rates["bytes_per_second"], rates["operations_per_second"])
+    return Machine(device(result), rates["bytes_per_second"], rates["operations_per_second"])
 
 
 def _real(case: Any) -> int:
@@ -329,7 +335,7 @@ def _first(result: Result) -> str:
     return str(next(iter(result["machine"])))
 
 
-def _device(result: Result) -> str:
+def device(result: Result) -> str:
     environment = result.get("environment", {})
     if environment.get("gpu") or "threads" not in environment:
         return str(environment.get("device", result["file"]))
@@ -350,9 +356,9 @@ def main() -> None:
     results = load(args.results)
     figures: list[Path] = []
     if args.figures:
-        from bench.figures import plot_curves
+        from bench.figures import plot_curves, plot_shares
 
-        figures = plot_curves(results, args.figures)
+        figures = sorted([*plot_curves(results, args.figures), *plot_shares(results, args.figures)])
 
     def links(document: Path) -> list[str]:
         return [os.path.relpath(path, document.parent) for path in figures]

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from bench.cases import PRECISIONS, Case, Inputs, Precision, make_inputs
 from bench.memory import peak, reset_peak
-from bench.variants import VARIANTS, Head
+from bench.variants import OURS, VARIANTS, Head
 
 # Weighed on a CPU, each in a process of its own, forked from one that has imported everything and computed nothing.
-WEIGHED_ON_CPU = ("stock", "ours")
+WEIGHED_ON_CPU = ("stock", *OURS)
 PRELOAD = ["bench.steps", "sentence_transformers.sparse_encoder.modules"]
+
+# Points of curves of the time.
+UNWEIGHED = ("curve-", "share-")
 
 Tensors = tuple[Tensor, ...]
 Step = Callable[[], Tensors]
@@ -44,7 +47,7 @@ def weigher(
     """How the extra memory of a variant is measured: on a CPU in a process of its own, without the step at hand."""
     if device.type == "cuda":
         return cuda_extra_bytes
-    if name not in WEIGHED_ON_CPU or case.name.startswith("curve"):
+    if name not in WEIGHED_ON_CPU or case.name.startswith(UNWEIGHED):
         return unweighed
 
     def in_a_process(step: Step) -> int:

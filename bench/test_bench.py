@@ -1,4 +1,4 @@
-"""Every case as a benchmark: forward, forward and backward, backward alone, FLOPS. See :mod:`bench.conftest`."""
+"""Every case as a benchmark: the head's forward and backward, screening, FLOPS. See :mod:`bench.conftest`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import pytest
 
 from bench.conftest import parameters, replay, report
 from bench.rows import Job
-from bench.variants import MATMULS, VARIANTS
+from bench.screening import FLOOR
+from bench.variants import HEADS, MATMULS, SCREENING
 
 Make = Callable[[], list[Job]]
 pytestmark = pytest.mark.benchmark(timer=replay.clock, min_rounds=1)
 _NAMES = {
-    "head": [*VARIANTS, *MATMULS],
+    "head": [*HEADS, *MATMULS],
+    "screening": [*SCREENING, FLOOR],
     "backward": ["ours", "training-forward"],
     "flops": ["stock", "ours"],
 }
@@ -34,6 +36,11 @@ _ARGUMENTS = ("case", "precision", "job", "make", "variant")
 
 @pytest.mark.parametrize(_ARGUMENTS, _cases("head"))
 def test_head(benchmark: Any, case: str, precision: str, job: str, make: Make, variant: str) -> None:
+    report(benchmark, case, precision, job, make, variant)
+
+
+@pytest.mark.parametrize(_ARGUMENTS, _cases("screening"))
+def test_screening(benchmark: Any, case: str, precision: str, job: str, make: Make, variant: str) -> None:
     report(benchmark, case, precision, job, make, variant)
 
 

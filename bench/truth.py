@@ -79,6 +79,26 @@ def relative_distance(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
+def band(inputs: Inputs, precision: Precision) -> Tensor:
+    """``[B, V]`` how far two summation orders of the same products may put an output: ``4 · 2^-24 · √D ‖h‖ ‖w‖`` with h
+    the longest real token; for TF32 the rounding of the products as well. The activation shrinks distances."""
+    hidden, weight = (leaf.detach().to(precision.compute_dtype).double() for leaf in inputs.leaves[:2])
+    longest = hidden.norm(dim=2).masked_fill_(inputs.mask == 0, 0).amax(dim=1)
+    unit = 4 * 2**-24 * weight.shape[1] ** 0.5 + (2**-9 if precision.tf32 else 0)
+    allowed: Tensor = unit * longest[:, None] * weight.norm(dim=1)
+    return allowed
+
+
+def in_bands(found: Tensor, other: Tensor, allowed: Tensor, precision: Precision) -> float:
+    """The largest ``|found - other|`` in multiples of what :func:`band` and the rounding of an output allow: one active
+    pair that is lost shows here, where a norm over all of them would hide it."""
+    coarsest = max(torch.finfo(precision.compute_dtype).eps, torch.finfo(precision.out_dtype).eps)
+    found, other = found.double(), other.double()
+    # A word whose weight is all zero, as a tied decoder's padding is, allows no difference and has none.
+    limit = (allowed + 2 * coarsest * torch.maximum(found, other)).clamp_min_(torch.finfo(torch.float64).tiny)
+    return float(((found - other).abs() / limit).amax())
+
+
 def backward(output: Tensor, argmax: Tensor, grad: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """dh, dW, dc for a given argmax, in float32 products and float64 sums, a sequence at a time."""
     wide = torch.float64

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,12 @@ def compiled(training: bool) -> Head:
     return head
 
 
-def ours(training: bool, backend: str = "auto") -> Head:
-    return partial(_splade_pool, backend=backend)
+def ours(training: bool, **options: Any) -> Head:
+    return partial(_splade_pool, **options)
 
 
-def _splade_pool(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, backend: str) -> Tensor:
-    return sk.splade_pool(hidden, weight, bias, mask, backend=backend)
+def _splade_pool(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    return sk.splade_pool(hidden, weight, bias, mask, **options)
 
 
 def sparton(training: bool) -> Head:
@@ -105,8 +106,15 @@ VARIANTS: dict[str, Variant] = {
     "tiled": Variant(partial(ours, backend="torch"), on_cpu=False),
     "sparton": Variant(sparton, on_cpu=False),
     "rival": Variant(rival, on_cpu=False, trains=False),
+    "unscreened": Variant(partial(ours, screening=False)),
+    # Screened where this call's inputs say that it pays.
     "ours": Variant(ours),
+    "screened": Variant(partial(ours, screening=True)),
 }
+# What is compared where: heads with each other, screening with itself.
+HEADS = ("stock", "compile", "tiled", "sparton", "rival", "ours")
+SCREENING = ("stock", "unscreened", "ours", "screened")
+OURS = ("unscreened", "ours", "screened")
 # Floors, forward only: the same product without anything after it, of all tokens and of the real ones.
 MATMULS = ("matmul-padded", "matmul-real")
 
