@@ -6,7 +6,6 @@ orders span, before anything is timed. ``encode`` runs the model of :mod:`bench.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from bench import roofline, screening_model, truth, variants
 from bench.cases import Case, Inputs, Precision, input_sets
 from bench.rows import Job, Row
 from bench.steps import Step, Tensors, cuda_extra_bytes, train_or_infer, unweighed, weigher
+from splade_kernels.backends.screening import survivors
 
 FLOOR = "matmul-real"
 # How each variant of ours is asked for.
@@ -76,14 +76,12 @@ def head(case: Case, precision: Precision, device: torch.device, names: Sequence
 
 
 def surviving_share(inputs: Inputs, precision: Precision) -> float | None:
-    """Share of the (real token, word) pairs whose dots are computed exactly; None where nothing screens."""
-    try:
-        module = importlib.import_module("splade_kernels.backends.screening")
-    except ImportError:
+    """Share of the (real token, word) pairs whose dots a CPU computes exactly; None on a GPU, which does not tell."""
+    if inputs.hidden.device.type != "cpu":
         return None
-    tensors = [leaf.detach().to(precision.compute_dtype) for leaf in inputs.leaves]
-    computed, pairs = module.survivors(*tensors, inputs.mask)
-    return float(computed / pairs)
+    hidden, weight, bias = (leaf.detach().to(precision.compute_dtype) for leaf in inputs.leaves)
+    computed, pairs = survivors(hidden, weight, bias, inputs.mask)
+    return computed / pairs
 
 
 def encode(corpus: Corpus, precision: Precision, device: torch.device, names: Sequence[str]) -> list[Job]:
