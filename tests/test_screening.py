@@ -170,13 +170,15 @@ def test_padded_packed_and_more_padded_give_the_same_bits(kernels):
     assert torch.equal(padded, pool(more, True))
 
 
-def test_a_weight_with_gaps_between_its_rows_or_elements(kernels):
-    case = make_case((2, 30, 24, 65))
-    expected = pool(case, True)
+@pytest.mark.parametrize("screen", [True, "auto"])
+@pytest.mark.parametrize("hidden_size", [24, 1])
+def test_a_weight_with_gaps_between_its_rows_or_elements(hidden_size, screen, kernels):
+    case = make_case((2, 30, hidden_size, 65))
+    expected = pool(case, screen)
     gaps = torch.full((65, 40), torch.nan)
-    gaps[:, :24] = case.weight.detach()
-    for weight in (gaps[:, :24], case.weight.detach().t().contiguous().t()):
-        assert torch.equal(pool(Case(case.hidden, weight, case.bias, case.mask, case.grad), True), expected)
+    gaps[:, :hidden_size] = case.weight.detach()
+    for weight in (gaps[:, :hidden_size], case.weight.detach().t().contiguous().t()):
+        assert torch.equal(pool(Case(case.hidden, weight, *tail(case)), screen), expected)
 
 
 def test_autocast_screens_the_rounded_products(kernels):

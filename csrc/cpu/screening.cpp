@@ -58,7 +58,7 @@ void with_kernels(int64_t isa, ScalarType dtype, Function&& f) {
 
 void check_weight(const Tensor& weight) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) > 0, "weight: expected shape [V, D], D > 0");
-  STD_TORCH_CHECK(weight.stride(1) == 1, "weight: expected rows without gaps");
+  STD_TORCH_CHECK(weight.stride(1) == 1 || weight.size(1) == 1, "weight: expected rows without gaps");
   STD_TORCH_CHECK(weight.size(1) <= kMaxHiddenSize, "weight: expected at most ", kMaxHiddenSize, " hidden dimensions");
 }
 

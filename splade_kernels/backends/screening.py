@@ -61,9 +61,6 @@ class Screen:
 
     def __init__(self, call: PoolingCall, kernels: Kernels, weight: Tensor, bias: Tensor | None) -> None:
         self._call, self._kernels, self._original = call, kernels, weight
-        self._weight = weight.to(call.compute_dtype)
-        if self._weight.stride(1) != 1:
-            self._weight = self._weight.contiguous()
         self._bias = None if bias is None else bias.to(call.accumulation_dtype).contiguous()
 
     def pays(self, rows: Tensor, offsets: Tensor) -> bool:
@@ -71,8 +68,8 @@ class Screen:
         and inference."""
         if self._call.screening == "on":
             return True
-        words = _probe(len(self._weight), self._weight.device)
-        weight = self._weight.index_select(0, words)
+        words = _probe(len(self._original), rows.device)
+        weight = self._original.index_select(0, words).to(self._call.compute_dtype)
         bias = None if self._bias is None else self._bias.index_select(0, words)
         evaluated = self._kernels.maximise(rows, offsets, weight, bias, _scratch(rows, offsets, weight))
         return evaluated <= PAYING_SHARE * len(rows) * len(words)
@@ -86,6 +83,12 @@ class Screen:
             prepared = weight_cache.cached(self._original, kind, lambda: self._kernels.prepare(self._weight))
         return self._kernels.maximise(rows, offsets, self._weight, self._bias, target, *prepared)
 
+    @functools.cached_property
+    def _weight(self) -> Tensor:
+        """In the compute dtype, its rows without gaps: for most calls the weight itself."""
+        weight = self._original.to(self._call.compute_dtype)
+        return weight if weight.stride(1) == 1 else weight.contiguous()
+
 
 def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: bool) -> Screen | None:
     """How to screen a call, None for not at all. ``native_half``: unscreened, this CPU would multiply half precision,
@@ -96,11 +99,9 @@ def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: 
     if call.screening == "off" or not 0 < hidden_size <= MAX_HIDDEN_SIZE or vocab_size == 0:
         return None
     compiled = call.accumulation_dtype == torch.float32 and _isa() > 0
-    if call.screening == "auto":
-        if native_half or weight.stride(1) != 1 or not (compiled or _multiplies_fast()):
-            return None
-        if call.accumulation_dtype != torch.float32:
-            return None
+    fast = compiled or (call.accumulation_dtype == torch.float32 and _multiplies_fast())
+    if call.screening == "auto" and (native_half or not fast):
+        return None
     return Screen(call, _compiled() if compiled else _plain(), weight, bias)
 
 
