@@ -27,7 +27,6 @@ backend = importlib.import_module("splade_kernels.backends.triton")
 tuning = importlib.import_module("splade_kernels.backends.triton.tuning")
 max_forward = importlib.import_module("splade_kernels.backends.triton.pool_forward")
 packing = importlib.import_module("splade_kernels.backends.triton.pack")
-screening = importlib.import_module("splade_kernels.backends.triton.screening")
 exact = importlib.import_module("splade_kernels.backends.triton.exact")
 sum_pooling = importlib.import_module("splade_kernels.backends.triton.pool_sum")
 
@@ -67,7 +66,7 @@ def record(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     monkeypatch.setattr(packing, "_pack", pack_nothing)
     for module in (max_forward, sum_pooling):
         monkeypatch.setattr(module, "architecture", lambda device: request.param)
-    for module in (max_forward, screening, exact):
+    for module in (tuning, exact):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 82)
     return lambda: keys
 

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..pooling import PoolingCall
 from .common import (
@@ -36,7 +35,7 @@ from .common import (
 )
 from .pack import find_tokens, pack_sequences, slices
 from .screening import SHARE, can_screen, quantised, queue_bytes, screen
-from .tuning import MatmulConfig, architecture, fits_descriptor, matmul_config, multiprocessors, screening_config
+from .tuning import MatmulConfig, architecture, matmul_config, screening_config, tiled_launch
 
 _NOTHING = tl.constexpr(-0x80000000)
 FINALISE_BLOCK = 1024
@@ -94,17 +93,9 @@ def _launch_maximum(
     group_count: Tensor,
     keys: Tensor,
 ) -> None:
-    programs = triton.cdiv(weight.shape[0], config.block_v) * triton.cdiv(len(rows), config.block_t)
-    tiles: tuple[Tensor | TensorDescriptor, ...] = (weight, rows)
-    descriptors = config.tma and fits_descriptor(weight) and fits_descriptor(rows)
-    if descriptors:
-        programs = min(programs, config.resident * multiprocessors(weight.device))
-        tiles = (
-            TensorDescriptor.from_tensor(weight, [config.block_v, config.block_k]),
-            TensorDescriptor.from_tensor(rows, [config.block_t, config.block_k]),
-        )
+    programs, matrices, options = tiled_launch(config, weight, rows)
     _maximum_kernel[(programs,)](
-        *tiles,
+        *matrices,
         bias,
         group_sequence,
         group_count,
@@ -112,14 +103,8 @@ def _launch_maximum(
         *weight.shape,
         len(rows),
         *weight.stride(),
-        DESCRIPTORS=descriptors,
-        BLOCK_V=config.block_v,
-        BLOCK_T=config.block_t,
-        BLOCK_K=config.block_k,
-        GROUP_V=config.group_v,
         PRECISION=precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **options,
     )
 
 
@@ -183,9 +168,8 @@ def _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
     """
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
     largest = -1
-    for i in tl.static_range(GROUPS):
-        g = tile_t * GROUPS + i
-        largest = tl.maximum(largest, tl.load(group_sequence_ptr + g, mask=g < rows // GROUP_ROWS, other=-1))
+    for g in range(tile_t * GROUPS, tl.minimum((tile_t + 1) * GROUPS, rows // GROUP_ROWS)):
+        largest = tl.maximum(largest, tl.load(group_sequence_ptr + g))
     return largest >= 0
 
 

@@ -22,7 +22,7 @@ from .pack import TAIL_GROUPS, Packed
 WIDTH_MULTIPLE = 128
 # Sums of this many products of two int8 numbers stay far below 2^31.
 MAX_HIDDEN_SIZE = 65536
-BLOCK_D = 256
+BLOCK_D = WIDTH_MULTIPLE
 LEVELS = tl.constexpr(127.0)
 # Largest magnitudes of a row whose squares, and the sums of them, neither overflow nor vanish: 2^-40 to 2^40, as bits.
 _LEAST_BITS = tl.constexpr(87 << 23)
@@ -63,7 +63,7 @@ def _quantise(source: Tensor, group_count: Tensor | None) -> Quantised:
         width,
         TAIL_GROUPS,
         *source.stride(),
-        BLOCK_D=min(BLOCK_D, width),
+        BLOCK_D=BLOCK_D,
         num_warps=4,
     )
     return Quantised(rows, statistics)
@@ -122,7 +122,7 @@ def _quantise_kernel(
         squares += x * x
         residual_squares += residual * residual
         p_q = quantised_ptr + o_n.to(tl.int64)[:, None] * width + o_d[None, :]
-        tl.store(p_q, q.to(tl.int8), mask=m_n[:, None] & (o_d < width)[None, :])
+        tl.store(p_q, q.to(tl.int8), mask=m_n[:, None])
     UNIT: tl.constexpr = 2.0**-23
     delta = (hidden_size + 64.0) * UNIT
     allowance = (hidden_size + 128.0) * UNIT

@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import weight_cache
 from ..pooling import PoolingCall
@@ -29,11 +28,12 @@ from .common import GROUP, GROUP_ROWS, tile_of
 from .exact import ENTRY_BYTES, GROUP_SHIFT, MAX_VOCAB_SIZE, WORD_SHIFT, compute_exactly
 from .pack import TAIL_GROUPS, Packed
 from .quantise import MAX_HIDDEN_SIZE, Quantised, quantise_packed, quantise_weight
-from .tuning import MatmulConfig, fits_descriptor, multiprocessors, screening_may_pay
+from .tuning import MatmulConfig, screening_may_pay, tiled_launch
 
-# A sequence keeps at most one of so many of its pairs. "auto": estimated from datasheets, not measured. A kept pair
-# reads a row of W and 1.2 rows of tokens from L2, a tile of tensor cores saves half to three quarters of the pair's
-# product: the two meet at one pair in 40 on Hopper, one in 8 on Ampere. "on": what memory allows, a byte a pair.
+# A sequence keeps at most one of so many of its pairs. "auto": reasoned, not measured. A pair that is kept costs a row
+# of W and little more than one of h, read from the second cache; one that is not saves half of its product by tensor
+# cores (Hopper) to three quarters of it (Ampere), worth a few per cent of such reads on the former and more on the
+# latter. "on": what memory allows, a byte for each pair.
 SHARE = {"auto": 32, "on": 8}
 DIVIDE_BLOCK = 1024
 
@@ -85,17 +85,9 @@ def screen(
     # Groups up to the last dense one; whether there is anything for the exact kernel.
     outcome = torch.empty(2, device=weight.device, dtype=torch.int32)
 
-    programs = triton.cdiv(vocab_size, config.block_v) * triton.cdiv(groups * GROUP, config.block_t)
-    tiles: tuple[Tensor | TensorDescriptor, ...] = (quantised_weight.rows, rows.rows)
-    descriptors = config.tma and fits_descriptor(quantised_weight.rows) and fits_descriptor(rows.rows)
-    if descriptors:
-        programs = min(programs, config.resident * multiprocessors(weight.device))
-        tiles = (
-            TensorDescriptor.from_tensor(quantised_weight.rows, [config.block_v, config.block_k]),
-            TensorDescriptor.from_tensor(rows.rows, [config.block_t, config.block_k]),
-        )
+    programs, matrices, options = tiled_launch(config, quantised_weight.rows, rows.rows)
     _screen_kernel[(programs,)](
-        *tiles,
+        *matrices,
         quantised_weight.statistics,
         rows.statistics,
         bias,
@@ -108,13 +100,7 @@ def screen(
         vocab_size,
         rows.rows.shape[1],
         groups * GROUP,
-        DESCRIPTORS=descriptors,
-        BLOCK_V=config.block_v,
-        BLOCK_T=config.block_t,
-        BLOCK_K=config.block_k,
-        GROUP_V=config.group_v,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **options,
     )
     _divide_kernel[(1,)](
         packed.group_sequence,

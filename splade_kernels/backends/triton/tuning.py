@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import GROUP, INTERPRETED, LARGEST_BLOCK_T
 
@@ -92,6 +93,34 @@ def fits_descriptor(matrix: Tensor) -> bool:
     row_bytes = matrix.stride(0) * matrix.element_size()
     dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] and matrix.numel() > 0
     return dense and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def tiled_launch(
+    config: MatmulConfig, weight: Tensor, rows: Tensor
+) -> tuple[int, tuple[Tensor | TensorDescriptor, ...], dict[str, Any]]:
+    """Programs, the matrices as a kernel of tiles ``[block_v, block_t]`` fetches them, its constants and options."""
+    programs = -(-weight.shape[0] // config.block_v) * -(-rows.shape[0] // config.block_t)
+    matrices: tuple[Tensor | TensorDescriptor, ...] = (weight, rows)
+    descriptors = config.tma and fits_descriptor(weight) and fits_descriptor(rows)
+    if descriptors:
+        programs = min(programs, config.resident * multiprocessors(weight.device))
+        matrices = (
+            TensorDescriptor.from_tensor(weight, [config.block_v, config.block_k]),
+            TensorDescriptor.from_tensor(rows, [config.block_t, config.block_k]),
+        )
+    return (
+        programs,
+        matrices,
+        {
+            "DESCRIPTORS": descriptors,
+            "BLOCK_V": config.block_v,
+            "BLOCK_T": config.block_t,
+            "BLOCK_K": config.block_k,
+            "GROUP_V": config.group_v,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
 
 
 def uses_descriptors(arch: int) -> bool:
