@@ -341,3 +341,12 @@ def test_dimensions_beyond_int32_and_empty_inputs_are_left_unscreened(kernels, m
     for shape in [(0, 5, 4, 6), (2, 0, 4, 6), (2, 5, 0, 6), (2, 5, 4, 0)]:
         empty = make_case(shape)
         assert torch.equal(pool(empty, True), pool(empty, False))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_matter(default, kernels):
+    torch.set_default_dtype(default)
+    try:
+        assert screening._agrees(screening._plain() if kernels == "plain" else screening._compiled())
+    finally:
+        torch.set_default_dtype(torch.float32)

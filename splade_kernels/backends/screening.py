@@ -178,12 +178,12 @@ def _compiled_for(isa: int) -> Kernels:
 def _agrees(kernels: Kernels) -> bool:
     """Whether kernels give the maxima of a small product in float64: run once, before they are trusted."""
     generator = torch.Generator().manual_seed(0)
-    rows, weight = (torch.randn(size, 333, generator=generator) for size in (37, 101))
+    rows, weight = (torch.randn(size, 333, generator=generator, dtype=torch.float32) for size in (37, 101))
     rows[:9] = rows[:9].sign()  # every element at the last level
     weight[::7] = weight[::7].abs().ceil()
     offsets = torch.tensor([0, 9, 10, 37])
     target = _scratch(rows, offsets, weight)
-    kernels.maximise(rows, offsets, weight, torch.full((101,), 1e3), target)
+    kernels.maximise(rows, offsets, weight, torch.full((101,), 1e3, dtype=torch.float32), target)
     dots = rows.double() @ weight.double().t()
     exact = torch.stack([dots[first:last].amax(dim=0) for first, last in itertools.pairwise(offsets)])
     return torch.allclose(target.largest.double(), exact, rtol=1e-5, atol=1e-3)
