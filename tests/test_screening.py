@@ -81,6 +81,8 @@ def hostile_case(kind: str, seed: int) -> Case:
         bias *= 1 + torch.randint(-2, 3, bias.shape, generator=generator) * 2.0**-24
     else:
         bias -= integer(0, 3)
+    if kind in ("nan", "inf"):
+        bias[integer(0, len(bias))] = -torch.inf
     return Case(hidden, weight, bias, case.mask, case.grad)
 
 

@@ -230,8 +230,8 @@ def _quantise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     norm = exact.square().sum(dim=1).sqrt_() * (1 + (size + 64) * UNIT)
     error = (exact - near * scale[:, None]).square_().sum(dim=1).sqrt_()
     radius = (error + norm * ((size + 128) * UNIT)) * (1 + (size + 64) * UNIT)
-    hostile = ~bounded & (largest != 0)
-    return near.to(torch.int8), scale, radius.masked_fill_(hostile, torch.inf), norm.masked_fill_(hostile, torch.inf)
+    # NaN: so are the bounds of all dots of such a row.
+    return near.to(torch.int8), scale.masked_fill_(~bounded & (largest != 0), torch.nan), radius, norm
 
 
 def _maximise(
