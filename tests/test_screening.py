@@ -122,6 +122,15 @@ def assert_same_special(screened: Tensor, unscreened: Tensor, name: object) -> N
     assert torch.allclose(screened, unscreened, rtol=1e-5, atol=1e-5, equal_nan=True), name
 
 
+@pytest.mark.parametrize("scale", [1e-50, 1e50], ids=str)
+def test_float64_rows_that_float32_cannot_hold(scale):
+    case = make_case((2, 9, 12, 40), torch.float64)
+    tiny = Case(case.hidden.detach() * scale, case.weight, None, case.mask, case.grad)
+    screened, unscreened = pool(tiny, True), pool(tiny, False)
+    assert (screened > 0).any()
+    assert ((screened - unscreened).abs() <= 1e-12 * unscreened).all()
+
+
 @pytest.mark.parametrize("pattern", ["ragged", "full", "holes", "empty", "one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_values_and_gradients_are_those_of_the_definition(dtype, pattern, kernels):
@@ -170,6 +179,20 @@ def test_padded_packed_and_more_padded_give_the_same_bits(kernels):
     more = Case(F.pad(case.hidden, (0, 0, 0, 23)), case.weight, case.bias, F.pad(case.mask, (0, 23)), case.grad)
     assert torch.equal(padded, packed)
     assert torch.equal(padded, pool(more, True))
+
+
+@pytest.mark.parametrize("screen", [True, "auto"])
+@pytest.mark.parametrize("shape", [(5, 200, 48, 700), (1, 1, 40_000, 1)], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(shape, screen, kernels, one_thread):
+    case = make_case(shape, pattern="full")
+    sign = (case.hidden[0, 0] @ case.weight[0]).detach().sign()
+    case = Case(case.hidden.detach(), case.weight.detach() * sign, None, case.mask, case.grad)
+    outputs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outputs.append(pool(case, screen))
+    assert outputs[0][0, 0] > 0
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 @pytest.mark.parametrize("screen", [True, "auto"])
