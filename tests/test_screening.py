@@ -81,6 +81,8 @@ def hostile_case(kind: str, seed: int) -> Case:
         bias *= 1 + torch.randint(-2, 3, bias.shape, generator=generator) * 2.0**-24
     else:
         bias -= integer(0, 3)
+    if kind in ("nan", "inf"):
+        bias[integer(0, len(bias))] = -torch.inf
     return Case(hidden, weight, bias, case.mask, case.grad)
 
 
@@ -118,6 +120,15 @@ def assert_same_special(screened: Tensor, unscreened: Tensor, name: object) -> N
     assert torch.equal(screened.isnan(), unscreened.isnan()), name
     assert torch.equal(screened.isinf(), unscreened.isinf()), name
     assert torch.allclose(screened, unscreened, rtol=1e-5, atol=1e-5, equal_nan=True), name
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e50], ids=str)
+def test_float64_rows_that_float32_cannot_hold(scale):
+    case = make_case((2, 9, 12, 40), torch.float64)
+    tiny = Case(case.hidden.detach() * scale, case.weight, None, case.mask, case.grad)
+    screened, unscreened = pool(tiny, True), pool(tiny, False)
+    assert (screened > 0).any()
+    assert ((screened - unscreened).abs() <= 1e-12 * unscreened).all()
 
 
 @pytest.mark.parametrize("pattern", ["ragged", "full", "holes", "empty", "one"])
@@ -158,16 +169,51 @@ def test_ties_go_to_the_lowest_position(kernels):
     assert torch.equal(argmax.long(), torch.where(logits.amax(dim=1) > 0, first, 0))
 
 
-def test_padded_packed_and_more_padded_give_the_same_bits(kernels):
-    case = make_case((5, 40, 48, 500))
-    padded = pool(case, True)
+@pytest.mark.parametrize("screen", [True, "auto"])
+def test_padded_packed_and_more_padded_give_the_same_bits(screen, kernels, monkeypatch):
+    """Sequences of several chunks of 128 tokens, in several slices of the batch."""
+    monkeypatch.setattr("splade_kernels.backends.torch.SLICE_ROWS", 300)
+    case = make_case((5, 200, 48, 500))
+    with torch.no_grad():
+        case.bias -= 3
+    padded = pool(case, screen)
     rows, cu_seqlens = case.packed()
     packed = sk.splade_pool(
-        rows, case.weight, case.bias, cu_seqlens=cu_seqlens, max_seqlen=40, screening=True, backend="torch"
+        rows, case.weight, case.bias, cu_seqlens=cu_seqlens, max_seqlen=200, screening=screen, backend="torch"
     )
     more = Case(F.pad(case.hidden, (0, 0, 0, 23)), case.weight, case.bias, F.pad(case.mask, (0, 23)), case.grad)
     assert torch.equal(padded, packed)
-    assert torch.equal(padded, pool(more, True))
+    assert torch.equal(padded, pool(more, screen))
+    exact, _ = oracle.reference_in_double(case)
+    assert (padded.double() - exact).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("length", [32_767, 33_000])
+def test_positions_of_long_sequences(length, kernels):
+    case = make_case((1, length, 4, 9), pattern="full", integers=True)
+    last = (torch.arange(9) - 9 + length).tolist()
+    hidden, weight = case.hidden.detach(), case.weight.detach()
+    hidden[0, last] = 20 * weight
+    _, argmax = ops.pool_forward(
+        hidden, weight, None, None, None, length, "max", "relu", torch.float32, torch.float32, "on", "torch", True
+    )
+    logits = hidden[0] @ weight.t()
+    assert torch.equal(argmax[0].long(), (logits == logits.amax(dim=0)).int().argmax(dim=0) * (logits > 0).any(dim=0))
+    assert argmax.max() > length - 9
+
+
+@pytest.mark.parametrize("screen", [True, "auto"])
+@pytest.mark.parametrize("shape", [(5, 200, 48, 700), (1, 1, 40_000, 1)], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(shape, screen, kernels, one_thread):
+    case = make_case(shape, pattern="full")
+    sign = (case.hidden[0, 0] @ case.weight[0]).detach().sign()
+    case = Case(case.hidden.detach(), case.weight.detach() * sign, None, case.mask, case.grad)
+    outputs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outputs.append(pool(case, screen))
+    assert outputs[0][0, 0] > 0
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 @pytest.mark.parametrize("screen", [True, "auto"])
@@ -181,7 +227,10 @@ def test_a_weight_with_gaps_between_its_rows_or_elements(hidden_size, screen, ke
         assert torch.equal(pool(Case(case.hidden, weight, *tail(case)), screen), expected)
 
 
-def test_autocast_screens_the_rounded_products(kernels):
+@pytest.mark.parametrize("native", [False, True])
+def test_autocast_screens_the_rounded_products(native, kernels, monkeypatch):
+    """``native``: on a CPU that multiplies bfloat16 itself, and adds the bias in the matmul."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     case = make_case((3, 40, 64, 200))
     with torch.autocast("cpu", torch.bfloat16):
         screened = pool(case, True)
@@ -341,3 +390,12 @@ def test_dimensions_beyond_int32_and_empty_inputs_are_left_unscreened(kernels, m
     for shape in [(0, 5, 4, 6), (2, 0, 4, 6), (2, 5, 0, 6), (2, 5, 4, 0)]:
         empty = make_case(shape)
         assert torch.equal(pool(empty, True), pool(empty, False))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_matter(default, kernels):
+    torch.set_default_dtype(default)
+    try:
+        assert screening._agrees(screening._plain() if kernels == "plain" else screening._compiled())
+    finally:
+        torch.set_default_dtype(torch.float32)

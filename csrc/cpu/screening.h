@@ -34,8 +34,8 @@ inline int32_t four_bytes(const uint8_t* p) {
   return value;
 }
 
-// How far a quantised row `scale · q` can be off, and how long the row is: both rounded up. Radius and norm are +inf
-// for a row that int8 cannot bound, whose q and scale are 0.
+// How far a quantised row `scale · q` can be off, and how long the row is: both rounded up. For a row that int8 cannot
+// bound the scale is NaN, and with it both bounds of all its dots.
 struct Bounds {
   float scale, radius, norm;
 };

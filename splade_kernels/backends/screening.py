@@ -178,12 +178,12 @@ def _compiled_for(isa: int) -> Kernels:
 def _agrees(kernels: Kernels) -> bool:
     """Whether kernels give the maxima of a small product in float64: run once, before they are trusted."""
     generator = torch.Generator().manual_seed(0)
-    rows, weight = (torch.randn(size, 333, generator=generator) for size in (37, 101))
+    rows, weight = (torch.randn(size, 333, generator=generator, dtype=torch.float32) for size in (37, 101))
     rows[:9] = rows[:9].sign()  # every element at the last level
     weight[::7] = weight[::7].abs().ceil()
     offsets = torch.tensor([0, 9, 10, 37])
     target = _scratch(rows, offsets, weight)
-    kernels.maximise(rows, offsets, weight, torch.full((101,), 1e3), target)
+    kernels.maximise(rows, offsets, weight, torch.full((101,), 1e3, dtype=torch.float32), target)
     dots = rows.double() @ weight.double().t()
     exact = torch.stack([dots[first:last].amax(dim=0) for first, last in itertools.pairwise(offsets)])
     return torch.allclose(target.largest.double(), exact, rtol=1e-5, atol=1e-3)
@@ -221,17 +221,19 @@ def _multiplies_fast() -> bool:
 def _quantise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """int8 rows ``[n, D]`` and, each ``[n]`` float32, their scale, radius and norm (docs/screening.md)."""
     size = rows.shape[1]
-    exact = rows.to(torch.float32)
-    largest = exact.abs().amax(dim=1)
+    # In float64 where the rows are: a row that is zero only in float32 has dots above zero.
+    largest = rows.to(torch.promote_types(rows.dtype, torch.float32)).abs().amax(dim=1)
     bounded = (largest >= TINY) & (largest <= HUGE)
-    exact = torch.where(bounded[:, None], exact, 0)
+    hostile = ~bounded & (largest != 0)
+    largest = largest.to(torch.float32)
+    exact = torch.where(bounded[:, None], rows.to(torch.float32), 0)
     scale = torch.where(bounded, largest / LEVELS, 0)
     near = (exact * torch.where(bounded, LEVELS / largest, 0)[:, None]).round_()
     norm = exact.square().sum(dim=1).sqrt_() * (1 + (size + 64) * UNIT)
     error = (exact - near * scale[:, None]).square_().sum(dim=1).sqrt_()
     radius = (error + norm * ((size + 128) * UNIT)) * (1 + (size + 64) * UNIT)
-    hostile = ~bounded & (largest != 0)
-    return near.to(torch.int8), scale, radius.masked_fill_(hostile, torch.inf), norm.masked_fill_(hostile, torch.inf)
+    # NaN: so are the bounds of all dots of such a row.
+    return near.to(torch.int8), scale.masked_fill_(hostile, torch.nan), radius, norm
 
 
 def _maximise(
@@ -284,6 +286,10 @@ def _multiply(tokens: Tensor, words: Tensor) -> Tensor:
 def _dots(rows: Tensor, words: Tensor, t: Tensor, v: Tensor) -> Tensor:
     """``rows[t] · words[v]`` for each pair, in at least float32."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    step = max(1, TILE_ELEMENTS // rows.shape[1])
+    step = max(2, TILE_ELEMENTS // rows.shape[1])
+    pairs = len(t)
+    if pairs % step == 1:
+        # One long row alone PyTorch would share out among its threads, and add up in another order.
+        t, v = (torch.cat([x, x[-1:]]) for x in (t, v))
     parts = [(rows[a].to(dtype) * words[b]).sum(dim=1) for a, b in zip(t.split(step), v.split(step), strict=True)]
-    return torch.cat(parts) if parts else rows.new_empty(0, dtype=dtype)
+    return torch.cat(parts)[:pairs] if parts else rows.new_empty(0, dtype=dtype)
