@@ -27,6 +27,8 @@ def kernels(request, monkeypatch):
         monkeypatch.setattr(screening, "_isa", lambda: 0)
     elif not COMPILED:
         pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
+    else:
+        assert screening._isa() > 0, "the self-test refused the compiled kernels"
     return request.param
 
 

@@ -217,7 +217,8 @@ int64_t screened_maximum(
     const auto write_positions = [&]<class Position>(Position* out, const int32_t* winners, int64_t b, int64_t count) {
       for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Position>(p_positions[p_offsets[b] + winners[i]]);
     };
-    torch::stable::parallel_for(0, divide_up(vocab_size, kStrip), grain(count * depth * kStrip), [&](int64_t begin, int64_t end) {
+    const int64_t strips = divide_up(vocab_size, kStrip), step = grain(count * depth * kStrip);
+    torch::stable::parallel_for(0, strips, step, [&](int64_t begin, int64_t end) {
       std::vector<int8_t> blocks(prepared ? 0 : static_cast<size_t>(kStrip * depth));
       std::vector<float> word_bounds(3 * kStrip);
       std::vector<int32_t> word_shift(kStrip);
