@@ -1,6 +1,8 @@
-"""Result files to ``bench/RESULTS.md`` and the README's block; every number in either comes from a file named there.
+"""Result files to ``bench/RESULTS.md`` and the blocks of README.md and docs/screening.md; every number in them comes
+from a file named there.
 
-    python -m bench.report bench/results/*.json [--output bench/RESULTS.md] [--readme README.md] [--figures docs/bench]
+    python -m bench.report bench/results/*.json [--output bench/RESULTS.md] [--readme README.md]
+                           [--screening docs/screening.md] [--figures docs/bench]
 
 A file's ``kind`` chooses its section; a kind without one is shown as a plain table of its rows.
 """
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import head_limits, roofline, screening_tables, training_tables
+from bench import head_limits, margins_tables, roofline, screening_tables, training_tables
 from bench.cases import CASES, GOOAQ, PRECISIONS
 from bench.roofline import Machine, Work
 
@@ -74,6 +76,12 @@ def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
         parts += [table([header, *rows]), caption(result)] if rows else []
     parts += [_picture(figure) for figure in figures]
     return "\n\n".join([*parts, "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md).", END])
+
+
+def screening_block(results: Sequence[Result]) -> str:
+    """What int8 bounds leave over."""
+    margins = [margins_tables.block(result) for result in results if result["kind"] == "margins"]
+    return "\n\n".join([BEGIN, *(margins or ["Not measured."]), END])
 
 
 def head_section(result: Result) -> str:
@@ -154,6 +162,7 @@ def plain_section(result: Result) -> str:
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "head": head_section,
     "screening": screening_tables.section,
+    "margins": margins_tables.section,
     "backward": backward_section,
     "flops": flops_section,
     "training": training_section,
@@ -351,6 +360,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=Path("bench/RESULTS.md"))
     parser.add_argument("--readme", type=Path, help="replace the block between its markers")
+    parser.add_argument("--screening", type=Path, help="docs/screening.md: replace the block between its markers")
     parser.add_argument("--figures", type=Path, help="folder for the plots; needs matplotlib")
     args = parser.parse_args()
     results = load(args.results)
@@ -367,6 +377,8 @@ def main() -> None:
     args.output.write_text(render(results, links(args.output)))
     if args.readme:
         args.readme.write_text(replace_block(args.readme.read_text(), readme_block(results, links(args.readme))))
+    if args.screening:
+        args.screening.write_text(replace_block(args.screening.read_text(), screening_block(results)))
 
 
 if __name__ == "__main__":

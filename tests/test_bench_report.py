@@ -184,3 +184,4 @@ def test_the_documents_are_those_of_the_checked_in_results():
     figures = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs/bench").glob("*.png"))]
     assert (ROOT / "bench/RESULTS.md").read_text() == report.render(results, [f"../{figure}" for figure in figures])
     assert report.readme_block(results, figures) in (ROOT / "README.md").read_text()
+    assert report.screening_block(results) in (ROOT / "docs/screening.md").read_text()

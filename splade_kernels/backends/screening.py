@@ -218,22 +218,27 @@ def _multiplies_fast() -> bool:
     return (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()) and _multiplies()
 
 
-def _quantise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantise(rows: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """int8 rows ``[n, D]`` and, each ``[n]`` float32, their scale, radius and norm (docs/screening.md)."""
-    size = rows.shape[1]
     # In float64 where the rows are: a row that is zero only in float32 has dots above zero.
     largest = rows.to(torch.promote_types(rows.dtype, torch.float32)).abs().amax(dim=1)
     bounded = (largest >= TINY) & (largest <= HUGE)
     hostile = ~bounded & (largest != 0)
     largest = largest.to(torch.float32)
     exact = torch.where(bounded[:, None], rows.to(torch.float32), 0)
-    scale = torch.where(bounded, largest / LEVELS, 0)
-    near = (exact * torch.where(bounded, LEVELS / largest, 0)[:, None]).round_()
-    norm = exact.square().sum(dim=1).sqrt_() * (1 + (size + 64) * UNIT)
-    error = (exact - near * scale[:, None]).square_().sum(dim=1).sqrt_()
-    radius = (error + norm * ((size + 128) * UNIT)) * (1 + (size + 64) * UNIT)
+    scale = torch.where(bounded, largest / levels, 0)
+    near = (exact * torch.where(bounded, levels / largest, 0)[:, None]).round_()
+    radius, norm = _radius(exact, near * scale[:, None])
     # NaN: so are the bounds of all dots of such a row.
     return near.to(torch.int8), scale.masked_fill_(hostile, torch.nan), radius, norm
+
+
+def _radius(exact: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """How far float32 rows are from what stands for them, the rounding of their dots included, and their norms."""
+    size = exact.shape[1]
+    norm = exact.square().sum(dim=1).sqrt_() * (1 + (size + 64) * UNIT)
+    error = (exact - near).square_().sum(dim=1).sqrt_()
+    return (error + norm * ((size + 128) * UNIT)) * (1 + (size + 64) * UNIT), norm
 
 
 def _maximise(
