@@ -55,7 +55,9 @@ inline Floats from_half(__m256i packed) {
   return each<float>([&](int i) { return _cvtsh_ss(half[i]); });
 }
 
-inline __mmask16 compare(Floats x, Floats y) {
+template <int PREDICATE>
+__mmask16 compare(Floats x, Floats y) {
+  static_assert(PREDICATE == _CMP_NLE_UQ, "the only one that is used");
   uint32_t mask = 0;
   for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(!(x.x[i] <= y.x[i])) << i;
   return static_cast<__mmask16>(mask);
@@ -106,6 +108,6 @@ inline __m128i low_bytes(Ints x) {
 #define _mm512_max_epi32(a, b) \
   emulated::each<int32_t>([w = a, z = b](int i) { return w.x[i] > z.x[i] ? w.x[i] : z.x[i]; })
 #define _mm512_and_si512(a, b) emulated::each<int32_t>([w = a, z = b](int i) { return w.x[i] & z.x[i]; })
-#define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare(a, b)
+#define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
 #define _mm512_dpbusd_epi32 emulated::dot_bytes
 #define _mm512_cvtepi32_epi8 emulated::low_bytes
