@@ -307,3 +307,10 @@ def test_gradients_are_the_same_bits_with_and_without(fallback):
     for ours, expected in zip(gradients(), fallback(gradients), strict=True):
         assert ours.abs().sum() > 0
         assert torch.equal(ours, expected)
+
+
+def test_a_library_of_an_earlier_version_is_left_out(monkeypatch):
+    if compaction.why_not_compiled() is not None:
+        pytest.skip("the compiled operators were not built")
+    monkeypatch.setattr(torch.ops, "splade_kernels_csrc", object())
+    assert compaction._load.__wrapped__("_csrc").startswith("_csrc.so is of an earlier version; build it in a clone")

@@ -329,6 +329,21 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch):
     assert not screening._agrees(screening.Kernels("wrong", real.prepare, wrong))
 
 
+def test_compiled_kernels_that_are_wrong_are_left_out_with_a_warning(monkeypatch):
+    if not COMPILED:
+        pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
+    case = sparse_case()
+    expected = pool(case, False)
+    monkeypatch.setattr(screening, "_agrees", lambda kernels: False)
+    screening._isa.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="fail their self-test and are not used"):
+            assert torch.allclose(pool(case, "auto"), expected, atol=1e-6)
+        assert screening._isa() == 0
+    finally:
+        screening._isa.cache_clear()
+
+
 def saturating(a: Tensor, b: Tensor) -> Tensor:
     """What oneDNN computes without VNNI: pairs of products added in int16, unsigned times signed."""
     pairs = (a.int()[:, ::2, None] + 128) * b.int()[None, ::2] + (a.int()[:, 1::2, None] + 128) * b.int()[None, 1::2]

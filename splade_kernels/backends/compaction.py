@@ -138,6 +138,8 @@ def _load(name: str) -> str | None:
     try:
         torch.ops.load_library(path)
         if name == "_csrc":
+            if not hasattr(torch.ops.splade_kernels_csrc, "screened_maximum"):
+                return f"{path.name} is of an earlier version; {_BUILD}"
             _register_fakes()
     except (OSError, RuntimeError) as error:
         return f"{path.name} does not load: {error}"

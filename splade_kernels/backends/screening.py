@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,9 +30,10 @@ TINY, HUGE = 2.0**-40, 2.0**40
 UNIT = 2.0**-23
 LEVELS = 127
 # "auto": words that are screened first, in so many runs spread over the vocabulary, and the share of their dots up to
-# which it pays to go on: an exact dot takes about four times as long as one in a matmul, an int8 dot a quarter.
+# which it pays to go on: with AVX2 an exact dot takes six to nine times as long as one in a matmul, an int8 dot three
+# tenths (bench/results/screening-cpu.json: time over `computed`).
 PROBE_WORDS, PROBE_RUNS = 256, 8
-PAYING_SHARE = 1 / 8
+PAYING_SHARE = 1 / 16
 # Elements of a tile of bounds, and of the rows gathered for exact dots at a time.
 TILE_ELEMENTS = 1 << 20
 
@@ -150,7 +152,14 @@ def _isa() -> int:
     isa: int = torch.ops.splade_kernels_csrc.screening_isa()
     capability = torch.backends.cpu.get_cpu_capability()
     isa = min(isa, 2 if capability.startswith("AVX512") else 1 if capability.startswith("AVX2") else 0)
-    return isa if isa and _agrees(_compiled_for(isa)) else 0
+    if isa > 0 and not _agrees(_compiled_for(isa)):
+        warnings.warn(
+            f"splade_kernels: the screening kernels for this CPU (number {isa}) fail their self-test and are not used, "
+            "which costs speed; please report it with the name of the CPU",
+            stacklevel=2,
+        )
+        return 0
+    return isa
 
 
 def _compiled() -> Kernels:
