@@ -25,6 +25,8 @@ def kernels(request, monkeypatch):
     """The compiled kernels, or the same in PyTorch; the torch backend on a CPU is what they belong to."""
     if request.param == "plain":
         monkeypatch.setattr(screening, "_isa", lambda: 0)
+        # Right on many CPUs on which it is too slow to be used.
+        monkeypatch.setattr(screening, "_multiplies_fast", screening._multiplies)
     elif not COMPILED:
         pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
     else:
@@ -352,15 +354,19 @@ def saturating(a: Tensor, b: Tensor) -> Tensor:
 
 def test_int_mm_that_saturates_is_found_out(monkeypatch):
     monkeypatch.setattr(screening, "_isa", lambda: 0)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     case = make_case((3, 20, 16, 60))
+    screening._multiplies_fast.cache_clear()
     expected = pool(case, True)
     monkeypatch.setattr(torch, "_int_mm", saturating)
-    screening._multiplies.cache_clear()
+    for answer in (screening._multiplies, screening._multiplies_fast):
+        answer.cache_clear()
     try:
-        assert not screening._multiplies()
+        assert not screening._multiplies_fast()
         assert torch.equal(pool(case, True), expected)
     finally:
-        screening._multiplies.cache_clear()
+        for answer in (screening._multiplies, screening._multiplies_fast):
+            answer.cache_clear()
 
 
 HELD_BACK = [{"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"}]

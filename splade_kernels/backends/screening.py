@@ -292,7 +292,7 @@ def _maximise(
 
 def _multiply(tokens: Tensor, words: Tensor) -> Tensor:
     """``[R, words]`` float32 products of int8 rows, summed exactly."""
-    if _multiplies():
+    if _multiplies_fast():
         return torch._int_mm(tokens, words.t()).to(torch.float32)
     return (tokens.to(torch.float64) @ words.to(torch.float64).t()).to(torch.float32)
 
