@@ -104,7 +104,7 @@ def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: 
     fast = compiled or (call.accumulation_dtype == torch.float32 and _multiplies_fast())
     if call.screening == "auto" and (native_half or not fast):
         return None
-    return Screen(call, _compiled() if compiled else _plain(), weight, bias)
+    return Screen(call, _compiled_for(_isa()) if compiled else _plain(), weight, bias)
 
 
 def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mask: Tensor) -> tuple[int, int]:
@@ -138,9 +138,6 @@ def _probe(vocab_size: int, device: torch.device) -> Tensor:
     return (first[:, None] + torch.arange(width, device=device)).view(-1)
 
 
-# The compiled kernels
-
-
 @functools.cache
 def _isa() -> int:
     """Instruction set of the compiled kernels; 0: there are none, or they are wrong.
@@ -160,10 +157,6 @@ def _isa() -> int:
         )
         return 0
     return isa
-
-
-def _compiled() -> Kernels:
-    return _compiled_for(_isa())
 
 
 def _compiled_for(isa: int) -> Kernels:
@@ -198,10 +191,8 @@ def _agrees(kernels: Kernels) -> bool:
     return torch.allclose(target.largest.double(), exact, rtol=1e-5, atol=1e-3)
 
 
-# The same in PyTorch
-
-
 def _plain() -> Kernels:
+    """The same in PyTorch."""
     return Kernels("plain", _quantise, _maximise)
 
 
