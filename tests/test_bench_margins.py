@@ -11,7 +11,7 @@ import torch
 
 from bench import cases, margins, margins_tables, report, screening_model
 from bench.cases import PRECISIONS, SCREENING, Case
-from splade_kernels.backends import screening
+from splade_kernels.backends import screening, screening_plain
 
 CPU = torch.device("cpu")
 FLOAT32 = PRECISIONS["float32"]
@@ -32,7 +32,7 @@ def test_one_scale_a_row_leaves_what_the_backend_computes(share, monkeypatch):
     monkeypatch.setattr(margins, "WIDTH", 128)
     case = replace(SMALL, active_share=share)
     rows, offsets, weight, bias = packed(case)
-    computed = screening._plain().maximise(rows, offsets, weight, bias, screening._scratch(rows, offsets, weight))
+    computed = screening.PLAIN.maximise(rows, offsets, weight, bias, screening._scratch(rows, offsets, weight))
     row = margins.survivors(case)[0]
     assert (row["levels"], row["blocks"], row["real_tokens"]) == (127, 1, len(rows))
     assert round(row["best_tokens"] * len(rows) * len(weight), 6) == computed
@@ -41,7 +41,7 @@ def test_one_scale_a_row_leaves_what_the_backend_computes(share, monkeypatch):
 
 def test_one_scale_a_row_is_the_backends():
     rows = packed(SMALL)[0]
-    near, scale, radius, norm = screening._quantise(rows)
+    near, scale, radius, norm = screening_plain.quantise(rows)
     found = margins.quantise(rows, 127, 1)
     for ours, theirs in zip(found, (near[None], scale[None], radius, norm), strict=True):
         assert torch.equal(ours, theirs)
@@ -117,13 +117,13 @@ def test_the_shares_are_those_of_the_definitions():
 
 
 def test_a_dot_outside_its_bound_is_an_error(monkeypatch):
-    real = screening._radius
+    real = screening_plain.radius_and_norm
 
     def narrow(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         radius, norm = real(*arguments)
         return radius / 8, norm
 
-    monkeypatch.setattr(screening, "_radius", narrow)
+    monkeypatch.setattr(screening_plain, "radius_and_norm", narrow)
     with pytest.raises(ArithmeticError, match="small, levels and blocks \\(127, 1\\): a dot is outside its bound"):
         margins.survivors(SMALL)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import splade_kernels as sk
 from splade_kernels import ops
-from splade_kernels.backends import screening, weight_cache
+from splade_kernels.backends import screening, screening_plain, weight_cache
 from tests import oracle
 from tests.oracle import Case, make_case
 
@@ -26,7 +26,7 @@ def kernels(request, monkeypatch):
     if request.param == "plain":
         monkeypatch.setattr(screening, "_isa", lambda: 0)
         # Right on many CPUs on which it is too slow to be used.
-        monkeypatch.setattr(screening, "_multiplies_fast", screening._multiplies)
+        monkeypatch.setattr(screening_plain, "int_mm_is_fast", screening_plain.int_mm_is_right)
     elif not COMPILED:
         pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
     else:
@@ -293,14 +293,13 @@ def test_auto_decides_alike_in_training_and_inference():
 
 def test_the_quantised_weight_is_kept_for_inference_and_follows_the_weight(kernels, monkeypatch):
     made = []
-    for name in ("_compiled_for", "_plain"):
-        real = getattr(screening, name)
 
-        def counting(*args: int, real: object = real) -> screening.Kernels:
-            kernels = real(*args)
-            return screening.Kernels(kernels.name, lambda w: made.append(1) or kernels.prepare(w), kernels.maximise)
+    def counting(kernels: screening.Kernels) -> screening.Kernels:
+        return screening.Kernels(kernels.name, lambda w: made.append(1) or kernels.prepare(w), kernels.maximise)
 
-        monkeypatch.setattr(screening, name, counting)
+    compiled_for = screening._compiled_for
+    monkeypatch.setattr(screening, "_compiled_for", lambda isa: counting(compiled_for(isa)))
+    monkeypatch.setattr(screening, "PLAIN", counting(screening.PLAIN))
     case = make_case((3, 20, 16, 60))
     weight_cache.forget(case.weight)
     with torch.no_grad():
@@ -326,7 +325,7 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch):
         target.largest[1] += 0.1
         return evaluated
 
-    real = screening._plain()
+    real = screening.PLAIN
     assert screening._agrees(real)
     assert not screening._agrees(screening.Kernels("wrong", real.prepare, wrong))
 
@@ -356,16 +355,16 @@ def test_int_mm_that_saturates_is_found_out(monkeypatch):
     monkeypatch.setattr(screening, "_isa", lambda: 0)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     case = make_case((3, 20, 16, 60))
-    screening._multiplies_fast.cache_clear()
+    screening_plain.int_mm_is_fast.cache_clear()
     expected = pool(case, True)
     monkeypatch.setattr(torch, "_int_mm", saturating)
-    for answer in (screening._multiplies, screening._multiplies_fast):
+    for answer in (screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
         answer.cache_clear()
     try:
-        assert not screening._multiplies_fast()
+        assert not screening_plain.int_mm_is_fast()
         assert torch.equal(pool(case, True), expected)
     finally:
-        for answer in (screening._multiplies, screening._multiplies_fast):
+        for answer in (screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
             answer.cache_clear()
 
 
@@ -407,7 +406,7 @@ def test_accelerators_of_the_torch_backend_do_not_screen(monkeypatch):
 
 
 def test_dimensions_beyond_int32_and_empty_inputs_are_left_unscreened(kernels, monkeypatch):
-    monkeypatch.setattr(screening, "MAX_HIDDEN_SIZE", 8)
+    monkeypatch.setattr(screening_plain, "MAX_HIDDEN_SIZE", 8)
     case = make_case((2, 5, 9, 30))
     assert torch.equal(pool(case, True), pool(case, False))
     for shape in [(0, 5, 4, 6), (2, 0, 4, 6), (2, 5, 0, 6), (2, 5, 4, 0)]:
@@ -419,8 +418,6 @@ def test_dimensions_beyond_int32_and_empty_inputs_are_left_unscreened(kernels, m
 def test_the_default_dtype_does_not_matter(default, kernels):
     torch.set_default_dtype(default)
     try:
-        assert screening._agrees(
-            screening._plain() if kernels == "plain" else screening._compiled_for(screening._isa())
-        )
+        assert screening._agrees(screening.PLAIN if kernels == "plain" else screening._compiled_for(screening._isa()))
     finally:
         torch.set_default_dtype(torch.float32)

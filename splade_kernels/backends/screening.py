@@ -5,7 +5,7 @@ Token t can win word v only if its upper bound exceeds ``-c[v]``, below which re
 lower bound of its sequence. The dots of those tokens are computed from the unquantised rows.
 
 The compiled kernels of ``csrc/`` multiply, bound and evaluate a block of words at a time, most promising token first.
-Without them the same is written in PyTorch around ``torch._int_mm``.
+Without them :mod:`~splade_kernels.backends.screening_plain` does the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -20,22 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compaction, weight_cache
+from . import compaction, screening_plain, weight_cache
 from .pooling import PoolingCall
 
-# 127 · 255 · 65536 still fits int32.
-MAX_HIDDEN_SIZE = 1 << 16
-# Rows whose largest element is outside this range are not bounded: products of norms would leave float32.
-TINY, HUGE = 2.0**-40, 2.0**40
-UNIT = 2.0**-23
-LEVELS = 127
 # "auto": words that are screened first, in so many runs spread over the vocabulary, and the share of their dots up to
 # which it pays to go on: with AVX2 an exact dot takes six to nine times as long as one in a matmul, an int8 dot three
 # tenths (bench/results/screening-cpu.json: time over `computed`).
 PROBE_WORDS, PROBE_RUNS = 256, 8
 PAYING_SHARE = 1 / 16
-# Elements of a tile of bounds, and of the rows gathered for exact dots at a time.
-TILE_ELEMENTS = 1 << 20
 
 
 class Target(NamedTuple):
@@ -56,6 +48,9 @@ class Kernels:
     name: str
     prepare: Callable[[Tensor], tuple[Tensor, ...]]
     maximise: Callable[..., int]
+
+
+PLAIN = Kernels("plain", screening_plain.quantise, screening_plain.maximise)
 
 
 class Screen:
@@ -98,13 +93,13 @@ def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: 
     if call.need_argmax:
         weight_cache.forget(weight)
     vocab_size, hidden_size = weight.shape
-    if call.screening == "off" or not 0 < hidden_size <= MAX_HIDDEN_SIZE or vocab_size == 0:
+    if call.screening == "off" or not 0 < hidden_size <= screening_plain.MAX_HIDDEN_SIZE or vocab_size == 0:
         return None
     compiled = call.accumulation_dtype == torch.float32 and _isa() > 0
-    fast = compiled or (call.accumulation_dtype == torch.float32 and _multiplies_fast())
+    fast = compiled or (call.accumulation_dtype == torch.float32 and screening_plain.int_mm_is_fast())
     if call.screening == "auto" and (native_half or not fast):
         return None
-    return Screen(call, _compiled_for(_isa()) if compiled else _plain(), weight, bias)
+    return Screen(call, _compiled_for(_isa()) if compiled else PLAIN, weight, bias)
 
 
 def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mask: Tensor) -> tuple[int, int]:
@@ -118,7 +113,8 @@ def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mas
     )
     chosen = screen(call, weight.detach(), bias, native_half=False)
     if chosen is None:
-        raise ValueError(f"weight: expected 1 to {MAX_HIDDEN_SIZE} hidden dimensions and a word, got {weight.shape}")
+        most = screening_plain.MAX_HIDDEN_SIZE
+        raise ValueError(f"weight: expected 1 to {most} hidden dimensions and a word, got {tuple(weight.shape)}")
     return chosen.maximise(rows, offsets, _scratch(rows, offsets, weight)), len(rows) * len(weight)
 
 
@@ -189,112 +185,3 @@ def _agrees(kernels: Kernels) -> bool:
     dots = rows.double() @ weight.double().t()
     exact = torch.stack([dots[first:last].amax(dim=0) for first, last in itertools.pairwise(offsets)])
     return torch.allclose(target.largest.double(), exact, rtol=1e-5, atol=1e-3)
-
-
-def _plain() -> Kernels:
-    """The same in PyTorch."""
-    return Kernels("plain", _quantise, _maximise)
-
-
-@functools.cache
-def _multiplies() -> bool:
-    """Whether ``torch._int_mm`` is right: without VNNI or AMX oneDNN may add pairs of products in saturating int16."""
-    generator = torch.Generator().manual_seed(0)
-    full = torch.full((33, 776), LEVELS, dtype=torch.int8)
-    mixed = torch.randint(-LEVELS, LEVELS + 1, (33, 776), generator=generator, dtype=torch.int8)
-    try:
-        return all(
-            torch.equal(torch._int_mm(a, b.t()).to(torch.float64), a.to(torch.float64) @ b.to(torch.float64).t())
-            for a in (full, mixed)
-            for b in (full, mixed)
-        )
-    except RuntimeError:
-        return False
-
-
-@functools.cache
-def _multiplies_fast() -> bool:
-    """Whether ``torch._int_mm`` is right and has instructions of its own; without, it takes longer than float32."""
-    return (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()) and _multiplies()
-
-
-def _quantise(rows: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """int8 rows ``[n, D]`` and, each ``[n]`` float32, their scale, radius and norm (docs/screening.md)."""
-    # In float64 where the rows are: a row that is zero only in float32 has dots above zero.
-    largest = rows.to(torch.promote_types(rows.dtype, torch.float32)).abs().amax(dim=1)
-    bounded = (largest >= TINY) & (largest <= HUGE)
-    hostile = ~bounded & (largest != 0)
-    largest = largest.to(torch.float32)
-    exact = torch.where(bounded[:, None], rows.to(torch.float32), 0)
-    scale = torch.where(bounded, largest / levels, 0)
-    near = (exact * torch.where(bounded, levels / largest, 0)[:, None]).round_()
-    radius, norm = _radius(exact, near * scale[:, None])
-    # NaN: so are the bounds of all dots of such a row.
-    return near.to(torch.int8), scale.masked_fill_(hostile, torch.nan), radius, norm
-
-
-def _radius(exact: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-    """How far float32 rows are from what stands for them, the rounding of their dots included, and their norms."""
-    size = exact.shape[1]
-    norm = exact.square().sum(dim=1).sqrt_() * (1 + (size + 64) * UNIT)
-    error = (exact - near).square_().sum(dim=1).sqrt_()
-    return (error + norm * ((size + 128) * UNIT)) * (1 + (size + 64) * UNIT), norm
-
-
-def _maximise(
-    rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, target: Target, *prepared: Tensor
-) -> int:
-    quantised, scale, radius, norm = prepared or _quantise(weight)
-    tokens, token_scale, token_radius, token_norm = (x if x.ndim == 2 else x[:, None] for x in _quantise(rows))
-    lengths = offsets.diff()
-    sequences, vocab_size = len(lengths), len(weight)
-    sequence = torch.repeat_interleave(torch.arange(sequences), lengths)
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    evaluated = 0
-    width = max(32, TILE_ELEMENTS // max(len(rows), 1) // 32 * 32)
-    for first in range(0, vocab_size, width):
-        words = slice(first, min(first + width, vocab_size))
-        near = _multiply(tokens, quantised[words]).mul_(scale[words]).mul_(token_scale)
-        far = token_radius * (norm + radius)[words] + token_norm * radius[words]
-        lower = (near - far).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-        nothing = lower.new_full(lower.shape[1:], -torch.inf)
-        # [n, words]
-        attained = torch.stack([x.amax(dim=0) if len(x) else nothing for x in lower.split(lengths.tolist())])
-        upper = near + far
-        threshold = 0 if bias is None else -bias[words]
-        # Written so that NaN passes.
-        candidates = ~((upper <= threshold) | (upper < attained.index_select(0, sequence)))
-        t, v = candidates.nonzero(as_tuple=True)
-        evaluated += len(t)
-        dots = _dots(rows, weight[words], t, v)
-        place = sequence[t] * near.shape[1] + v
-        largest = torch.full((sequences * near.shape[1],), -torch.inf, dtype=dtype)
-        largest.scatter_reduce_(0, place, dots, "amax")
-        target.largest[:, words].index_copy_(0, target.sequences, largest.view(sequences, -1))
-        if target.argmax is None:
-            continue
-        wins = (dots == largest[place]) | (dots.isnan() & largest[place].isnan())
-        lowest = torch.full(largest.shape, torch.iinfo(torch.int64).max)
-        lowest.scatter_reduce_(0, place[wins], target.positions[t[wins]], "amin")
-        lowest = torch.where(largest == -torch.inf, 0, lowest).view(sequences, -1)
-        target.argmax[:, words].index_copy_(0, target.sequences, lowest.to(target.argmax.dtype))
-    return evaluated
-
-
-def _multiply(tokens: Tensor, words: Tensor) -> Tensor:
-    """``[R, words]`` float32 products of int8 rows, summed exactly."""
-    if _multiplies_fast():
-        return torch._int_mm(tokens, words.t()).to(torch.float32)
-    return (tokens.to(torch.float64) @ words.to(torch.float64).t()).to(torch.float32)
-
-
-def _dots(rows: Tensor, words: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    """``rows[t] · words[v]`` for each pair, in at least float32."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    step = max(2, TILE_ELEMENTS // rows.shape[1])
-    pairs = len(t)
-    if pairs % step == 1:
-        # One long row alone PyTorch would share out among its threads, and add up in another order.
-        t, v = (torch.cat([x, x[-1:]]) for x in (t, v))
-    parts = [(rows[a].to(dtype) * words[b]).sum(dim=1) for a, b in zip(t.split(step), v.split(step), strict=True)]
-    return torch.cat(parts)[:pairs] if parts else rows.new_empty(0, dtype=dtype)

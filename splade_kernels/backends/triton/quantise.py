@@ -14,19 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import screening_plain
 from .common import GROUP, GROUP_ROWS
 from .pack import TAIL_GROUPS, Packed
 
 # Rows are filled up with zeros to whole blocks of every configuration: nothing is masked along them, and every one is
 # aligned, whatever the hidden size.
 WIDTH_MULTIPLE = 128
-# Sums of this many products of two int8 numbers stay far below 2^31.
-MAX_HIDDEN_SIZE = 65536
 BLOCK_D = WIDTH_MULTIPLE
-LEVELS = tl.constexpr(127.0)
-# Largest magnitudes of a row whose squares, and the sums of them, neither overflow nor vanish: 2^-40 to 2^40, as bits.
-_LEAST_BITS = tl.constexpr(87 << 23)
-_MOST_BITS = tl.constexpr(167 << 23)
+LEVELS = tl.constexpr(float(screening_plain.LEVELS))
+UNIT = tl.constexpr(screening_plain.UNIT)
+# The range of the largest magnitude of a row that is quantised, as bits.
+_LEAST_BITS, _MOST_BITS = (
+    tl.constexpr(torch.tensor(x, dtype=torch.float32).view(torch.int32).item())
+    for x in (screening_plain.TINY, screening_plain.HUGE)
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,6 @@ def _quantise_kernel(
         residual_squares += residual * residual
         p_q = quantised_ptr + o_n.to(tl.int64)[:, None] * width + o_d[None, :]
         tl.store(p_q, q.to(tl.int8), mask=m_n[:, None])
-    UNIT: tl.constexpr = 2.0**-23
     delta = (hidden_size + 64.0) * UNIT
     allowance = (hidden_size + 128.0) * UNIT
     norm = tl.sqrt_rn(tl.sum(squares, axis=1)) * (1.0 + delta)

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from .. import weight_cache
 from ..pooling import PoolingCall
+from ..screening_plain import MAX_HIDDEN_SIZE
 from .common import GROUP, GROUP_ROWS, tile_of
 from .exact import ENTRY_BYTES, GROUP_SHIFT, MAX_VOCAB_SIZE, WORD_SHIFT, compute_exactly
 from .pack import TAIL_GROUPS, Packed
-from .quantise import MAX_HIDDEN_SIZE, Quantised, quantise_packed, quantise_weight
+from .quantise import Quantised, quantise_packed, quantise_weight
 from .tuning import MatmulConfig, screening_may_pay, tiled_launch
 
 # A sequence keeps at most one of so many of its pairs. "auto": reasoned, not measured. A pair that is kept costs a row

@@ -1,0 +1,128 @@
+"""Exact screening in PyTorch alone, around ``torch._int_mm``, and the limits that every form of it keeps.
+
+``docs/screening.md`` derives the bound and the limits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .screening import Target
+
+# int8 products of unsigned and signed rows, 127 · 255 · 65536, still fit int32.
+MAX_HIDDEN_SIZE = 1 << 16
+# Rows whose largest element is outside this range are not bounded: products of norms would leave float32.
+TINY, HUGE = 2.0**-40, 2.0**40
+UNIT = 2.0**-23
+LEVELS = 127
+# Elements of a tile of bounds, and of the rows gathered for exact dots at a time.
+TILE_ELEMENTS = 1 << 20
+
+
+@functools.cache
+def int_mm_is_right() -> bool:
+    """Whether ``torch._int_mm`` is right: without VNNI or AMX oneDNN may add pairs of products in saturating int16."""
+    generator = torch.Generator().manual_seed(0)
+    full = torch.full((33, 776), LEVELS, dtype=torch.int8)
+    mixed = torch.randint(-LEVELS, LEVELS + 1, (33, 776), generator=generator, dtype=torch.int8)
+    try:
+        return all(
+            torch.equal(torch._int_mm(a, b.t()).to(torch.float64), a.to(torch.float64) @ b.to(torch.float64).t())
+            for a in (full, mixed)
+            for b in (full, mixed)
+        )
+    except RuntimeError:
+        return False
+
+
+@functools.cache
+def int_mm_is_fast() -> bool:
+    """Whether ``torch._int_mm`` is right and has instructions of its own; without, it takes longer than float32."""
+    return (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()) and int_mm_is_right()
+
+
+def quantise(rows: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int8 rows ``[n, D]`` and, each ``[n]`` float32, their scale, radius and norm (docs/screening.md)."""
+    # In float64 where the rows are: a row that is zero only in float32 has dots above zero.
+    largest = rows.to(torch.promote_types(rows.dtype, torch.float32)).abs().amax(dim=1)
+    bounded = (largest >= TINY) & (largest <= HUGE)
+    hostile = ~bounded & (largest != 0)
+    largest = largest.to(torch.float32)
+    exact = torch.where(bounded[:, None], rows.to(torch.float32), 0)
+    scale = torch.where(bounded, largest / levels, 0)
+    near = (exact * torch.where(bounded, levels / largest, 0)[:, None]).round_()
+    radius, norm = radius_and_norm(exact, near * scale[:, None])
+    # NaN: so are the bounds of all dots of such a row.
+    return near.to(torch.int8), scale.masked_fill_(hostile, torch.nan), radius, norm
+
+
+def radius_and_norm(exact: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """How far float32 rows are from what stands for them, the rounding of their dots included, and their norms."""
+    size = exact.shape[1]
+    norm = exact.square().sum(dim=1).sqrt_() * (1 + (size + 64) * UNIT)
+    error = (exact - near).square_().sum(dim=1).sqrt_()
+    return (error + norm * ((size + 128) * UNIT)) * (1 + (size + 64) * UNIT), norm
+
+
+def maximise(
+    rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, target: Target, *prepared: Tensor
+) -> int:
+    quantised, scale, radius, norm = prepared or quantise(weight)
+    tokens, token_scale, token_radius, token_norm = (x if x.ndim == 2 else x[:, None] for x in quantise(rows))
+    lengths = offsets.diff()
+    sequences, vocab_size = len(lengths), len(weight)
+    sequence = torch.repeat_interleave(torch.arange(sequences), lengths)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    evaluated = 0
+    width = max(32, TILE_ELEMENTS // max(len(rows), 1) // 32 * 32)
+    for first in range(0, vocab_size, width):
+        words = slice(first, min(first + width, vocab_size))
+        near = _multiply(tokens, quantised[words]).mul_(scale[words]).mul_(token_scale)
+        far = token_radius * (norm + radius)[words] + token_norm * radius[words]
+        lower = (near - far).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+        nothing = lower.new_full(lower.shape[1:], -torch.inf)
+        # [n, words]
+        attained = torch.stack([x.amax(dim=0) if len(x) else nothing for x in lower.split(lengths.tolist())])
+        upper = near + far
+        threshold = 0 if bias is None else -bias[words]
+        # Written so that NaN passes.
+        candidates = ~((upper <= threshold) | (upper < attained.index_select(0, sequence)))
+        t, v = candidates.nonzero(as_tuple=True)
+        evaluated += len(t)
+        dots = _dots(rows, weight[words], t, v)
+        place = sequence[t] * near.shape[1] + v
+        largest = torch.full((sequences * near.shape[1],), -torch.inf, dtype=dtype)
+        largest.scatter_reduce_(0, place, dots, "amax")
+        target.largest[:, words].index_copy_(0, target.sequences, largest.view(sequences, -1))
+        if target.argmax is None:
+            continue
+        wins = (dots == largest[place]) | (dots.isnan() & largest[place].isnan())
+        lowest = torch.full(largest.shape, torch.iinfo(torch.int64).max)
+        lowest.scatter_reduce_(0, place[wins], target.positions[t[wins]], "amin")
+        lowest = torch.where(largest == -torch.inf, 0, lowest).view(sequences, -1)
+        target.argmax[:, words].index_copy_(0, target.sequences, lowest.to(target.argmax.dtype))
+    return evaluated
+
+
+def _multiply(tokens: Tensor, words: Tensor) -> Tensor:
+    """``[R, words]`` float32 products of int8 rows, summed exactly."""
+    if int_mm_is_fast():
+        return torch._int_mm(tokens, words.t()).to(torch.float32)
+    return (tokens.to(torch.float64) @ words.to(torch.float64).t()).to(torch.float32)
+
+
+def _dots(rows: Tensor, words: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """``rows[t] · words[v]`` for each pair, in at least float32."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    step = max(2, TILE_ELEMENTS // rows.shape[1])
+    pairs = len(t)
+    if pairs % step == 1:
+        # One long row alone PyTorch would share out among its threads, and add up in another order.
+        t, v = (torch.cat([x, x[-1:]]) for x in (t, v))
+    parts = [(rows[a].to(dtype) * words[b]).sum(dim=1) for a, b in zip(t.split(step), v.split(step), strict=True)]
+    return torch.cat(parts)[:pairs] if parts else rows.new_empty(0, dtype=dtype)
