@@ -392,6 +392,25 @@ def test_the_quantised_weight_is_kept_between_inference_calls_only(autocast, mon
     assert len(calls) == 4
 
 
+def test_a_weight_written_behind_the_cache_is_not_screened(seen, monkeypatch):
+    """On a GPU the cache itself does not look at the contents: the device does."""
+    kept: list[Any] = []
+
+    def cached(weight: Tensor, kind: str, make: Any) -> Any:
+        kept.append(kept[0] if kept else make())
+        return kept[-1]
+
+    monkeypatch.setattr(screening.weight_cache, "cached", cached)
+    case = sparse_case((3, 20, 16, 200))
+    for _ in range(2):
+        check(case, run(case, "on", need_argmax=False)[0])
+    assert [slice.dense_groups for slice in seen] == [0, 0]
+    case.weight.data.neg_()
+    assert torch.equal(run(case, "on", need_argmax=False)[0], run(case, "off", need_argmax=False)[0])
+    assert len(kept) == 3
+    assert seen[-1].dense_groups == len(seen[-1].group_sequence) > 0
+
+
 def test_slices_share_one_quantised_weight(monkeypatch):
     calls: list[object] = []
     make = screening.quantise_weight

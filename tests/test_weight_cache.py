@@ -101,7 +101,7 @@ def test_entries_of_dead_weights_are_dropped():
     gc.collect()
     other = torch.zeros(2)
     look(other)
-    assert [entry[2] for entry in weight_cache._entries.values()] == [0.0]
+    assert [entry[-1] for entry in weight_cache._entries.values()] == [0.0]
 
 
 def test_inference_tensors_are_never_kept():
@@ -127,19 +127,36 @@ def test_the_oldest_of_many_is_dropped():
         look(weight)
     look(weights[0])
     look(weights[4])
-    assert sorted(entry[2] for entry in weight_cache._entries.values()) == [0, 4, 6, 8]
+    assert sorted(entry[-1] for entry in weight_cache._entries.values()) == [0, 4, 6, 8]
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 1000])
+def test_uncounted_writes_to_all_of_a_weight_are_seen(size):
+    weight = torch.nn.Parameter(torch.arange(3.0 * size).view(size, 3) + 1)
+    writes = [
+        lambda: weight.data.mul_(2),
+        lambda: weight.data.copy_(weight.data.flip(1)),
+        lambda: torch._foreach_mul_([weight.data], -1),
+        lambda: weight.detach().numpy().fill(3),
+        lambda: weight.data[-1].fill_(7),
+    ]
+    for write in writes:
+        before = look(weight), weight._version
+        write()
+        assert weight._version == before[1]
+        assert look(weight) == weight.detach().double().sum().item()
 
 
 def test_a_forgotten_weight_is_read_anew():
-    weight, other = torch.ones(4, 3), torch.ones(2)
+    weight, other = torch.ones(1000, 3), torch.ones(2)
     look(weight)
     look(weight[:2])
     look(other)
-    weight.data.mul_(2)
-    assert look(weight) == 12  # not counted: the documented limit
+    weight.data[1] = 2
+    assert look(weight) == 3000  # neither counted nor in the sample: the documented limit
     weight_cache.forget(weight)
     assert len(weight_cache._entries) == 1
-    assert look(weight) == 24
+    assert look(weight) == 3003
 
 
 def test_threads_get_the_contents_they_asked_for():

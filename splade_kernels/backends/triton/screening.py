@@ -51,8 +51,12 @@ def quantised(call: PoolingCall, original: Tensor, weight: Tensor) -> Quantised:
     if call.need_argmax:
         weight_cache.forget(original)
         return quantise_weight(weight)
+    rows = weight_cache.sample(original)
     kind = f"triton int8 of {call.compute_dtype}"
-    return weight_cache.cached(original, kind, lambda: quantise_weight(weight))
+    kept, kept_rows = weight_cache.cached(original, kind, lambda: (quantise_weight(weight), rows))
+    # A weight that was written without being counted has no bounds any more: every sequence is dense.
+    written = (rows != kept_rows).any()
+    return Quantised(kept.rows, kept.statistics.masked_fill(written, torch.nan))
 
 
 def queue_bytes(call: PoolingCall, vocab_size: int) -> int:
