@@ -55,7 +55,9 @@ def splade_pool(
         screening: exact screening: int8 products with a certified error bound find the dots that can be the maximum
             of their pair and positive, and only those are computed in full precision. ``"auto"``: where a look at
             this call's inputs says that it pays; True: without asking; False: never. Values agree within the rounding
-            of one float32 sum in another order. For ``pooling_strategy="max"`` only. docs/screening.md.
+            of one float32 sum in another order. For ``pooling_strategy="max"`` only. On a CPU it pays with the compiled
+            operators or VNNI; elsewhere "auto" is False. Inference keeps the int8 weight: writes to a few rows of
+            ``weight.data``, which PyTorch does not count, may go unseen. docs/screening.md.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; ``SPLADE_KERNELS_BACKEND`` overrides ``"auto"``.
 
     Returns:
@@ -69,10 +71,7 @@ def splade_pool(
     Formal et al. 2021, "SPLADE v2", arXiv:2109.10086 (max); "SPLADE", arXiv:2107.05720 (sum); arXiv:2504.14839
     (log1p_relu).
     """
-    _check_choice("pooling_strategy", pooling_strategy, POOLING_STRATEGIES)
-    _check_choice("activation_function", activation_function, ACTIVATION_FUNCTIONS)
-    _check_choice("backend", backend, ("auto", *BACKENDS))
-    screening = _check_screening(screening, pooling_strategy)
+    screening = check_options(pooling_strategy, activation_function, screening, backend)
     _check_tensor("hidden_states", hidden_states, _DTYPES)
     _check_tensor("weight", weight, _DTYPES, hidden_states.device)
     if weight.ndim != 2:
@@ -225,8 +224,13 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_screening(screening: str | bool, pooling_strategy: str) -> str:
-    """As the operators are told: ``"auto"``, ``"on"`` or ``"off"``."""
+def check_options(
+    pooling_strategy: str, activation_function: str, screening: str | bool = "auto", backend: str = "auto"
+) -> str:
+    """What to tell the operators of screening: ``"auto"``, ``"on"`` or ``"off"``."""
+    _check_choice("pooling_strategy", pooling_strategy, POOLING_STRATEGIES)
+    _check_choice("activation_function", activation_function, ACTIVATION_FUNCTIONS)
+    _check_choice("backend", backend, ("auto", *BACKENDS))
     if not isinstance(screening, bool) and screening != "auto":
         raise ValueError(f"screening: expected 'auto', True or False, got {screening!r}")
     if screening is True and pooling_strategy != "max":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .functional import flops_loss, splade_pool
+from .functional import check_options, flops_loss, splade_pool
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,6 +30,9 @@ class SpladeHead(nn.Module):
         device: where the new parameters live.
         dtype: dtype of the new parameters.
 
+    Raises:
+        ValueError: an option is none of these, or ``screening=True`` with ``pooling_strategy="sum"``.
+
     ``weight [V, D]`` and ``bias [V]`` have the names, shapes and initialisation of ``nn.Linear``'s.
     """
 
@@ -47,6 +50,7 @@ class SpladeHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options(pooling_strategy, activation_function, screening, backend)
         self.pooling_strategy = pooling_strategy
         self.activation_function = activation_function
         self.screening = screening
@@ -116,7 +120,8 @@ class SpladeHead(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, bias={self.bias is not None}, "
-            f"pooling_strategy={self.pooling_strategy!r}, activation_function={self.activation_function!r}"
+            f"pooling_strategy={self.pooling_strategy!r}, activation_function={self.activation_function!r}, "
+            f"screening={self.screening!r}, backend={self.backend!r}"
         )
 
 

@@ -10,6 +10,8 @@ import torch
 
 import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
+from splade_kernels.backends import screening, screening_plain
+from tests.screening_cases import COMPILED, NOT_COMPILED
 
 # PyTorch's matmuls are deterministic on a GPU only with a fixed workspace, and raise without one in the tests.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -53,6 +55,20 @@ def packs(backend: str) -> bool:
 def widest(request: pytest.FixtureRequest, backend: str) -> torch.dtype:
     """The dtype in which the backend under test comes closest to the definition."""
     return torch.float32 if backend == "triton" else torch.float64
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of screening: the compiled kernels, or the same in PyTorch; the torch backend on a CPU is what they belong to."""
+    if request.param == "plain":
+        monkeypatch.setattr(screening, "_isa", lambda: 0)
+        # Right on many CPUs on which it is too slow to be used.
+        monkeypatch.setattr(screening_plain, "int_mm_is_fast", screening_plain.int_mm_is_right)
+    elif not COMPILED:
+        pytest.skip(NOT_COMPILED)
+    else:
+        assert screening._isa() > 0, "the self-test refused the compiled kernels"
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

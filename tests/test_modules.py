@@ -57,6 +57,23 @@ def test_packed_options_and_copies():
     assert twin.weight is not head.weight
     assert torch.equal(twin(hidden, cu_seqlens=cu_seqlens), head(hidden, cu_seqlens=cu_seqlens))
     assert "hidden_size=4, vocab_size=9, bias=True, pooling_strategy='sum'" in repr(head)
+    assert "screening=False, backend='auto'" in repr(head)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pooling_strategy": "mean"}, "pooling_strategy: expected one of 'max', 'sum', got 'mean'"),
+        ({"activation_function": "gelu"}, "activation_function: expected one of 'relu', 'log1p_relu', got 'gelu'"),
+        ({"screening": "on"}, "screening: expected 'auto', True or False, got 'on'"),
+        ({"screening": True, "pooling_strategy": "sum"}, "screening: expected 'auto' or False with pooling_strategy"),
+        ({"backend": "cuda"}, "backend: expected one of 'auto', 'torch', 'triton', got 'cuda'"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        sk.SpladeHead(4, 9, **options)
 
 
 def test_compiles_as_a_module():

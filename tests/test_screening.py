@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,29 +9,10 @@ from torch.nn import functional as F
 
 import splade_kernels as sk
 from splade_kernels import ops
-from splade_kernels.backends import screening, screening_plain, weight_cache
+from splade_kernels.backends import screening, screening_plain
 from tests import oracle
 from tests.oracle import Case, make_case
-
-COMPILED = sk.available_backends()["csrc"] == "available" and torch.cpu._is_avx2_supported()
-
-
-@pytest.fixture(params=["compiled", "plain"])
-def kernels(request, monkeypatch):
-    """The compiled kernels, or the same in PyTorch; the torch backend on a CPU is what they belong to."""
-    if request.param == "plain":
-        monkeypatch.setattr(screening, "_isa", lambda: 0)
-        # Right on many CPUs on which it is too slow to be used.
-        monkeypatch.setattr(screening_plain, "int_mm_is_fast", screening_plain.int_mm_is_right)
-    elif not COMPILED:
-        pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
-    else:
-        assert screening._isa() > 0, "the self-test refused the compiled kernels"
-    return request.param
-
-
-def pool(case: Case, screen: str | bool, **options: str) -> Tensor:
-    return sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, screening=screen, backend="torch", **options)
+from tests.screening_cases import COMPILED, NOT_COMPILED, pool, tail
 
 
 def logits_and_band(case: Case) -> tuple[Tensor, Tensor]:
@@ -244,151 +221,6 @@ def test_autocast_screens_the_rounded_products(native, kernels, monkeypatch):
     assert (screened.double() - exact).abs().max() <= 2e-6
 
 
-def sparse_case(shape: tuple[int, int, int, int] = (8, 60, 96, 700)) -> Case:
-    case = make_case(shape, pattern="full")
-    with torch.no_grad():
-        case.bias.fill_(-3)
-    return case
-
-
-def hopeless_case() -> Case:
-    """Tokens so alike that int8 cannot tell them apart: every dot would be computed."""
-    case = make_case((8, 60, 96, 700), pattern="full")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        case.hidden[:] = case.hidden[:, :1] + 1e-4 * torch.randn(case.hidden.shape, generator=generator)
-        case.bias.fill_(3)
-    return case
-
-
-def test_auto_screens_where_few_dots_are_left_and_stands_aside_elsewhere():
-    if not COMPILED:
-        pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
-    sparse, hopeless = sparse_case(), hopeless_case()
-    for case, screens in ((sparse, True), (hopeless, False)):
-        assert torch.equal(pool(case, "auto"), pool(case, screens))
-        assert not torch.equal(pool(case, True), pool(case, False)), "the two cannot be told apart"
-        computed, pairs = screening.survivors(case.hidden, case.weight, case.bias, case.mask)
-        assert (computed < 0.02 * pairs) if screens else (computed > 0.5 * pairs)
-
-
-def test_auto_depends_on_the_inputs_alone():
-    sparse, hopeless = sparse_case(), hopeless_case()
-    before = [pool(case, "auto") for case in (sparse, hopeless)]
-    with torch.no_grad():
-        for _ in range(2):
-            for case, output in zip((sparse, hopeless), before, strict=True):
-                assert torch.equal(pool(case, "auto"), output)
-
-
-def test_auto_decides_alike_in_training_and_inference():
-    for case in (sparse_case(), hopeless_case(), sparse_case((2, 9, 96, 700))):
-        trained = pool(case, "auto")
-        with torch.no_grad():
-            assert torch.equal(pool(case, "auto"), trained)
-        with torch.inference_mode():
-            weight = case.weight.clone()
-            assert torch.equal(pool(Case(case.hidden, weight, *tail(case)), "auto"), trained)
-
-
-def test_the_quantised_weight_is_kept_for_inference_and_follows_the_weight(kernels, monkeypatch):
-    made = []
-
-    def counting(kernels: screening.Kernels) -> screening.Kernels:
-        return screening.Kernels(kernels.name, lambda w: made.append(1) or kernels.prepare(w), kernels.maximise)
-
-    compiled_for = screening._compiled_for
-    monkeypatch.setattr(screening, "_compiled_for", lambda isa: counting(compiled_for(isa)))
-    monkeypatch.setattr(screening, "PLAIN", counting(screening.PLAIN))
-    case = make_case((3, 20, 16, 60))
-    weight_cache.forget(case.weight)
-    with torch.no_grad():
-        first = pool(case, True)
-        assert torch.equal(pool(case, True), first)
-        assert len(made) == 1
-        case.weight.mul_(-1)
-        assert torch.equal(pool(case, True), pool(Case(case.hidden, case.weight.clone(), *tail(case)), True))
-        assert not torch.equal(pool(case, True), first)
-        last = pool(case, True)
-    kept = len(made)
-    assert torch.equal(pool(case, True), last), "training, which does not keep it"
-    assert len(made) == kept
-
-
-def tail(case: Case) -> tuple[Tensor | None, Tensor, Tensor]:
-    return case.bias, case.mask, case.grad
-
-
-def test_kernels_that_are_wrong_are_not_used(monkeypatch):
-    def wrong(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, target: screening.Target) -> int:
-        evaluated = real.maximise(rows, offsets, weight, bias, target)
-        target.largest[1] += 0.1
-        return evaluated
-
-    real = screening.PLAIN
-    assert screening._agrees(real)
-    assert not screening._agrees(screening.Kernels("wrong", real.prepare, wrong))
-
-
-def test_compiled_kernels_that_are_wrong_are_left_out_with_a_warning(monkeypatch):
-    if not COMPILED:
-        pytest.skip("the compiled operators were not built, or this CPU has no AVX2")
-    case = sparse_case()
-    expected = pool(case, False)
-    monkeypatch.setattr(screening, "_agrees", lambda kernels: False)
-    screening._isa.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="fail their self-test and are not used"):
-            assert torch.allclose(pool(case, "auto"), expected, atol=1e-6)
-        assert screening._isa() == 0
-    finally:
-        screening._isa.cache_clear()
-
-
-def saturating(a: Tensor, b: Tensor) -> Tensor:
-    """What oneDNN computes without VNNI: pairs of products added in int16, unsigned times signed."""
-    pairs = (a.int()[:, ::2, None] + 128) * b.int()[None, ::2] + (a.int()[:, 1::2, None] + 128) * b.int()[None, 1::2]
-    return pairs.clamp(-(2**15), 2**15 - 1).sum(dim=1) - 128 * b.int().sum(dim=0)
-
-
-def test_int_mm_that_saturates_is_found_out(monkeypatch):
-    monkeypatch.setattr(screening, "_isa", lambda: 0)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
-    case = make_case((3, 20, 16, 60))
-    screening_plain.int_mm_is_fast.cache_clear()
-    expected = pool(case, True)
-    monkeypatch.setattr(torch, "_int_mm", saturating)
-    for answer in (screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
-        answer.cache_clear()
-    try:
-        assert not screening_plain.int_mm_is_fast()
-        assert torch.equal(pool(case, True), expected)
-    finally:
-        for answer in (screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
-            answer.cache_clear()
-
-
-HELD_BACK = [{"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"}]
-
-
-@pytest.mark.parametrize("environment", HELD_BACK, ids=str)
-def test_a_cpu_held_back_gives_the_same_results(environment, tmp_path):
-    case = sparse_case((4, 80, 64, 300))
-    program = """
-import sys, torch, splade_kernels as sk
-hidden, weight, bias, path = torch.load(sys.argv[1]) + [sys.argv[2]]
-torch.save([sk.splade_pool(hidden, weight, bias, screening=s, backend="torch") for s in (True, "auto", False)], path)
-"""
-    inputs, outputs = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
-    torch.save([tensor.detach() for tensor in case.parameters()], inputs)
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, inputs, outputs], env=os.environ | environment, check=True
-    )
-    exact, _ = oracle.reference_in_double(case)
-    for output in torch.load(outputs):
-        assert (output.double() - exact).abs().max() <= 2e-6
-
-
 def test_what_cannot_be_screened_is_refused_by_name():
     case = make_case((1, 3, 4, 5))
     with pytest.raises(ValueError, match="screening: expected 'auto' or False with pooling_strategy='sum'"):
@@ -412,6 +244,30 @@ def test_dimensions_beyond_int32_and_empty_inputs_are_left_unscreened(kernels, m
     for shape in [(0, 5, 4, 6), (2, 0, 4, 6), (2, 5, 0, 6), (2, 5, 4, 0)]:
         empty = make_case(shape)
         assert torch.equal(pool(empty, True), pool(empty, False))
+
+
+EDGES = [0.0, 2.0**-41, 2.0**-40, 1.0, 2.0**40, 2.0**41, torch.nan, torch.inf]
+BOUNDED = [True, False, True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("levels", [screening_plain.LEVELS, 63])
+def test_rows_outside_the_range_have_no_bound(levels):
+    rows = torch.zeros(len(EDGES), 9)
+    rows[:, 4] = torch.tensor(EDGES)
+    scale = screening_plain.quantise(rows, levels)[1]
+    assert (~scale.isnan()).tolist() == BOUNDED
+
+
+def test_compiled_kernels_bound_the_same_rows():
+    if not COMPILED:
+        pytest.skip(NOT_COMPILED)
+    words = torch.zeros(len(EDGES), 9)
+    words[:, 4] = torch.tensor(EDGES)
+    case = Case(torch.zeros(1, 1, 9), words, None, torch.ones(1, 1, dtype=torch.int64), torch.zeros(1, len(EDGES)))
+    case.hidden[0, 0, 3] = 1.0
+    # A dot of zero is ruled out by relu, and so computed for words without a bound only.
+    computed, _ = screening.survivors(case.hidden, case.weight, torch.full((len(EDGES),), -(2.0**50)), case.mask)
+    assert computed == BOUNDED.count(False)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)

@@ -298,6 +298,37 @@ def test_pooling_passes_the_known_longest_length(monkeypatch: pytest.MonkeyPatch
     assert "attention_mask" not in seen
 
 
+def test_screening_is_passed_on_and_may_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import splade_kernels.integrations.sentence_transformers as integration
+
+    seen: list[object] = []
+
+    def record(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["screening"])
+        return splade_kernels.splade_pool(*args, **kwargs)
+
+    model = fuse(sparse_encoder())
+    decoder_forward = decoder_of(model).__dict__["forward"]
+    monkeypatch.setattr(integration, "splade_pool", record)
+    encode(model)
+    for setting in (False, True):
+        assert fuse(model, screening=setting) is model
+        encode(model)
+    assert decoder_of(model).__dict__["forward"] is decoder_forward
+    batches = len(seen) // 3
+    assert seen == ["auto"] * batches + [False] * batches + [True] * batches
+
+
+def test_a_wrong_screening_is_refused_before_anything_changes() -> None:
+    model = sparse_encoder()
+    with pytest.raises(ValueError, match="screening: expected 'auto', True or False, got 'off'"):
+        fuse(model, screening="off")
+    assert "forward" not in decoder_of(model).__dict__
+    model[1].pooling_strategy = "sum"
+    with pytest.raises(ValueError, match="screening: expected 'auto' or False with pooling_strategy='sum'"):
+        fuse(model, screening=True)
+
+
 def test_chunk_size_has_no_effect_and_embedding_dimension_is_set() -> None:
     model = sparse_encoder()
     fuse(model)

@@ -99,7 +99,20 @@ def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: 
     fast = compiled or (call.accumulation_dtype == torch.float32 and screening_plain.int_mm_is_fast())
     if call.screening == "auto" and (native_half or not fast):
         return None
+    if not fast:
+        _warn_slow()
     return Screen(call, _compiled_for(_isa()) if compiled else PLAIN, weight, bias)
+
+
+@functools.cache
+def _warn_slow() -> None:
+    """Cached, so once a process."""
+    warnings.warn(
+        "splade_kernels: screening=True takes several times longer than screening=False here: it multiplies int8 rows "
+        "in float64. Fast int8 products need the compiled operators, `pip install --no-build-isolation .` in a clone, "
+        "and AVX2, or a CPU with VNNI or AMX, and are not there for float64 inputs; 'auto' leaves screening off.",
+        stacklevel=2,
+    )
 
 
 def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mask: Tensor) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from sentence_transformers.sparse_encoder import losses as sparse_losses
 from sentence_transformers.sparse_encoder.modules import Router, SparseAutoEncoder, SpladePooling, Transformer
 from torch import Tensor, nn
 
-from ..functional import flops_loss, splade_pool
+from ..functional import check_options, flops_loss, splade_pool
 from ._encode import encode_sparse
 from ._probe import is_sharded, probe_pooling, probe_transformer, skip_probe
 
@@ -68,16 +68,17 @@ class FlopsLoss(sparse_losses.FlopsLoss):
         return {"threshold": self.threshold}
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
     """Give every SPLADE head in ``model`` the fused forward, in place.
 
     Each fill-mask ``Transformer`` that feeds a ``SpladePooling``, directly or in a route of a ``Router``, is checked,
     probed once on random hidden states, and changed only when all of them pass. A model that is already fused is
-    returned as it is. Once fused, ``SpladePooling.chunk_size`` has no effect, ``token_embeddings`` holds hidden states
-    instead of logits, and the embeddings are float32 under autocast.
+    returned as it is, but for ``screening``. Once fused, ``SpladePooling.chunk_size`` has no effect,
+    ``token_embeddings`` holds hidden states instead of logits, and the embeddings are float32 under autocast.
 
     Args:
         model: a ``SparseEncoder``, or a module that contains one (a loss, a wrapper).
+        screening: ``"auto"``, True or False: see :func:`splade_kernels.splade_pool`.
 
     Returns:
         ``model`` itself.
@@ -85,17 +86,21 @@ def fuse(model: Model) -> Model:
     Raises:
         TypeError: no ``SparseEncoder`` or ``SpladePooling`` in it, or the decoder is not a plain ``nn.Linear``.
         ValueError: the logits are changed, watched or used elsewhere, the backend is not torch, the model carries
-            adapters or is quantised, or it is fused in part only.
+            adapters or is quantised, it is fused in part only, or ``screening`` is none of these.
     """
     heads = _find_heads(model)
-    if all(head.is_fused() for head in heads):
-        return model
-    for head in heads:
-        head.check()
-    for head in heads:
-        head.probe()
-    for head in heads:
-        head.install()
+    poolings = [pooling for head in heads for pooling in head.poolings]
+    for pooling in poolings:
+        check_options(pooling.pooling_strategy, pooling.activation_function, screening)
+    if not all(head.is_fused() for head in heads):
+        for head in heads:
+            head.check()
+        for head in heads:
+            head.probe()
+        for head in heads:
+            head.install()
+    for pooling in poolings:
+        pooling.__dict__["forward"].screening = screening
     return model
 
 
@@ -156,6 +161,7 @@ class _PoolingForward:
     def __init__(self, pooling: SpladePooling, decoder: nn.Linear) -> None:
         self.pooling = pooling
         self.decoder = decoder
+        self.screening: str | bool = "auto"
 
     def __call__(self, features: Features) -> Features:
         pooling, weight = self.pooling, self.decoder.weight
@@ -172,6 +178,7 @@ class _PoolingForward:
             self.decoder.bias,
             pooling_strategy=pooling.pooling_strategy,
             activation_function=pooling.activation_function,
+            screening=self.screening,
             **layout,
         )
         if pooling.embedding_dimension is None:
