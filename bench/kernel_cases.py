@@ -37,6 +37,7 @@ UNALIGNED = {
     "argmax_ptr",
     "mask_ptr",
     "entry_count_ptr",
+    "wanted_ptr",
 }
 
 
@@ -159,9 +160,13 @@ def _others(make: Maker) -> Iterator[Case]:
 
 def _screening(make: Maker) -> Iterator[Case]:
     counts = {"budget_ptr": "*i64", "queue_ptr": "*i64", "entry_count_ptr": "*i64"}
-    int8 = {"quantised_ptr": "*i8", "statistics_ptr": "*fp32"}
-    for aligned, absent in ((True, {}), (False, {"group_count_ptr": None})):
-        constants = {"BLOCK_D": quantise.BLOCK_D, "stride_d": 1, **absent}
+    int8 = {"quantised_ptr": "*i8", "statistics_ptr": "*fp32", "wanted_ptr": "*i1"}
+    for aligned, absent in (
+        (True, ["wanted_ptr"]),
+        (True, ["group_count_ptr"]),
+        (False, ["group_count_ptr", "wanted_ptr"]),
+    ):
+        constants = {"BLOCK_D": quantise.BLOCK_D, "stride_d": 1, **dict.fromkeys(absent)}
         yield make(quantise._quantise_kernel, int8, constants, aligned_rows=aligned)
     config = screening_config(make.arch)
     tiles = {"weight": "*i8", "row": "*i8"}

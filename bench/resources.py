@@ -61,8 +61,8 @@ class Row:
         return found
 
 
-def compile_case(case: Case) -> Row:
-    """Compile one case and read its machine code."""
+def compile_case(case: Case) -> Any:
+    """What Triton makes of one case: ``asm["ptx"]``, ``asm["cubin"]``, ``metadata``."""
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
@@ -70,7 +70,12 @@ def compile_case(case: Case) -> Row:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if case.maxnreg is not None:
         options["maxnreg"] = case.maxnreg
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+
+
+def measure(case: Case) -> Row:
+    """Compile one case and read its machine code."""
+    compiled = compile_case(case)
     usage, code = _disassemble(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     if found is None:
@@ -85,7 +90,8 @@ def compile_case(case: Case) -> Row:
         config={
             name: value for name, value in case.constants.items() if isinstance(value, (int, str)) and name.isupper()
         }
-        | options,
+        | {"num_warps": case.num_warps, "num_stages": case.num_stages}
+        | ({} if case.maxnreg is None else {"maxnreg": case.maxnreg}),
         registers=registers,
         spill_bytes=stack,
         shared_bytes=compiled.metadata.shared + static_shared,
@@ -103,7 +109,7 @@ def report(architectures: tuple[int, ...] = ARCHITECTURES, processes: int | None
 
 
 def _compile_numbered(arch: int, number: int) -> Row:
-    return compile_case(next(itertools.islice(cases(arch), number, None)))
+    return measure(next(itertools.islice(cases(arch), number, None)))
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

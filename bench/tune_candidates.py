@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bench.kernel_cases import Case, Maker, hidden_cases, matmuls, weight_case
-from bench.resources import SHARED_LIMIT, Row, compile_case
+from bench.resources import SHARED_LIMIT, Row, measure
 from splade_kernels.backends.triton.grad_hidden import HiddenConfig, hidden_config
 from splade_kernels.backends.triton.pool_backward import WeightConfig, weight_config
 from splade_kernels.backends.triton.tuning import (
@@ -121,7 +121,7 @@ def compile_cases(question: Question, config: Config) -> list[Case]:
 def examine(question: Question, config: Config) -> tuple[list[Row], list[str]]:
     """What the compiler made of the candidate, and the reasons to drop it: none if it can be measured."""
     try:
-        rows = [compile_case(case) for case in compile_cases(question, config)]
+        rows = [measure(case) for case in compile_cases(question, config)]
     except Exception as error:  # whatever the compiler raises, the candidate is out
         return [], [f"does not compile: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
     problems = [f"{row.kernel} {problem}" for row in rows for problem in row.problems()]

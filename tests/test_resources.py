@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -64,3 +65,16 @@ def test_every_kernel_of_the_package_is_in_the_report(rows):
         launched |= {name for name, value in members.items() if isinstance(value, triton.JITFunction)}
     kernels = {name.strip("_") for name in launched if name.endswith("_kernel")}
     assert kernels == {row.kernel for row in rows}
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 120])
+def test_warps_of_the_screening_kernel_never_part_over_a_budget(arch):
+    """Budgets change while they are read: what one thread read has to reach all warps before any of them branches."""
+    kernel = "_screen_kernel"
+    case = next(case for case in resources.cases(arch) if case.kernel.__name__ == kernel)
+    lines = resources.compile_case(case).asm["ptx"].splitlines()
+    budgets = [i for i, line in enumerate(lines) if "ld.global.cg" in line]
+    assert len(budgets) == case.constants["BLOCK_T"] // 16
+    branch = next(i for i, line in enumerate(lines) if i > budgets[-1] and re.search(r"\bbra\b", line))
+    between = "\n".join(lines[budgets[-1] : branch])
+    assert re.search(r"st\.shared.*bar\.sync.*ld\.shared", between, re.DOTALL), between

@@ -392,7 +392,8 @@ def test_the_quantised_weight_is_kept_between_inference_calls_only(autocast, mon
     assert len(calls) == 4
 
 
-def test_a_weight_written_behind_the_cache_is_not_screened(seen, monkeypatch):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_weight_written_behind_the_cache_is_quantised_again(mode, seen, monkeypatch):
     """On a GPU the cache itself does not look at the contents: the device does."""
     kept: list[Any] = []
 
@@ -402,13 +403,54 @@ def test_a_weight_written_behind_the_cache_is_not_screened(seen, monkeypatch):
 
     monkeypatch.setattr(screening.weight_cache, "cached", cached)
     case = sparse_case((3, 20, 16, 200))
-    for _ in range(2):
+    with mode():
         check(case, run(case, "on", need_argmax=False)[0])
-    assert [slice.dense_groups for slice in seen] == [0, 0]
-    case.weight.data.neg_()
-    assert torch.equal(run(case, "on", need_argmax=False)[0], run(case, "off", need_argmax=False)[0])
-    assert len(kept) == 3
-    assert seen[-1].dense_groups == len(seen[-1].group_sequence) > 0
+    for scale in (-1, 2):
+        case.weight.data.mul_(scale)
+        expected = screening.quantise_weight(case.weight.detach())
+        check(case, run(case, "on", need_argmax=False)[0])
+        assert torch.equal(kept[0][0].rows, expected.rows)
+        assert torch.equal(kept[0][0].statistics, expected.statistics)
+    with mode():
+        kept[0][0].rows.zero_()
+    run(case, "on", need_argmax=False)  # nothing was written, so nothing is quantised
+    assert not kept[0][0].rows.any()
+
+
+def test_a_weight_used_in_two_dtypes_is_kept_for_each(monkeypatch):
+    calls: list[torch.dtype] = []
+    make = screening.quantise_weight
+    monkeypatch.setattr(screening, "quantise_weight", lambda weight: calls.append(weight.dtype) or make(weight))
+    case = sparse_case((2, 20, 16, 40))
+    for autocast in (True, False, True, False):
+        with torch.no_grad(), torch.autocast(ACCELERATOR, torch.bfloat16, enabled=autocast):
+            sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, screening=True, backend="triton")
+    assert calls == [torch.bfloat16, torch.float32]
+
+
+def test_tiles_of_sequences_known_to_be_dense_are_left_out(tiles, monkeypatch):
+    budgets: list[Tensor] = []
+
+    class Spy:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, **options: Any) -> None:
+                budgets.extend(x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.int64 and x.ndim == 1)
+                kernel[grid](*arguments, **options)
+
+            return launch
+
+    kernel = screening._screen_kernel
+    monkeypatch.setattr(screening, "_screen_kernel", Spy())
+    monkeypatch.setitem(screening.SHARE, "on", 4)
+    case = sparse_case((1, 64, 16, 320), pattern="full")
+    with torch.no_grad():
+        case.bias.fill_(100)
+    check(case, *run(case, "on"))
+    # 4 groups keep 80 pairs each; of the 10 tiles, with 128 pairs each, the third one finds that it is too many.
+    if ACCELERATOR == "cpu":
+        assert budgets[0].tolist() == [4 * 80 - 3 * 128]
+    else:
+        assert budgets[0].tolist() <= [4 * 80 - 3 * 128]
 
 
 def test_slices_share_one_quantised_weight(monkeypatch):

@@ -138,7 +138,7 @@ def test_uncounted_writes_to_all_of_a_weight_are_seen(size):
         lambda: weight.data.copy_(weight.data.flip(1)),
         lambda: torch._foreach_mul_([weight.data], -1),
         lambda: weight.detach().numpy().fill(3),
-        lambda: weight.data[-1].fill_(7),
+        lambda: weight.data[0].fill_(7),
     ]
     for write in writes:
         before = look(weight), weight._version

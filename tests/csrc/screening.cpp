@@ -145,6 +145,8 @@ void check(const Kernels<W>& kernels, const char* isa, const Case& c, std::mt199
       for (size_t t = 0; t < position && c.kind == std::string("extreme"); ++t) {
         require(dots[t] < dots[position], "the lowest position", c, isa, v);
       }
+    } else {
+      require(!(value + static_cast<double>(c.bias) > 3 * band), "an inactive word stays inactive", c, isa, v);
     }
   }
   if (std::string(c.kind) == "normal" && c.hidden_size >= 64 && c.tokens >= 100) {

@@ -139,7 +139,7 @@ def dots(
     for first in range(0, depth, BLOCK_K):
         o_k = first + tl.arange(0, BLOCK_K)
         m_k = o_k < hidden_size
-        b_w = tl.load(p_w + o_k[None, :] * stride_wd, mask=m_v[:, None] & m_k[None, :], other=0.0)
+        b_w = tl.load(p_w + o_k.to(tl.int64)[None, :] * stride_wd, mask=m_v[:, None] & m_k[None, :], other=0.0)
         b_h = tl.load(p_h + o_k[:, None], mask=m_t[None, :] & m_k[:, None], other=0.0)
         acc = multiply(b_w, b_h, acc, PRECISION)
     return acc

@@ -199,6 +199,7 @@ def _pack_kernel(
         o_d = first + tl.arange(0, BLOCK_D)
         m_d = (o_d < hidden_size)[None, :]
         # [GROUP, BLOCK_D]
-        values = tl.load(hidden_ptr + source[:, None] + o_d[None, :] * stride_hd, mask=m_d & inside, other=0.0)
+        p_hidden = hidden_ptr + source[:, None] + o_d.to(tl.int64)[None, :] * stride_hd
+        values = tl.load(p_hidden, mask=m_d & inside, other=0.0)
         p_row = row_ptr + packed_row[:, None] * hidden_size + o_d[None, :]
         tl.store(p_row, values.to(row_ptr.dtype.element_ty), mask=m_d)

@@ -168,8 +168,9 @@ def _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
     """
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
     largest = -1
-    for g in range(tile_t * GROUPS, tl.minimum((tile_t + 1) * GROUPS, rows // GROUP_ROWS)):
-        largest = tl.maximum(largest, tl.load(group_sequence_ptr + g))
+    for i in tl.static_range(GROUPS):
+        g = tile_t * GROUPS + i
+        largest = tl.maximum(largest, tl.load(group_sequence_ptr + g, mask=g < rows // GROUP_ROWS, other=-1))
     return largest >= 0
 
 

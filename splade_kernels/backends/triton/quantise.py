@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import screening_plain
 from .common import GROUP, GROUP_ROWS
-from .pack import TAIL_GROUPS, Packed
+from .pack import Packed
 
 # Rows are filled up with zeros to whole blocks of every configuration: nothing is masked along them, and every one is
 # aligned, whatever the hidden size.
@@ -41,46 +41,62 @@ class Quantised:
 
 def quantise_weight(weight: Tensor) -> Quantised:
     """All rows of ``[V, D]``, with any strides."""
-    return _quantise(weight, None)
+    quantised = _empty(weight, 3 * len(weight))
+    _launch(weight, quantised)
+    return quantised
+
+
+def requantise_weight(weight: Tensor, quantised: Quantised, wanted: Tensor) -> None:
+    """Once more, in place, if the device finds ``wanted`` (0-dimensional bool) true."""
+    _launch(weight, quantised, wanted=wanted)
 
 
 def quantise_packed(packed: Packed) -> Quantised:
-    """The packed rows that a tile may hold; those further behind the last group are left alone."""
-    return _quantise(packed.rows, packed.group_offsets[-1:])
+    """The rows of all groups; what is behind them is left as it is, and no token of it passes the screen."""
+    groups = len(packed.group_sequence)
+    quantised = _empty(packed.rows, groups * (GROUP + 2))
+    _launch(packed.rows, quantised, group_count=packed.group_offsets[-1:])
+    return quantised
 
 
-def _quantise(source: Tensor, group_count: Tensor | None) -> Quantised:
+def _empty(source: Tensor, statistics: int) -> Quantised:
     count, hidden_size = source.shape
     width = triton.cdiv(hidden_size, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    rows = torch.empty(count, width, device=source.device, dtype=torch.int8)
-    size = 3 * count if group_count is None else count + 2 * (count // GROUP)
-    statistics = torch.empty(size, device=source.device, dtype=torch.float32)
+    return Quantised(
+        torch.empty(count, width, device=source.device, dtype=torch.int8),
+        torch.empty(statistics, device=source.device, dtype=torch.float32),
+    )
+
+
+def _launch(
+    source: Tensor, quantised: Quantised, *, group_count: Tensor | None = None, wanted: Tensor | None = None
+) -> None:
+    count, hidden_size = source.shape
     _quantise_kernel[(triton.cdiv(count, GROUP),)](
         source,
         group_count,
-        rows,
-        statistics,
+        wanted,
+        quantised.rows,
+        quantised.statistics,
         count,
         hidden_size,
-        width,
-        TAIL_GROUPS,
+        quantised.rows.shape[1],
         *source.stride(),
         BLOCK_D=BLOCK_D,
         num_warps=4,
     )
-    return Quantised(rows, statistics)
 
 
-@triton.jit(do_not_specialize=["rows", "tail"], do_not_specialize_on_alignment=["group_count_ptr"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group_count_ptr", "wanted_ptr"])
 def _quantise_kernel(
     source_ptr,
     group_count_ptr,
+    wanted_ptr,
     quantised_ptr,
     statistics_ptr,
     rows,
     hidden_size,
     width,
-    tail,
     stride_n,
     stride_d,
     BLOCK_D: tl.constexpr,
@@ -94,7 +110,10 @@ def _quantise_kernel(
     """
     g = tl.program_id(0)
     if group_count_ptr is not None:
-        if g >= tl.load(group_count_ptr) + tail:
+        if g >= tl.load(group_count_ptr):
+            return
+    if wanted_ptr is not None:
+        if tl.load(wanted_ptr) == 0:
             return
     o_n = g * GROUP_ROWS + tl.arange(0, GROUP_ROWS)
     m_n = o_n < rows

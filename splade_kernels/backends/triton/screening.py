@@ -28,7 +28,7 @@ from ..screening_plain import MAX_HIDDEN_SIZE
 from .common import GROUP, GROUP_ROWS, tile_of
 from .exact import ENTRY_BYTES, GROUP_SHIFT, MAX_VOCAB_SIZE, WORD_SHIFT, compute_exactly
 from .pack import TAIL_GROUPS, Packed
-from .quantise import Quantised, quantise_packed, quantise_weight
+from .quantise import Quantised, quantise_packed, quantise_weight, requantise_weight
 from .tuning import MatmulConfig, screening_may_pay, tiled_launch
 
 # A sequence keeps at most one of so many of its pairs. "auto": reasoned, not measured. A pair that is kept costs a row
@@ -51,12 +51,19 @@ def quantised(call: PoolingCall, original: Tensor, weight: Tensor) -> Quantised:
     if call.need_argmax:
         weight_cache.forget(original)
         return quantise_weight(weight)
-    rows = weight_cache.sample(original)
+    sample = weight_cache.sample(original)
     kind = f"triton int8 of {call.compute_dtype}"
-    kept, kept_rows = weight_cache.cached(original, kind, lambda: (quantise_weight(weight), rows))
-    # A weight that was written without being counted has no bounds any more: every sequence is dense.
-    written = (rows != kept_rows).any()
-    return Quantised(kept.rows, kept.statistics.masked_fill(written, torch.nan))
+    kept, kept_sample = weight_cache.cached(original, kind, lambda: (quantise_weight(weight), _normal_copy(sample)))
+    # Of a write that was not counted only the device knows.
+    requantise_weight(weight, kept, (sample != kept_sample).any())
+    kept_sample.copy_(sample)
+    return kept
+
+
+def _normal_copy(tensor: Tensor) -> Tensor:
+    """One that may be written inside and outside of inference mode."""
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def queue_bytes(call: PoolingCall, vocab_size: int) -> int:
@@ -190,10 +197,7 @@ def _screen_kernel(
 
 @triton.jit
 def _is_open(group_sequence_ptr, budget_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
-    """Whether a sequence of the tile is not known to be dense yet.
-
-    Scalars, so that the compiler knows that a warp does not part here.
-    """
+    """Whether a sequence of the tile is not known to be dense yet: the same for all warps of the program."""
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
     largest = tl.full((), -1, tl.int64)
     for i in tl.static_range(GROUPS):
@@ -202,7 +206,11 @@ def _is_open(group_sequence_ptr, budget_ptr, tile_t, rows, BLOCK_T: tl.constexpr
         # Past the first cache, which would not see what other programs subtract. An old budget is only ever too high.
         budget = tl.load(budget_ptr + sequence, mask=sequence >= 0, other=-1, cache_modifier=".cg")
         largest = tl.maximum(largest, budget)
-    return largest >= 0
+    # Other programs subtract meanwhile, so that each thread may have read something else, and warps that part here
+    # would wait for one another for ever. So one thread's view is taken, by way of shared memory: of so many elements
+    # none has copies in several warps.
+    first = tl.arange(0, 1024) == 0
+    return tl.max((first & (largest >= 0)).to(tl.int32), axis=0) > 0
 
 
 @triton.jit
