@@ -27,7 +27,7 @@ from .pooling import PoolingCall
 # which it pays to go on: with AVX2 an exact dot takes six to nine times as long as one in a matmul, an int8 dot three
 # tenths (bench/results/screening-cpu.json: time over `computed`).
 PROBE_WORDS, PROBE_RUNS = 256, 8
-PAYING_SHARE = 1 / 16
+PAYING_SHARE = 1 / 12
 
 
 class Target(NamedTuple):
