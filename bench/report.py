@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import head_limits, margins_tables, roofline, screening_tables, training_tables
+from bench import head_limits, margins_tables, ratios, roofline, screening_tables, training_tables
 from bench.cases import CASES, GOOAQ, PRECISIONS
+from bench.ratios import against, speedup
 from bench.roofline import Machine, Work
 
 Result = dict[str, Any]
@@ -50,6 +51,7 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
         "# Results",
         "Written by `python -m bench.report bench/results/*.json`; how it is measured: "
         "[docs/benchmarks.md](../docs/benchmarks.md).",
+        ratios.NOTE,
     ]
     if not _on_gpu(results):
         parts += [NOT_ON_A_GPU + " What a GPU would need at least is computed below, from its datasheet.", floors()]
@@ -73,7 +75,7 @@ def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
             for row in _short(case, variants)
         ]
         header = ["forward and backward", "stock", "fused", "", "extra memory, stock", "fused"]
-        parts += [table([header, *rows]), caption(result)] if rows else []
+        parts += [table([header, *rows]), f"{ratios.NOTE} {caption(result)}"] if rows else []
     parts += [_picture(figure) for figure in figures]
     return "\n\n".join([*parts, "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md).", END])
 
@@ -103,7 +105,7 @@ def head_section(result: Result) -> str:
                         case,
                         *(cell(variants.get(name)) for name in names),
                         speedup(variants.get("stock"), ours),
-                        ratio(ours, floor, "{:.2f}x"),
+                        against(ours, floor),
                         f"{machine.seconds(work) / ours['median']:.0%}" if work and ours.get("median") else "-",
                     ]
                 )
@@ -119,7 +121,7 @@ def backward_section(result: Result) -> str:
     for case, precision, job, variants in grouped(result["rows"]):
         ours, forward = variants["ours"], variants.get("training-forward")
         share = f"{ours['active_share']:.1%}"
-        cells = [cell(ours), cell(forward), ratio(ours, forward, "{:.2f}")]
+        cells = [cell(ours), cell(forward), against(ours, forward)]
         rows.append([case, precision, job.removeprefix("backward-"), share, *cells])
     return "\n\n".join([f"## Backward alone: {device(result)}", caption(result), table(rows), _checks(result)])
 
@@ -252,7 +254,9 @@ def _table(result: Result, precision: str, job: str) -> list[tuple[str, dict[str
 
 
 def _sum(rows: Sequence[Row]) -> Row:
-    total = {"status": next((row["status"] for row in rows if row["status"] != "measured"), "measured")}
+    total: Row = {"status": next((row["status"] for row in rows if row["status"] != "measured"), "measured")}
+    # As many rounds as both have.
+    total["samples"] = [sum(pair) for pair in zip(*(row.get("samples") or [] for row in rows), strict=False)]
     for name in ("median", "operations", "bytes"):
         values = [row[name] for row in rows]
         total[name] = None if None in values else sum(values)
@@ -304,19 +308,6 @@ def cell(row: Row | None) -> str:
 
 def _beside_others(row: Row) -> bool:
     return bool(row.get("clock") == "perf_counter" and (row.get("others") or 0) > BUSY_PROCESSORS)
-
-
-def ratio(top: Row | None, bottom: Row | None, pattern: str) -> str:
-    if not top or not bottom or top["median"] is None or bottom["median"] is None:
-        return "-"
-    return pattern.format(top["median"] / bottom["median"])
-
-
-def speedup(stock: Row | None, ours: Row | None) -> str:
-    if not stock or not ours or stock["median"] is None or ours["median"] is None:
-        return "-"
-    ratio = stock["median"] / ours["median"]
-    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
 
 
 def mebibytes(row: Row | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.ratios import against, speedup
 from bench.variants import OURS
 
 VARIANTS = ("stock", "unscreened", "ours", "screened", "matmul-real")
@@ -43,8 +44,8 @@ def section(result: dict[str, Any]) -> str:
 def _times(groups: list[Any]) -> list[list[str]]:
     from bench import report
 
-    against = ["screened against unscreened", "auto against unscreened", "screened against stock", "against matmul"]
-    rows = [["case", "active", "computed", *(LABELS.get(name, name) for name in VARIANTS), *against]]
+    compared = ["screened against unscreened", "auto against unscreened", "screened against stock", "against matmul"]
+    rows = [["case", "active", "computed", *(LABELS.get(name, name) for name in VARIANTS), *compared]]
     for case, _, _, found in groups:
         any_row = next(iter(found.values()))
         screened, unscreened = found.get("screened"), found.get("unscreened")
@@ -55,10 +56,10 @@ def _times(groups: list[Any]) -> list[list[str]]:
                 f"{any_row['active_share']:.2%}",
                 "-" if computed is None else f"{computed:.3%}",
                 *(report.cell(found.get(name)) for name in VARIANTS),
-                report.speedup(unscreened, screened),
-                report.ratio(found.get("ours"), unscreened, "{:.2f}x the time"),
-                report.speedup(found.get("stock"), screened),
-                report.ratio(screened, found.get("matmul-real"), "{:.2f}x the time"),
+                speedup(unscreened, screened),
+                against(found.get("ours"), unscreened, "x the time"),
+                speedup(found.get("stock"), screened),
+                against(screened, found.get("matmul-real"), "x the time"),
             ]
         )
     return rows
@@ -87,7 +88,7 @@ def _texts(groups: list[Any]) -> list[list[str]]:
             for row in map(found.get, WEIGHED)
         ]
         ours = found.get("ours")
-        compared = [report.speedup(found.get(name), ours) for name in ("unscreened", "stock")]
+        compared = [speedup(found.get(name), ours) for name in ("unscreened", "stock")]
         rows.append([f"{case} ({any_row['shape']})", f"{any_row['active_share']:.2%}", *rates, *compared])
     return rows
 

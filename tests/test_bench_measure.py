@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_every_variant_is_checked_timed_and_repeats(unweighed):
     for name in ("stock", "ours"):
         row = by_name[name]
         assert (row.status, row.repeatable, row.clock) == ("measured", True, "perf_counter")
-        assert row.rounds >= 3
+        assert row.rounds == len(row.samples) >= 9
         assert row.spread[0] <= row.median <= row.spread[1]
         assert set(row.errors) == {"output", "grad_bias", "grad_hidden_sum", "grad_hidden_dot", "grad_weight_dot"}
         assert max(row.errors.values()) < 1e-5
@@ -200,6 +201,26 @@ def test_rounds_are_interleaved_and_bounded():
     assert [len(result.samples) for result in timed.values()] == [3, 3]
     # Two steps a sample, one of which sleeps 2 ms.
     assert 0.001 <= timed["a"].median < 0.01
+
+
+def test_there_are_enough_rounds_for_quartiles():
+    timed = timing.interleave({"a": timing.Sampler([lambda: None], CPU)}, seconds=0)
+    assert len(timed["a"].samples) == 9
+
+
+def test_stolen_processor_time_counts_as_that_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_STAT", tmp_path / "stat")
+
+    def at(stolen: int) -> None:
+        timing._STAT.write_text(f"cpu  100 20 30 9000 500 1 2 {stolen} 7 7\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+
+    at(0)
+    assert timing._processor_seconds() == 150 / os.sysconf("SC_CLK_TCK")
+    # Two processors' worth of stolen time while a step of 0.2 seconds ran.
+    seconds = 0.2
+    step = lambda: (time.sleep(seconds), at(round(2 * seconds * os.sysconf("SC_CLK_TCK"))))  # noqa: E731
+    timed = timing.interleave({"a": timing.Sampler([step], CPU)}, seconds=0, rounds=(1, 1))
+    assert timed["a"].others == pytest.approx(2, rel=0.3)
 
 
 def test_the_command_writes_a_result_file(tmp_path, monkeypatch, unweighed):
