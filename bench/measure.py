@@ -96,7 +96,8 @@ def groups(
     if isinstance(subject, screening.Corpus):
         return {"encode": partial(screening.encode, subject, precision, device, names)}
     if kind == "screening":
-        return {"forward": partial(screening.head, subject, precision, device, names)}
+        passes = screening.passes(subject)
+        return {job: partial(screening.head, subject, precision, job, device, names) for job in passes}
     if kind == "flops":
         shape: tuple[int, int] = subject
         return {job: partial(jobs.flops, shape, precision, job, device) for job in roofline.PASSES}

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bench.cases import PRECISIONS, Case, Inputs, Precision, make_inputs
 from bench.memory import peak, reset_peak
-from bench.variants import OURS, VARIANTS, Head
+from bench.variants import MODES, VARIANTS, Head
 
 # Weighed on a CPU, each in a process of its own, forked from one that has imported everything and computed nothing.
-WEIGHED_ON_CPU = ("stock", *OURS)
+WEIGHED_ON_CPU = ("stock", *MODES)
 PRELOAD = ["bench.steps", "sentence_transformers.sparse_encoder.modules"]
 
 # Points of curves of the time.
