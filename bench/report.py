@@ -30,6 +30,12 @@ BUSY_PROCESSORS = 0.2
 COLUMNS = ("stock", "compile", "tiled", "sparton", "rival", "ours", "matmul-padded", "matmul-real")
 README_CASES = ("gooaq", "dev-ragged", "splade-v3-ragged", "xlmr-16-ragged", "query", "dev", "splade-v3")
 FLOOR_CASES = ("gooaq-question", "gooaq-answer", "dev", "splade-v3", "long", "xlmr-16", "qwen", "query")
+# Weights and hidden states are inputs, as is the gradient that arrives.
+EXTRA_MEMORY = "peak memory beyond inputs, outputs and gradients"
+ROOFLINE = (
+    "`roofline / ours`: the least time for all dots of the real tokens at the rates measured here, over that of ours. "
+    "Where ours screens it computes few of these dots, so that this is no floor and the share may exceed 100 %."
+)
 BEGIN, END = "<!-- bench: python -m bench.report bench/results/*.json -->", "<!-- bench end -->"
 
 
@@ -74,7 +80,7 @@ def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
             for case, variants in _table(result, _first(result), "forward_backward")
             for row in _short(case, variants)
         ]
-        header = ["forward and backward", "stock", "fused", "", "extra memory, stock", "fused"]
+        header = ["forward and backward", "stock", "fused", "", f"{EXTRA_MEMORY}, stock", "fused"]
         parts += [table([header, *rows]), f"{ratios.NOTE} {caption(result)}"] if rows else []
     parts += [_picture(figure) for figure in figures]
     return "\n\n".join([*parts, "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md).", END])
@@ -110,7 +116,7 @@ def head_section(result: Result) -> str:
                     ]
                 )
             if measured:
-                parts += [f"### {job.replace('_', ' and ')}, {precision}, milliseconds", table(rows)]
+                parts += [f"### {job.replace('_', ' and ')}, {precision}, milliseconds", table(rows), ROOFLINE]
         parts += _memory(result, precision)
     parts.append(_checks(result))
     return "\n\n".join(part for part in parts if part)
@@ -150,7 +156,8 @@ def resources_section(result: Result) -> str:
 
 def training_section(result: Result) -> str:
     """Whole training steps, or the largest batches."""
-    return f"## {result['kind'].capitalize()}: {device(result)}\n\n{training_tables.table(result)}"
+    title = f"## {result['kind'].capitalize()}: {device(result)}"
+    return "\n\n".join([title, caption(result), training_tables.table(result)])
 
 
 def plain_section(result: Result) -> str:
@@ -199,6 +206,8 @@ def caption(result: Result) -> str:
         f"{device(result)}{driver}; python {environment['python']}, {packages}; commit {environment['commit']}. "
         f"Command: `{result.get('command', '')}`; file `bench/results/{result['file']}`."
     )
+    if "load_average" in result:
+        text += f" Load average of the machine at the start: {result['load_average']:.1f}."
     if any(_beside_others(row) for row in result["rows"]):
         text += f" \\* other programs kept more than {BUSY_PROCESSORS} processors busy meanwhile."
     if result.get("left_out"):
@@ -283,7 +292,7 @@ def _memory(result: Result, precision: str) -> list[str]:
         cells = [mebibytes(job.get(case, {}).get(name)) for job in jobs for name in ("stock", "ours")]
         if any(cell != "-" for cell in cells):
             rows.append([case, *cells])
-    return [f"### Peak memory beyond inputs, outputs and gradients, {precision}, MiB", table(rows)] if rows[1:] else []
+    return [f"### {EXTRA_MEMORY.capitalize()}, {precision}, MiB", table(rows)] if rows[1:] else []
 
 
 def _checks(result: Result) -> str:

@@ -109,6 +109,28 @@ def test_extra_memory_of_stock_is_in_logits():
     assert 1.5 < extra / roofline.logits_bytes(case, FLOAT32) < 4.5
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+def test_freed_memory_before_a_step_does_not_hide_what_the_step_takes(monkeypatch):
+    case = Case("memory", 8, 64, hidden_size=16, vocab_size=500)
+    make, pins = steps.make_inputs, []
+
+    def leaving_freed_memory(*arguments: object) -> cases.Inputs:
+        inputs = make(*arguments)
+        # Too small to be mapped alone; the last one keeps the heap from shrinking by itself.
+        blocks = [bytearray(100_000) for _ in range(400)]
+        pins.append(blocks.pop())
+        return inputs
+
+    monkeypatch.setattr(steps, "make_inputs", leaving_freed_memory)
+    assert steps.host_extra_bytes(case, "float32", "stock", True) > 0.5 * roofline.logits_bytes(case, FLOAT32)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+def test_extra_memory_is_never_negative(monkeypatch):
+    monkeypatch.setattr(steps, "peak", lambda: 0)
+    assert steps.host_extra_bytes(TINY, "float32", "ours", False) == 0
+
+
 def test_floors_are_timed_beside_the_forward():
     made = named(jobs.head(TINY, FLOAT32, "forward", CPU, ["ours"]))
     assert list(made) == ["ours", *variants.MATMULS]

@@ -118,6 +118,21 @@ def test_backward_and_flops_tables():
     assert text.index("## Backward") < text.index("## FLOPS")
 
 
+def test_training_names_machine_versions_commit_and_load():
+    training = result("training", [], gpu=False, load_average=33.88, predictions=[], seed_run={})
+    text = report.render([training])
+    assert (
+        "python 3.11, torch 2.11; commit abc. Command: `python -m bench`; file `bench/results/training.json`." in text
+    )
+    assert "Load average of the machine at the start: 33.9." in text
+
+
+def test_tables_say_what_memory_leaves_out_and_what_the_roofline_counts():
+    assert "### Peak memory beyond inputs, outputs and gradients, bf16, MiB" in report.render([HEAD])
+    assert "| peak memory beyond inputs, outputs and gradients, stock |" in report.readme_block([HEAD])
+    assert "Where ours screens it computes few of these dots" in report.render([HEAD])
+
+
 def test_an_unknown_kind_is_listed_and_not_dropped():
     other = result("novelty", [{"name": "first", "score": 0.123456, "detail": {"hidden": 1}}])
     text = report.render([other])
