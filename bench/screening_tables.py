@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench import variants
+from bench import screening_model, variants
 from bench.ratios import against, speedup
 
 INFERENCE = (*variants.SCREENING, "matmul-real")
@@ -28,6 +28,8 @@ def section(result: dict[str, Any]) -> str:
     parts = [f"## Exact screening: {report.device(result)}", report.caption(result), NOTE]
     if flags and not environment.get("gpu"):
         parts.append(f"Vector instructions of this CPU: {' '.join(flags)}.")
+    if "trained_model" in result:
+        parts.append(screening_model.describe(result["trained_model"]))
     for precision in result["machine"]:
         of_precision = [row for row in result["rows"] if row["precision"] == precision]
         forwards, steps, encodes = (

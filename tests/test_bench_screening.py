@@ -1,4 +1,4 @@
-"""The screening benchmark on tiny shapes: its inputs' shares and margins, its checks, its model on text, its report."""
+"""The screening benchmark on tiny shapes: its inputs' shares and margins, its checks, its model on text."""
 
 from __future__ import annotations
 
@@ -282,6 +282,24 @@ def next_passage(model: object, case: Case, sequence: int) -> list[int]:
     return found
 
 
+def test_what_is_known_of_the_model_is_in_the_results_and_documents(trained, monkeypatch, tmp_path, unweighed):
+    record = screening_model.training_record()
+    assert (record["steps"], record["seed"]) == (2, 0)
+    text = Case("text", 3, 8, hidden_size=16, vocab_size=65, lengths="ragged", from_text=True)
+    monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: 1e10)
+    path = tmp_path / "screening.json"
+    arguments = ["screening", f"--output={path}", "--device=cpu", "--seconds=0", "--variant=ours"]
+    monkeypatch.setattr(sys, "argv", ["measure", *arguments])
+    for subject, expected in ((text, record), (TINY, None)):
+        monkeypatch.setattr(measure, "plan", lambda *of, subject=subject: iter([("one", subject)]))
+        measure.main()
+        (content,) = report.load([path])
+        assert content.get("trained_model") == expected
+        told = f"2 steps, seed 0; over unseen passages nDCG@10 {record['ndcg@10']:.3f}"
+        assert (told in report.render([content])) == (expected is not None)
+
+
 def test_too_few_passages_are_an_error(trained):
     with pytest.raises(ValueError, match="expected 40 passages of up to 8 tokens, found 8"):
         screening_model.decoder_inputs(torch.full((40,), 8), 8, 65)
@@ -321,75 +339,3 @@ def test_a_pair_that_encode_loses_is_red_however_small(trained):
     job.steps = lambda: [lambda: (indices[:, kept], values[kept])]
     (row,) = rows.run([job], CPU, 0)
     assert row.status.startswith("red: beyond {'bands_from_unscreened': 1.0}")
-
-
-def result(medians: dict[str, dict[str, float]], **more: object) -> dict[str, object]:
-    found = []
-    for case, of_case in medians.items():
-        share = {"trained-normal": 0.015, "dense": 1.0, "trained-squad": 0.009}.get(case, 0.05)
-        for variant, median in of_case.items():
-            row = {"case": case, "shape": "B16 S128 D768 V30522", "precision": "float32", "job": "forward"}
-            row |= {"variant": variant, "status": "measured", "median": median, "extra_bytes": None, "repeatable": True}
-            row |= {"active_share": share, "survivors": 0.00085 if variant == "screened" else None, "errors": {}}
-            found.append(row | {"clock": "perf_counter", "others": 0.0, "texts": None})
-    environment = {"device": "Test CPU", "gpu": False, "threads": 2, "cpu_capability": "AVX2", "python": "3.11"}
-    environment |= {"packages": {"torch": "2.13"}, "commit": "abc", "cpu_flags": ["avx", "avx2"]}
-    machine = {"float32": {"bytes_per_second": 1e10, "operations_per_second": 1e11}}
-    base = {"kind": "screening", "file": "screening-cpu.json", "command": "python -m bench", "left_out": []}
-    return base | {"environment": environment, "machine": machine, "rows": found} | more
-
-
-TIMES = {"stock": 1.2, "unscreened": 0.5, "ours": 0.26, "screened": 0.25, "screened-first": 0.3, "matmul-real": 0.4}
-
-
-def cells(text: str, start: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith(f"| {start}")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def test_the_section_compares_screened_auto_and_unscreened():
-    made = result({"trained-normal": TIMES, "dense": TIMES | {"ours": 0.51, "screened": 0.75}})
-    made["rows"][3] |= {"errors": {"bands_from_unscreened": 0.25}, "extra_bytes": 30 << 20}
-    encoded = [
-        row | {"case": "encode-squad", "job": "encode", "shape": "96 texts", "texts": 96} for row in made["rows"][:4]
-    ]
-    made["rows"] += [*encoded, *(row | {"job": "forward_backward"} for row in made["rows"][:4])]
-    text = report.render([made])
-    sparse, trained, memory = (without_quartiles(row) for row in cells(text, "trained-normal"))
-    assert sparse[1:3] == trained[1:3] == ["1.50%", "0.085%"]
-    assert sparse[3:9] == ["1,200", "500", "260", "250", "300", "400"]
-    assert sparse[9:] == ["2.0x faster", "0.52x the time", "4.8x faster", "1.7x faster", "0.62x the time"]
-    assert trained[3:] == ["1,200", "500", "260", "250", "2.0x faster", "0.52x the time", "4.8x faster"]
-    assert memory[1:] == ["-", "-", "-", "30 MiB"]
-    assert without_quartiles(cells(text, "dense")[0])[9:] == [
-        "1.5x slower", "1.02x the time", "1.6x faster", "1.7x faster", "1.88x the time",
-    ]  # fmt: skip
-    assert without_quartiles(cells(text, "encode-squad")[0])[1:] == [
-        "1.50%", "80.0", "192.0", "369.2", "384.0", "1.9x faster", "4.6x faster",
-    ]  # fmt: skip
-    assert "Vector instructions of this CPU: avx avx2." in text
-    assert "Of 14 results of ours, two runs were identical to the bit in 14; 0 were wrong." in text
-    assert "unscreened one: 0.25 of what" in text
-
-
-def without_quartiles(row: list[str]) -> list[str]:
-    return [cell.split(" (")[0] for cell in row]
-
-
-def test_a_red_row_is_listed_and_has_no_time():
-    made = result({"dense": TIMES})
-    made["rows"][3] |= {"status": "red: two runs differ", "median": None, "repeatable": False}
-    text = report.render([made])
-    assert cells(text, "dense")[0][6] == "red"
-    assert "- dense float32 forward screened: red: two runs differ" in text
-    assert "in 3; 1 were wrong" in text
-
-
-def test_the_gain_is_plotted_against_the_share(tmp_path):
-    figures = pytest.importorskip("bench.figures", exc_type=ImportError)
-    made = result({"trained-normal": TIMES, "dense": TIMES, "trained-squad": TIMES})
-    (path,) = figures.plot_shares([made, result({}, kind="head")], tmp_path)
-    assert path.name == "screening-cpu-shares.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert figures.plot_shares([result({"dense": TIMES})], tmp_path) == []
-    assert "![Screening against the share of active pairs](x-shares.png)" in report.render([made], ["x-shares.png"])
