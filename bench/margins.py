@@ -21,7 +21,7 @@ from bench.cases import PRECISIONS, SCREENING, Case
 from bench.result_file import Result
 from splade_kernels.backends import screening_plain
 
-CASES = ("trained-squad", "trained-normal", "dense")
+CASES = ("trained-squad", "sparse-normal", "dense")
 # int8's own, and those of the AVX2 kernel.
 LEVELS = (screening_plain.LEVELS, 63)
 BLOCKS = (1, 2, 4, 8)

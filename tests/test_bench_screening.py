@@ -37,7 +37,7 @@ def test_the_share_of_active_pairs_is_the_one_asked_for(share):
 
 
 def test_the_margins_of_the_normal_case_are_those_of_its_description():
-    case = replace(cases.for_device(SCREENING["trained-normal"], CPU), vocab_size=3000)
+    case = replace(cases.for_device(SCREENING["sparse-normal"], CPU), vocab_size=3000)
     tokens, largest = logits(case)
     assert (case.batch_size, case.length, case.hidden_size) == (16, 128, 768)
     assert (largest > 0).double().mean().item() == pytest.approx(0.015, abs=1e-5)

@@ -12,7 +12,7 @@ from bench import report
 def result(medians: dict[str, dict[str, float]], **more: object) -> dict[str, object]:
     found = []
     for case, of_case in medians.items():
-        share = {"trained-normal": 0.015, "dense": 1.0, "trained-squad": 0.009}.get(case, 0.05)
+        share = {"sparse-normal": 0.015, "dense": 1.0, "trained-squad": 0.009}.get(case, 0.05)
         for variant, median in of_case.items():
             row = {"case": case, "shape": "B16 S128 D768 V30522", "precision": "float32", "job": "forward"}
             row |= {"variant": variant, "status": "measured", "median": median, "extra_bytes": None, "repeatable": True}
@@ -34,14 +34,14 @@ def cells(text: str, start: str) -> list[list[str]]:
 
 
 def test_the_section_compares_screened_auto_and_unscreened():
-    made = result({"trained-normal": TIMES, "dense": TIMES | {"ours": 0.51, "screened": 0.75}})
+    made = result({"sparse-normal": TIMES, "dense": TIMES | {"ours": 0.51, "screened": 0.75}})
     made["rows"][3] |= {"errors": {"bands_from_unscreened": 0.25}, "extra_bytes": 30 << 20}
     encoded = [
         row | {"case": "encode-squad", "job": "encode", "shape": "96 texts", "texts": 96} for row in made["rows"][:4]
     ]
     made["rows"] += [*encoded, *(row | {"job": "forward_backward"} for row in made["rows"][:4])]
     text = report.render([made])
-    sparse, trained, memory = (without_quartiles(row) for row in cells(text, "trained-normal"))
+    sparse, trained, memory = (without_quartiles(row) for row in cells(text, "sparse-normal"))
     assert sparse[1:3] == trained[1:3] == ["1.50%", "0.085%"]
     assert sparse[3:9] == ["1,200", "500", "260", "250", "300", "400"]
     assert sparse[9:] == ["2.0x faster", "0.52x the time", "4.8x faster", "1.7x faster", "0.62x the time"]
@@ -73,7 +73,7 @@ def test_a_red_row_is_listed_and_has_no_time():
 
 def test_the_gain_is_plotted_against_the_share(tmp_path: Path):
     figures = pytest.importorskip("bench.figures", exc_type=ImportError)
-    made = result({"trained-normal": TIMES, "dense": TIMES, "trained-squad": TIMES})
+    made = result({"sparse-normal": TIMES, "dense": TIMES, "trained-squad": TIMES})
     (path,) = figures.plot_shares([made, result({}, kind="head")], tmp_path)
     assert path.name == "screening-cpu-shares.png"
     assert path.read_bytes().startswith(b"\x89PNG")
