@@ -72,5 +72,5 @@ def report(benchmark: Any, case: str, precision: str, job: str, make: Callable[[
     benchmark.extra_info.update(asdict(found.row))
     if found.row.status != "measured":
         (pytest.fail if found.row.status.startswith(("red", "failed")) else pytest.skip)(found.row.status)
-    samples = iter(found.samples)
-    benchmark.pedantic(replay, args=(samples,), rounds=len(found.samples), iterations=1)
+    samples = iter(found.row.samples)
+    benchmark.pedantic(replay, args=(samples,), rounds=found.row.rounds, iterations=1)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+# What measuring writes, which says nothing about the code that is measured.
+_WRITTEN = ("bench/results", "bench/RESULTS.md", "docs/bench", "docs/screening.md", "README.md")
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers")
 
 
@@ -72,14 +74,17 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Commit of the working tree, marked when it has changes."""
-    return _output(["git", "describe", "--always", "--dirty", "--abbrev=12"])
+def _commit(folder: Path = Path(__file__).parent) -> str | None:
+    """Commit of the working tree, marked when anything but results and documents made of them has changes."""
+    commit = _output(["git", "describe", "--always", "--abbrev=12"], folder)
+    others = [":/", *(f":(top,exclude){path}" for path in _WRITTEN)]
+    changes = _output(["git", "status", "--porcelain", "--untracked-files=no", "--", *others], folder)
+    return f"{commit}-dirty" if changes else commit
 
 
-def _output(command: list[str]) -> str | None:
+def _output(command: list[str], folder: Path = Path(__file__).parent) -> str | None:
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

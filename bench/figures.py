@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from bench.ratios import Ratio, ratio
 from bench.roofline import Machine, Work
 
 COLORS = {"stock": "#c2410c", "compile": "#a16207", "tiled": "#0f766e", "sparton": "#7e22ce", "ours": "#1d4ed8"}
@@ -49,20 +50,21 @@ def _plot_shares(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: P
     rows = [row for row in rows if row["precision"] == rows[0]["precision"]]
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
     for panel, rival in zip(panels, ("unscreened", "stock"), strict=True):
-        base = {row["case"]: row["median"] for row in rows if row["variant"] == rival}
+        base = {row["case"]: row for row in rows if row["variant"] == rival}
         for name, color in SCREENING_COLORS.items():
             label = {"ours": "auto"}.get(name, name)
             points = [
-                (100 * row["active_share"], base[row["case"]] / row["median"], row["case"].endswith("squad"))
+                (100 * row["active_share"], gain, row["case"].endswith("squad"))
                 for row in rows
-                if row["variant"] == name and row["median"] and base.get(row["case"])
+                if row["variant"] == name and (gain := ratio(base.get(row["case"]), row))
             ]
-            line = sorted((x, y) for x, y, text in points if not text)
+            line = sorted((x, gain) for x, gain, text in points if not text)
             if line:
-                panel.plot(*zip(*line, strict=True), marker="o", markersize=4, color=color, label=label)
-            for x, y, text in points:
+                _with_quartiles(panel, line, marker="o", markersize=4, color=color, label=label)
+            for x, gain, text in points:
                 if text:
-                    panel.plot(x, y, marker="*", markersize=9, color=color, linestyle="", label=f"{label}, text")
+                    style = {"marker": "*", "markersize": 9, "linestyle": "", "label": f"{label}, text"}
+                    _with_quartiles(panel, [(x, gain)], color=color, **style)
         panel.axhline(1, color="black", linestyle="--", linewidth=1)
         panel.set(
             xscale="log", xlabel="active (sequence, word) pairs, %", ylabel=f"times as fast as {rival}", ylim=(0, None)
@@ -73,6 +75,12 @@ def _plot_shares(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: P
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _with_quartiles(panel: Any, points: Sequence[tuple[float, Ratio]], **style: Any) -> None:
+    places, gains = zip(*points, strict=True)
+    lengths = [[gain.middle - gain.low for gain in gains], [gain.high - gain.middle for gain in gains]]
+    panel.errorbar(places, [gain.middle for gain in gains], yerr=lengths, elinewidth=1, capsize=2, **style)
 
 
 def _plot(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -93,7 +93,7 @@ def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
     yield measure("head", "head-gpu", 110, "--variant", "stock", "sparton", "rival", "ours", "--precision", "bf16")
     yield measure("backward", "backward-gpu", 30, "--precision", "bf16")
     yield measure("flops", "flops-gpu", 15, "--precision", "bf16", "bf16-autocast")
-    shares = ("--case", "trained-normal", "dense", "share-0.1", "share-5", "share-15")
+    shares = ("--case", "sparse-normal", "dense", "share-0.1", "share-5", "share-50")
     yield measure("screening", "screening-gpu", 25, "--precision", "bf16", *shares)
     all_active = "--rows=420 --vocab-size=250002 --active=250002 --rounds=5".split()
     compaction = [python, "-m", "bench.compaction", "--device=cuda", *all_active]

@@ -16,20 +16,25 @@ from bench.rows import Job, Row
 from bench.steps import Step, Tensors, cuda_extra_bytes, train_or_infer, unweighed, weigher
 
 
+def head_row(case: Case, precision: Precision, job: str, exact: truth.Truth) -> Row:
+    """What the variants of ``forward`` or ``forward_backward`` share: shape, work, share of active pairs."""
+    real = variants.tokens(case, padded=False)
+    active = int((exact.output > 0).sum())
+    work = (
+        roofline.forward_backward(case, precision, active, real)
+        if job == "forward_backward"
+        else roofline.forward(case, precision, real)
+    )
+    row = Row(case.name, case.shape, precision.name, job, "", scaled_from=case.scaled_from, real_tokens=real)
+    return replace(row, operations=work.operations, bytes=work.bytes, active_share=active / exact.output.numel())
+
+
 def head(case: Case, precision: Precision, job: str, device: torch.device, names: Sequence[str]) -> list[Job]:
     """The variants of ``forward`` or ``forward_backward``."""
     training = job == "forward_backward"
     sets = input_sets(case, precision, device)
     exact = truth.compute(sets[0], precision)
-    real = variants.tokens(case, padded=False)
-    active = int((exact.output > 0).sum())
-    work = (
-        roofline.forward_backward(case, precision, active, real)
-        if training
-        else roofline.forward(case, precision, real)
-    )
-    row = Row(case.name, case.shape, precision.name, job, "", scaled_from=case.scaled_from, real_tokens=real)
-    row = replace(row, operations=work.operations, bytes=work.bytes, active_share=active / exact.output.numel())
+    row = head_row(case, precision, job, exact)
 
     def check(found: Tensors) -> dict[str, float]:
         return truth.differences(exact, found[0], found[1:], sets[0])

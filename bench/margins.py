@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import cases, margins_tables
+from bench import cases, margins_tables, screening_model
 from bench.cases import PRECISIONS, SCREENING, Case
 from bench.result_file import Result
 from splade_kernels.backends import screening_plain
 
-CASES = ("trained-squad", "trained-normal", "dense")
+CASES = ("trained-squad", "sparse-normal", "dense")
 # int8's own, and those of the AVX2 kernel.
 LEVELS = (screening_plain.LEVELS, 63)
 BLOCKS = (1, 2, 4, 8)
@@ -84,6 +84,13 @@ class Layout:
         return torch.cat([part.amax(dim=0).expand_as(part) for part in values.split(self.lengths)])
 
 
+def criteria(near: Tensor, far: Tensor, bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """``[T, words]`` what is left by relu alone, and by the largest lower bound of the sequence as well."""
+    upper = near + far
+    relu = ~(upper <= -bias)
+    return relu, relu & ~(upper < layout.largest(near - far))
+
+
 def survivors(case: Case) -> list[dict[str, Any]]:
     """A row for each number of levels and of blocks; ``..._pairs``, ``..._groups`` and ``..._tokens`` are shares.
 
@@ -99,8 +106,7 @@ def survivors(case: Case) -> list[dict[str, Any]]:
     active, moments = torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
     left = torch.zeros(len(settings), 2, 3, dtype=torch.int64)
     width = torch.zeros(len(settings), dtype=torch.float64)
-    for first in range(0, len(weight), WIDTH):
-        some = slice(first, first + WIDTH)
+    for some in (slice(first, first + WIDTH) for first in range(0, len(weight), WIDTH)):
         dots = rows.double() @ weight[some].double().t()
         active += layout.counts(dots + bias[some] > 0)
         moments += torch.stack([dots.sum(), dots.square().sum()])
@@ -108,10 +114,7 @@ def survivors(case: Case) -> list[dict[str, Any]]:
             near, far = bounds(tokens, words, some)
             if not bool(((dots - near).abs() <= far).all()):
                 raise ArithmeticError(f"{case.name}, levels and blocks {settings[i]}: a dot is outside its bound")
-            upper = near + far
-            relu = ~(upper <= -bias[some])
-            best = relu & ~(upper < layout.largest(near - far))
-            left[i] += torch.stack([layout.counts(relu), layout.counts(best)])
+            left[i] += torch.stack([layout.counts(alive) for alive in criteria(near, far, bias[some], layout)])
             width[i] += far.double().sum()
     every = torch.tensor([len(layout.lengths), sum(layout.groups), len(rows)]) * len(weight)
     mean, square = (moments / every[2]).tolist()
@@ -142,6 +145,8 @@ def main() -> None:
         if reason := cases.why_absent(case):
             result.content["left_out"].append(f"{name}: {reason}")
             continue
+        if case.from_text:
+            result.content["trained_model"] = screening_model.training_record()
         for row in survivors(cases.for_device(case, CPU)):
             result.add(row)
     result.write()

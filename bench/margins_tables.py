@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench import screening_model
+
 Row = dict[str, Any]
 
 
@@ -49,6 +51,8 @@ def tables(result: dict[str, Any]) -> str:
         f"{'; '.join(shapes.values())}; a third of the tokens is padding, which is not counted."
     )
     more = "More scales a row, one for each block of the hidden size; (token, word) pairs that both criteria leave:"
+    if "trained_model" in result:
+        note += f" {screening_model.describe(result['trained_model'])}"
     return "\n\n".join([note, report.table(criteria), more, report.table(scales)])
 
 

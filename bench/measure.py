@@ -96,18 +96,22 @@ def groups(
     if isinstance(subject, screening.Corpus):
         return {"encode": partial(screening.encode, subject, precision, device, names)}
     if kind == "screening":
-        return {"forward": partial(screening.head, subject, precision, device, names)}
+        passes = screening.passes(subject)
+        return {job: partial(screening.head, subject, precision, job, device, names) for job in passes}
     if kind == "flops":
         shape: tuple[int, int] = subject
         return {job: partial(jobs.flops, shape, precision, job, device) for job in roofline.PASSES}
     return {name: partial(jobs.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS}
 
 
+def takes_model(subject: Any) -> bool:
+    """Whether a subject is measured on the model on text."""
+    return isinstance(subject, screening.Corpus) or (isinstance(subject, shapes.Case) and subject.from_text)
+
+
 def why_absent(subject: Any) -> str | None:
     """Why there is nothing to measure a subject on here, or None."""
-    if isinstance(subject, screening.Corpus):
-        return screening_model.why_not()
-    return shapes.why_absent(subject) if isinstance(subject, shapes.Case) else None
+    return screening_model.why_not() if takes_model(subject) else None
 
 
 def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.device, seconds: float) -> list[Row]:
@@ -147,6 +151,35 @@ def write(path: Path, result: dict[str, Any]) -> None:
     os.replace(draft, path)
 
 
+def measure_all(result: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
+    """Add the rows of every case in every precision, and what was left out; the file is rewritten after each case."""
+    names = args.case or default_cases(args.kind, device)
+    chosen = args.variant or default_variants(args.kind)
+    begin = time.monotonic()
+    for precision in (shapes.PRECISIONS[name] for name in result["machine"]):
+        for name, subject in plan(args.kind, names, device):
+            if time.monotonic() - begin > args.budget:
+                result["left_out"].append(f"{name} {precision.name}")
+                continue
+            absent = why_absent(subject)
+            if absent:
+                result["left_out"].append(f"{name} {precision.name}: {absent}")
+                continue
+            if takes_model(subject):
+                result["trained_model"] = screening_model.training_record()
+            for job, make in groups(args.kind, subject, precision, device, chosen).items():
+                try:
+                    measured = measure(make, precision, device, args.seconds)
+                except Exception as error:  # the inputs themselves may not fit
+                    result["left_out"].append(f"{name} {precision.name} {job}: {rows.reason(error)}")
+                    continue
+                result["rows"] += [asdict(row) for row in measured]
+                for row in measured:
+                    print(_line(row), flush=True)
+            write(args.output, result)
+    write(args.output, result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
@@ -160,31 +193,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
     args = parser.parse_args()
     device = torch.device(args.device)
-    names = args.case or default_cases(args.kind, device)
     precisions = args.precision or default_precisions(device)
-    chosen = args.variant or default_variants(args.kind)
-    begin = time.monotonic()
     result = document(args.kind, device, precisions, command("bench.measure"))
-    for precision in (shapes.PRECISIONS[name] for name in precisions):
-        for name, subject in plan(args.kind, names, device):
-            if time.monotonic() - begin > args.budget:
-                result["left_out"].append(f"{name} {precision.name}")
-                continue
-            absent = why_absent(subject)
-            if absent:
-                result["left_out"].append(f"{name} {precision.name}: {absent}")
-                continue
-            for job, make in groups(args.kind, subject, precision, device, chosen).items():
-                try:
-                    measured = measure(make, precision, device, args.seconds)
-                except Exception as error:  # the inputs themselves may not fit
-                    result["left_out"].append(f"{name} {precision.name} {job}: {rows.reason(error)}")
-                    continue
-                result["rows"] += [asdict(row) for row in measured]
-                for row in measured:
-                    print(_line(row), flush=True)
-            write(args.output, result)
-    write(args.output, result)
+    measure_all(result, args, device)
     ours = [row for row in result["rows"] if row["variant"] in variants.OURS]
     red = [row for row in ours if row["status"].startswith(("red", "failed"))]
     if red:

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import head_limits, margins_tables, roofline, screening_tables, training_tables
+from bench import head_limits, margins_tables, ratios, roofline, screening_tables, training_tables
 from bench.cases import CASES, GOOAQ, PRECISIONS
+from bench.ratios import against, speedup
 from bench.roofline import Machine, Work
 
 Result = dict[str, Any]
@@ -29,6 +30,12 @@ BUSY_PROCESSORS = 0.2
 COLUMNS = ("stock", "compile", "tiled", "sparton", "rival", "ours", "matmul-padded", "matmul-real")
 README_CASES = ("gooaq", "dev-ragged", "splade-v3-ragged", "xlmr-16-ragged", "query", "dev", "splade-v3")
 FLOOR_CASES = ("gooaq-question", "gooaq-answer", "dev", "splade-v3", "long", "xlmr-16", "qwen", "query")
+# Weights and hidden states are inputs, as is the gradient that arrives.
+EXTRA_MEMORY = "peak memory beyond inputs, outputs and gradients"
+ROOFLINE = (
+    "`roofline / ours`: the least time for all dots of the real tokens at the rates measured here, over that of ours. "
+    "Where ours screens it computes few of these dots, so that this is no floor and the share may exceed 100 %."
+)
 BEGIN, END = "<!-- bench: python -m bench.report bench/results/*.json -->", "<!-- bench end -->"
 
 
@@ -50,6 +57,7 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
         "# Results",
         "Written by `python -m bench.report bench/results/*.json`; how it is measured: "
         "[docs/benchmarks.md](../docs/benchmarks.md).",
+        ratios.NOTE,
     ]
     if not _on_gpu(results):
         parts += [NOT_ON_A_GPU + " What a GPU would need at least is computed below, from its datasheet.", floors()]
@@ -72,8 +80,8 @@ def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
             for case, variants in _table(result, _first(result), "forward_backward")
             for row in _short(case, variants)
         ]
-        header = ["forward and backward", "stock", "fused", "", "extra memory, stock", "fused"]
-        parts += [table([header, *rows]), caption(result)] if rows else []
+        header = ["forward and backward", "stock", "fused", "", f"{EXTRA_MEMORY}, stock", "fused"]
+        parts += [table([header, *rows]), f"{ratios.NOTE} {caption(result)}"] if rows else []
     parts += [_picture(figure) for figure in figures]
     return "\n\n".join([*parts, "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md).", END])
 
@@ -103,12 +111,12 @@ def head_section(result: Result) -> str:
                         case,
                         *(cell(variants.get(name)) for name in names),
                         speedup(variants.get("stock"), ours),
-                        ratio(ours, floor, "{:.2f}x"),
+                        against(ours, floor),
                         f"{machine.seconds(work) / ours['median']:.0%}" if work and ours.get("median") else "-",
                     ]
                 )
             if measured:
-                parts += [f"### {job.replace('_', ' and ')}, {precision}, milliseconds", table(rows)]
+                parts += [f"### {job.replace('_', ' and ')}, {precision}, milliseconds", table(rows), ROOFLINE]
         parts += _memory(result, precision)
     parts.append(_checks(result))
     return "\n\n".join(part for part in parts if part)
@@ -119,7 +127,7 @@ def backward_section(result: Result) -> str:
     for case, precision, job, variants in grouped(result["rows"]):
         ours, forward = variants["ours"], variants.get("training-forward")
         share = f"{ours['active_share']:.1%}"
-        cells = [cell(ours), cell(forward), ratio(ours, forward, "{:.2f}")]
+        cells = [cell(ours), cell(forward), against(ours, forward)]
         rows.append([case, precision, job.removeprefix("backward-"), share, *cells])
     return "\n\n".join([f"## Backward alone: {device(result)}", caption(result), table(rows), _checks(result)])
 
@@ -148,7 +156,8 @@ def resources_section(result: Result) -> str:
 
 def training_section(result: Result) -> str:
     """Whole training steps, or the largest batches."""
-    return f"## {result['kind'].capitalize()}: {device(result)}\n\n{training_tables.table(result)}"
+    title = f"## {result['kind'].capitalize()}: {device(result)}"
+    return "\n\n".join([title, caption(result), training_tables.table(result)])
 
 
 def plain_section(result: Result) -> str:
@@ -197,6 +206,8 @@ def caption(result: Result) -> str:
         f"{device(result)}{driver}; python {environment['python']}, {packages}; commit {environment['commit']}. "
         f"Command: `{result.get('command', '')}`; file `bench/results/{result['file']}`."
     )
+    if "load_average" in result:
+        text += f" Load average of the machine at the start: {result['load_average']:.1f}."
     if any(_beside_others(row) for row in result["rows"]):
         text += f" \\* other programs kept more than {BUSY_PROCESSORS} processors busy meanwhile."
     if result.get("left_out"):
@@ -252,7 +263,9 @@ def _table(result: Result, precision: str, job: str) -> list[tuple[str, dict[str
 
 
 def _sum(rows: Sequence[Row]) -> Row:
-    total = {"status": next((row["status"] for row in rows if row["status"] != "measured"), "measured")}
+    total: Row = {"status": next((row["status"] for row in rows if row["status"] != "measured"), "measured")}
+    # As many rounds as both have.
+    total["samples"] = [sum(pair) for pair in zip(*(row.get("samples") or [] for row in rows), strict=False)]
     for name in ("median", "operations", "bytes"):
         values = [row[name] for row in rows]
         total[name] = None if None in values else sum(values)
@@ -279,7 +292,7 @@ def _memory(result: Result, precision: str) -> list[str]:
         cells = [mebibytes(job.get(case, {}).get(name)) for job in jobs for name in ("stock", "ours")]
         if any(cell != "-" for cell in cells):
             rows.append([case, *cells])
-    return [f"### Peak memory beyond inputs, outputs and gradients, {precision}, MiB", table(rows)] if rows[1:] else []
+    return [f"### {EXTRA_MEMORY.capitalize()}, {precision}, MiB", table(rows)] if rows[1:] else []
 
 
 def _checks(result: Result) -> str:
@@ -304,19 +317,6 @@ def cell(row: Row | None) -> str:
 
 def _beside_others(row: Row) -> bool:
     return bool(row.get("clock") == "perf_counter" and (row.get("others") or 0) > BUSY_PROCESSORS)
-
-
-def ratio(top: Row | None, bottom: Row | None, pattern: str) -> str:
-    if not top or not bottom or top["median"] is None or bottom["median"] is None:
-        return "-"
-    return pattern.format(top["median"] / bottom["median"])
-
-
-def speedup(stock: Row | None, ours: Row | None) -> str:
-    if not stock or not ours or stock["median"] is None or ours["median"] is None:
-        return "-"
-    ratio = stock["median"] / ours["median"]
-    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
 
 
 def mebibytes(row: Row | None) -> str:

@@ -27,6 +27,8 @@ class Row:
     median: float | None = None
     spread: tuple[float, float] | None = None
     rounds: int = 0
+    # Seconds a step, one for each round: what ratios are made of.
+    samples: list[float] = field(default_factory=list)
     clock: str | None = None
     others: float | None = None
     extra_bytes: int | None = None
@@ -56,7 +58,6 @@ class Job:
     weigh: Callable[[Step], int | None] = unweighed
     # Bounds of single names, where it is not ``bound``.
     bounds: dict[str, float] = field(default_factory=dict)
-    samples: list[float] = field(default_factory=list)
 
 
 def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
@@ -83,8 +84,8 @@ def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
         if job.row.variant in timed:
             result = timed[job.row.variant]
             job.row.median, job.row.spread = result.median, result.spread
-            job.row.rounds, job.row.clock, job.row.others = len(result.samples), result.clock, result.others
-            job.samples = result.samples
+            job.row.rounds, job.row.samples = len(result.samples), result.samples
+            job.row.clock, job.row.others = result.clock, result.others
     return [job.row for job in jobs]
 
 

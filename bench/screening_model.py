@@ -2,7 +2,8 @@
 
     python -m bench.screening_model --data DIR [--output outputs/screening-model]
 
-``--data`` holds ``vocab.txt`` (bert-base-uncased) and ``squad/`` in BEIR's layout. The demo's model (2 layers, 128
+``--data`` holds ``vocab.txt`` (bert-base-uncased) and ``squad/`` in BEIR's layout: ``corpus.jsonl``, ``queries.jsonl``,
+``qrels/train.tsv`` and ``qrels/test.tsv``. The demo's model (2 layers, 128
 wide, V 30522, tied decoder) is trained through the demo's trainer with the fused head; model and unseen passages, those
 of the articles held out for testing, are written to ``--output``. The benchmarks that need them leave themselves out
 where that folder is absent.
@@ -44,45 +45,50 @@ def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDE
     """Train, and write ``model/``, ``passages.json`` and ``training.json`` to ``output``; returns the last one."""
     from examples.beir import read_beir
     from examples.demo.model import build_model
-    from examples.demo.training import TrainingJob, train
     from examples.demo.vocabulary import build_tokenizer
 
     words = (data / "vocab.txt").read_text(encoding="utf-8").splitlines()
     tokenizer = build_tokenizer({word: i for i, word in enumerate(words)}, MAX_LENGTH)
     squad = read_beir(data / "squad")
-    pairs = squad.pairs("train")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        start = build_model(tokenizer, hidden_size, MAX_LENGTH, SEED)
-        start.save_pretrained(str(folder / "start"), create_model_card=False)
-        columns = {"query": [query for query, _ in pairs], "passage": [passage for _, passage in pairs]}
-        (folder / "pairs.json").write_text(json.dumps(columns))
-        job = TrainingJob(
-            head="fused",
-            start=str(folder / "start"),
-            pairs=str(folder / "pairs.json"),
-            steps=steps,
-            shared_steps=steps,
-            schedule_steps=steps,
-            batch_size=BATCH_SIZE,
-            learning_rate=LEARNING_RATE,
-            query_regularizer_weight=QUERY_WEIGHT,
-            document_regularizer_weight=DOCUMENT_WEIGHT,
-            seed=SEED,
-            device="cpu",
-            bf16=False,
-            record="",
-            save=str(output / "model"),
-        )
-        losses = train(job)["losses"]
+        start, pairs = Path(name) / "start", Path(name) / "pairs.json"
+        build_model(tokenizer, hidden_size, MAX_LENGTH, SEED).save_pretrained(str(start), create_model_card=False)
+        queries, passages = zip(*squad.pairs("train"), strict=True)
+        pairs.write_text(json.dumps({"query": queries, "passage": passages}))
+        losses = _train(start, pairs, output / "model", steps)
     unseen = dict.fromkeys(passage for _, passage in squad.pairs("test"))
-    record = {"steps": steps, "first_loss": losses[0], "last_loss": losses[-1]}
+    record = {"steps": steps, "seed": SEED, "first_loss": losses[0], "last_loss": losses[-1]}
     record |= _search(squad, output / "model", len(words))
     (output / "training.json").write_text(json.dumps(record) + "\n")
     # Last: what it holds is what makes the folder complete.
     (output / "passages.json").write_text(json.dumps(list(unseen)))
     return record
+
+
+def _train(start: Path, pairs: Path, output: Path, steps: int) -> list[float]:
+    """Losses of the demo's trainer, which writes the model to ``output``."""
+    from examples.demo.training import TrainingJob, train
+
+    job = TrainingJob(
+        head="fused",
+        start=str(start),
+        pairs=str(pairs),
+        steps=steps,
+        shared_steps=steps,
+        schedule_steps=steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        query_regularizer_weight=QUERY_WEIGHT,
+        document_regularizer_weight=DOCUMENT_WEIGHT,
+        seed=SEED,
+        device="cpu",
+        bf16=False,
+        record="",
+        save=str(output),
+    )
+    losses: list[float] = train(job)["losses"]
+    return losses
 
 
 def _search(squad: Any, folder: Path, vocab_size: int) -> dict[str, float]:
@@ -99,6 +105,21 @@ def _search(squad: Any, folder: Path, vocab_size: int) -> dict[str, float]:
     metrics = evaluator(fuse(SparseEncoder(str(folder), device="cpu")))
     share = float(metrics["corpus_active_dims"]) / vocab_size
     return {"ndcg@10": float(metrics["dot_ndcg@10"]), "passage_active_share": share}
+
+
+def training_record() -> dict[str, Any]:
+    """What :func:`build` wrote of the model: steps, seed, losses, nDCG@10, share of active words in a passage."""
+    record: dict[str, Any] = json.loads((FOLDER / "training.json").read_text())
+    return record
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One sentence for a document."""
+    seed = f", seed {record['seed']}" if "seed" in record else ""
+    return (
+        f"The model on text: {record['steps']} steps{seed}; over unseen passages nDCG@10 {record['ndcg@10']:.3f}, "
+        f"{record['passage_active_share']:.2%} of the words active in a passage."
+    )
 
 
 @cache

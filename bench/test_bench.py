@@ -22,12 +22,15 @@ _NAMES = {
 }
 
 
+_INFERENCE_ALONE = (*MATMULS, "screened-first")
+
+
 def _cases(kind: str) -> list[Any]:
     return [
         pytest.param(case, precision, job, make, variant, id=f"{case}-{precision}-{job}-{variant}")
         for case, precision, job, make in parameters(kind)
         for variant in _NAMES[kind]
-        if variant not in MATMULS or job == "forward"
+        if job == "forward" or variant not in _INFERENCE_ALONE
     ]
 
 

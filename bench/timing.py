@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 
 Step = Callable[[], object]
+# Fewest and most rounds: quartiles need some samples, and more than the most tell nothing new.
+ROUNDS = (9, 20)
+_STAT = Path("/proc/stat")
 # Steps shorter than this are captured.
 GRAPH_SECONDS = 2e-3
 MAX_ROTATION = 8
@@ -28,7 +31,8 @@ class Timed:
 
     samples: list[float]
     clock: str
-    # Processors that other programs kept busy meanwhile; beside much of that, times on a CPU mean little.
+    # Processors that others, on this machine or on its host, kept busy meanwhile; beside much of that, times on a CPU
+    # mean little.
     others: float = 0.0
 
     @property
@@ -110,7 +114,7 @@ class Sampler:
         return graph
 
 
-def interleave(samplers: dict[str, Sampler], seconds: float, rounds: tuple[int, int] = (3, 20)) -> dict[str, Timed]:
+def interleave(samplers: dict[str, Sampler], seconds: float, rounds: tuple[int, int] = ROUNDS) -> dict[str, Timed]:
     """Rounds over all samplers until ``seconds`` have passed, within the bounds of ``rounds``. Nothing warms up here:
     what is timed has run before, when it was checked."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
@@ -126,12 +130,13 @@ def interleave(samplers: dict[str, Sampler], seconds: float, rounds: tuple[int, 
 
 
 def _processor_seconds() -> float:
-    """Processor seconds of everybody on the machine so far (Linux; elsewhere those of this process)."""
+    """Processor seconds of everybody so far (Linux; elsewhere those of this process): user, nice, system, and stolen,
+    which the host of a virtual machine gave to another."""
     try:
-        _, user, nice, system = Path("/proc/stat").read_text().split(maxsplit=4)[:4]
+        fields = _STAT.read_text().split(maxsplit=9)
     except OSError:
         return time.process_time()
-    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return sum(int(fields[field]) for field in (1, 2, 3, 8)) / os.sysconf("SC_CLK_TCK")
 
 
 def copy_rate(device: torch.device, size: int | None = None) -> float:

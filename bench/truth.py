@@ -82,10 +82,15 @@ def relative_distance(found: Tensor, exact: Tensor) -> float:
 def band(inputs: Inputs, precision: Precision) -> Tensor:
     """``[B, V]`` how far two summation orders of the same products may put an output: ``4 · 2^-24 · √D ‖h‖ ‖w‖`` with h
     the longest real token; for TF32 the rounding of the products as well. The activation shrinks distances."""
-    hidden, weight = (leaf.detach().to(precision.compute_dtype).double() for leaf in inputs.leaves[:2])
-    longest = hidden.norm(dim=2).masked_fill_(inputs.mask == 0, 0).amax(dim=1)
+    norms = inputs.hidden.detach().to(precision.compute_dtype).double().norm(dim=2)
+    longest = norms.masked_fill_(inputs.mask == 0, 0).amax(dim=1, keepdim=True)
+    return word_bands(longest, inputs.weight.detach(), precision)
+
+
+def word_bands(longest: Tensor, weight: Tensor, precision: Precision) -> Tensor:
+    """``[..., V]`` that of :func:`band` for a longest token of norm ``longest [..., 1]``."""
     unit = 4 * 2**-24 * weight.shape[1] ** 0.5 + (2**-9 if precision.tf32 else 0)
-    allowed: Tensor = unit * longest[:, None] * weight.norm(dim=1)
+    allowed: Tensor = unit * longest * weight.to(precision.compute_dtype).double().norm(dim=1)
     return allowed
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import splade_kernels as sk
 from bench.cases import Case, Inputs, Precision
+from splade_kernels.backends import weight_cache
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # The bare matmul writes its logits in slices of at most this size, so that there is a floor for every case.
@@ -50,6 +51,16 @@ def ours(training: bool, **options: Any) -> Head:
 
 def _splade_pool(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, **options: Any) -> Tensor:
     return sk.splade_pool(hidden, weight, bias, mask, **options)
+
+
+def first_call(training: bool, **options: Any) -> Head:
+    """Ours without what earlier inference calls kept of the weight."""
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        weight_cache.forget(weight)
+        return sk.splade_pool(hidden, weight, bias, mask, **options)
+
+    return head
 
 
 def sparton(training: bool) -> Head:
@@ -110,11 +121,14 @@ VARIANTS: dict[str, Variant] = {
     # Screened where this call's inputs say that it pays.
     "ours": Variant(ours),
     "screened": Variant(partial(ours, screening=True)),
+    # Training keeps nothing of the weight: there every call is a first one.
+    "screened-first": Variant(partial(first_call, screening=True), trains=False),
 }
 # What is compared where: heads with each other, screening with itself.
 HEADS = ("stock", "compile", "tiled", "sparton", "rival", "ours")
-SCREENING = ("stock", "unscreened", "ours", "screened")
-OURS = ("unscreened", "ours", "screened")
+MODES: dict[str, str | bool] = {"unscreened": False, "ours": "auto", "screened": True}
+OURS = (*MODES, "screened-first")
+SCREENING = ("stock", *OURS)
 # Floors, forward only: the same product without anything after it, of all tokens and of the real ones.
 MATMULS = ("matmul-padded", "matmul-real")
 

@@ -135,8 +135,8 @@ def test_the_group_is_that_of_the_gpu_kernels():
 
 def test_the_file_and_its_tables(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(screening_model, "FOLDER", tmp_path / "none")
-    monkeypatch.setitem(SCREENING, "trained-normal", SMALL)
-    monkeypatch.setattr(margins, "CASES", ("trained-squad", "trained-normal"))
+    monkeypatch.setitem(SCREENING, "sparse-normal", SMALL)
+    monkeypatch.setattr(margins, "CASES", ("trained-squad", "sparse-normal"))
     path = tmp_path / "margins.json"
     monkeypatch.setattr(sys, "argv", ["margins", f"--output={path}"])
     margins.main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_every_variant_is_checked_timed_and_repeats(unweighed):
     for name in ("stock", "ours"):
         row = by_name[name]
         assert (row.status, row.repeatable, row.clock) == ("measured", True, "perf_counter")
-        assert row.rounds >= 3
+        assert row.rounds == len(row.samples) >= 9
         assert row.spread[0] <= row.median <= row.spread[1]
         assert set(row.errors) == {"output", "grad_bias", "grad_hidden_sum", "grad_hidden_dot", "grad_weight_dot"}
         assert max(row.errors.values()) < 1e-5
@@ -106,6 +107,28 @@ def test_extra_memory_of_stock_is_in_logits():
     case = Case("memory", 8, 64, hidden_size=16, vocab_size=20000)
     extra = steps.host_extra_bytes(case, "float32", "stock", True)
     assert 1.5 < extra / roofline.logits_bytes(case, FLOAT32) < 4.5
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+def test_freed_memory_before_a_step_does_not_hide_what_the_step_takes(monkeypatch):
+    case = Case("memory", 8, 64, hidden_size=16, vocab_size=500)
+    make, pins = steps.make_inputs, []
+
+    def leaving_freed_memory(*arguments: object) -> cases.Inputs:
+        inputs = make(*arguments)
+        # Too small to be mapped alone; the last one keeps the heap from shrinking by itself.
+        blocks = [bytearray(100_000) for _ in range(400)]
+        pins.append(blocks.pop())
+        return inputs
+
+    monkeypatch.setattr(steps, "make_inputs", leaving_freed_memory)
+    assert steps.host_extra_bytes(case, "float32", "stock", True) > 0.5 * roofline.logits_bytes(case, FLOAT32)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+def test_extra_memory_is_never_negative(monkeypatch):
+    monkeypatch.setattr(steps, "peak", lambda: 0)
+    assert steps.host_extra_bytes(TINY, "float32", "ours", False) == 0
 
 
 def test_floors_are_timed_beside_the_forward():
@@ -200,6 +223,26 @@ def test_rounds_are_interleaved_and_bounded():
     assert [len(result.samples) for result in timed.values()] == [3, 3]
     # Two steps a sample, one of which sleeps 2 ms.
     assert 0.001 <= timed["a"].median < 0.01
+
+
+def test_there_are_enough_rounds_for_quartiles():
+    timed = timing.interleave({"a": timing.Sampler([lambda: None], CPU)}, seconds=0)
+    assert len(timed["a"].samples) == 9
+
+
+def test_stolen_processor_time_counts_as_that_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_STAT", tmp_path / "stat")
+
+    def at(stolen: int) -> None:
+        timing._STAT.write_text(f"cpu  100 20 30 9000 500 1 2 {stolen} 7 7\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+
+    at(0)
+    assert timing._processor_seconds() == 150 / os.sysconf("SC_CLK_TCK")
+    # Two processors' worth of stolen time while a step of 0.2 seconds ran.
+    seconds = 0.2
+    step = lambda: (time.sleep(seconds), at(round(2 * seconds * os.sysconf("SC_CLK_TCK"))))  # noqa: E731
+    timed = timing.interleave({"a": timing.Sampler([step], CPU)}, seconds=0, rounds=(1, 1))
+    assert timed["a"].others == pytest.approx(2, rel=0.3)
 
 
 def test_the_command_writes_a_result_file(tmp_path, monkeypatch, unweighed):

@@ -54,18 +54,18 @@ def test_the_head_table_compares_with_stock_matmul_and_roofline():
     text = report.render([HEAD])
     forward, trained, memory = cells(text, "dev (")
     # 1e9 operations at 1e14 a second are 10 µs of the 2 ms.
-    assert forward[1:] == ["4", "out of memory", "2", "1.6", "2.0x faster", "1.25x", "0%"]
-    assert trained[1:] == ["10", "2", "5.0x faster", "-", "0%"]
+    assert forward[1:] == ["4", "out of memory", "2", "1.6", "2.0x faster (2.0 to 2.0)", "1.25x (1.25 to 1.25)", "0%"]
+    assert trained[1:] == ["10", "2", "5.0x faster (5.0 to 5.0)", "-", "0%"]
     assert memory[1:] == ["500 MiB", "20 MiB", "900 MiB", "30 MiB"]
     assert cells(text, "gooaq (both")[0][1:5] == ["4", "-", "1", "-"]
-    assert "4.0x faster" in cells(text, "gooaq (both")[0]
+    assert "4.0x faster (4.0 to 4.0)" in cells(text, "gooaq (both")[0]
     assert "two runs were identical to the bit in 4; 0 were wrong" in text
     assert "Test GPU, driver 570, CUDA 12.8; python 3.11, torch 2.11; commit abc. Command: `python -m bench`" in text
 
 
 def test_slower_is_called_slower():
     rows = [row("dev", "stock", 1e-3, "forward_backward"), row("dev", "ours", 2e-3, "forward_backward")]
-    assert "2.0x slower" in cells(report.readme_block([result("head", rows)]), "dev")[0]
+    assert "2.0x slower (2.0 to 2.0)" in cells(report.readme_block([result("head", rows)]), "dev")[0]
 
 
 def test_a_red_result_is_shown_and_counted():
@@ -112,10 +112,25 @@ def test_backward_and_flops_tables():
         ],
     )
     text = report.render([flops, backward])
-    assert cells(text, "dev")[0] == ["dev", "bf16", "hot", "100.0%", "1", "2", "0.50"]
+    assert cells(text, "dev")[0] == ["dev", "bf16", "hot", "100.0%", "1", "2", "0.50x (0.50 to 0.50)"]
     # 9e8 bytes in 1 ms are 900 GB/s, of 1e12 bytes a second.
     assert cells(text, "B4096")[0][3:] == ["2", "1", "900.0", "90%"]
     assert text.index("## Backward") < text.index("## FLOPS")
+
+
+def test_training_names_machine_versions_commit_and_load():
+    training = result("training", [], gpu=False, load_average=33.88, predictions=[], seed_run={})
+    text = report.render([training])
+    assert (
+        "python 3.11, torch 2.11; commit abc. Command: `python -m bench`; file `bench/results/training.json`." in text
+    )
+    assert "Load average of the machine at the start: 33.9." in text
+
+
+def test_tables_say_what_memory_leaves_out_and_what_the_roofline_counts():
+    assert "### Peak memory beyond inputs, outputs and gradients, bf16, MiB" in report.render([HEAD])
+    assert "| peak memory beyond inputs, outputs and gradients, stock |" in report.readme_block([HEAD])
+    assert "Where ours screens it computes few of these dots" in report.render([HEAD])
 
 
 def test_an_unknown_kind_is_listed_and_not_dropped():
@@ -160,7 +175,7 @@ def test_the_block_between_the_markers_is_replaced():
     assert new.startswith("before\n" + report.BEGIN)
     assert new.endswith(report.END + "\nafter\n")
     assert "old\n" not in new
-    assert cells(new, "dev (")[0][1:] == ["10 ms", "2 ms", "5.0x faster", "900 MiB", "30 MiB"]
+    assert cells(new, "dev (")[0][1:] == ["10 ms", "2 ms", "5.0x faster (5.0 to 5.0)", "900 MiB", "30 MiB"]
     with pytest.raises(ValueError, match="expected the markers"):
         report.replace_block("no markers", "")
 

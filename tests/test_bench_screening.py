@@ -1,4 +1,4 @@
-"""The screening benchmark on tiny shapes: its inputs' shares and margins, its checks, its model on text, its report."""
+"""The screening benchmark on tiny shapes: its inputs' shares and margins, its checks, its model on text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 import splade_kernels as sk
 from bench import cases, environment, measure, report, rows, screening, screening_model, steps, timing, truth, variants
 from bench.cases import PRECISIONS, SCREENING, Case
+from splade_kernels.backends import screening as screening_backend
 
 CPU = torch.device("cpu")
 FLOAT32 = PRECISIONS["float32"]
@@ -36,7 +37,7 @@ def test_the_share_of_active_pairs_is_the_one_asked_for(share):
 
 
 def test_the_margins_of_the_normal_case_are_those_of_its_description():
-    case = replace(cases.for_device(SCREENING["trained-normal"], CPU), vocab_size=3000)
+    case = replace(cases.for_device(SCREENING["sparse-normal"], CPU), vocab_size=3000)
     tokens, largest = logits(case)
     assert (case.batch_size, case.length, case.hidden_size) == (16, 128, 768)
     assert (largest > 0).double().mean().item() == pytest.approx(0.015, abs=1e-5)
@@ -68,21 +69,24 @@ def unweighed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screening, "weigher", lambda *arguments: steps.unweighed)
 
 
-def test_screened_auto_and_unscreened_are_checked_and_timed(unweighed):
-    measured = rows.run(screening.head(TINY, FLOAT32, CPU, variants.SCREENING), CPU, 0.01)
+@pytest.mark.parametrize("job", ["forward", "forward_backward"])
+def test_screened_auto_and_unscreened_are_checked_and_timed(job, unweighed):
+    measured = rows.run(screening.head(TINY, FLOAT32, job, CPU, variants.SCREENING), CPU, 0.01)
     by_name = {row.variant: row for row in measured}
-    assert list(by_name) == ["stock", "unscreened", "ours", "screened", "matmul-real"]
+    inference = ["screened-first", "matmul-real"] if job == "forward" else []
+    assert list(by_name) == ["stock", "unscreened", "ours", "screened", *inference]
     for name, row in by_name.items():
         assert (row.status, row.active_share) == ("measured", pytest.approx(0.02, abs=1e-3))
-        assert row.rounds >= 3
+        assert row.rounds >= 9
         if name in variants.OURS:
             assert row.repeatable
             assert row.errors["bands_from_truth"] < 1
+            assert ("grad_weight_dot" in row.errors) == (job == "forward_backward")
     assert by_name["unscreened"].errors["bands_from_unscreened"] == 0
 
 
 def test_the_weight_of_a_screened_step_is_measured_in_a_process_of_its_own():
-    for name in variants.OURS:
+    for name in variants.MODES:
         assert steps.weigher(TINY, FLOAT32, name, False, CPU) is not steps.unweighed
     assert steps.weigher(replace(TINY, name="share-5"), FLOAT32, "ours", False, CPU) is steps.unweighed
 
@@ -90,7 +94,7 @@ def test_the_weight_of_a_screened_step_is_measured_in_a_process_of_its_own():
 def test_one_lost_pair_is_red_however_small(unweighed):
     """The smallest active entry goes: the norm of the difference is far within the bound for norms."""
     case = replace(TINY, active_share=0.5)
-    (job, _) = screening.head(case, FLOAT32, CPU, ["screened"])
+    (job, _) = screening.head(case, FLOAT32, "forward", CPU, ["screened"])
     (step,) = job.steps()
 
     def lossy() -> tuple[torch.Tensor, ...]:
@@ -105,7 +109,49 @@ def test_one_lost_pair_is_red_however_small(unweighed):
     assert errors["bands_from_unscreened"] > 1
     job.steps = lambda: [lossy]
     (row,) = rows.run([job], CPU, 0.01)
-    assert row.status.startswith("red: beyond {'bands_from_truth': 1.0, 'bands_from_unscreened': 1.0}")
+    assert row.status.startswith("red: beyond {'bands_from_unscreened': 1.0, 'bands_from_truth': 1.0}")
+
+
+def test_a_wrong_gradient_of_screened_training_is_red(unweighed):
+    (job,) = screening.head(TINY, FLOAT32, "forward_backward", CPU, ["screened"])
+    output, hidden, weight, bias = job.steps()[0]()
+    for wrong in ((hidden.roll(1, 0), weight, bias), (hidden, weight.roll(1, 0), bias), (hidden, weight, -bias)):
+        assert max(job.check((output, *wrong)).values()) > 0.1
+    assert max(job.check((output, hidden, weight, bias)).values()) < 1
+
+
+def test_training_and_first_calls_quantise_the_weight_in_every_step(unweighed, monkeypatch):
+    plain, prepared, given = screening_backend.PLAIN, [], []
+
+    def prepare(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        prepared.append(weight.shape)
+        return plain.prepare(weight)
+
+    def maximise(*arguments: object) -> int:
+        given.append(len(arguments) > 5)
+        return plain.maximise(*arguments)
+
+    monkeypatch.setattr(screening_backend, "PLAIN", replace(plain, prepare=prepare, maximise=maximise))
+    monkeypatch.setattr(screening_backend, "_isa", lambda: 0)
+    for job, name, counted in (
+        ("forward", "screened", 1),
+        ("forward", "screened-first", 3),
+        ("forward_backward", "screened", 0),
+    ):
+        made = screening.head(TINY, FLOAT32, job, CPU, [name])[0]
+        (step,) = made.steps()
+        prepared.clear()
+        given.clear()
+        for _ in range(3):
+            step()
+        # Without a quantised weight at hand the kernels quantise it.
+        assert (len(prepared), given) == (counted, [job == "forward"] * 3)
+
+
+def test_points_of_the_curve_over_the_share_are_inference_alone():
+    for name, case in SCREENING.items():
+        found = measure.groups("screening", case, FLOAT32, CPU, variants.SCREENING)
+        assert list(found) == ["forward", "forward_backward"][: 1 if name.startswith("share-") else 2]
 
 
 def test_the_band_by_hand():
@@ -168,7 +214,8 @@ def test_without_a_trained_model_its_cases_say_so(absent, monkeypatch, tmp_path,
     result = json.loads(path.read_text())
     reason = "no trained model here: python -m bench.screening_model --data DIR makes it"
     assert result["left_out"] == [f"trained-squad float32: {reason}", f"encode-squad float32: {reason}"]
-    assert [row["variant"] for row in result["rows"]] == [*variants.SCREENING, "matmul-real"]
+    inference, training = [*variants.SCREENING, "matmul-real"], ["stock", *variants.MODES]
+    assert [row["variant"] for row in result["rows"]] == [*inference, *training]
     assert result["environment"]["cpu_flags"] == environment.describe()["cpu_flags"]
 
 
@@ -235,6 +282,24 @@ def next_passage(model: object, case: Case, sequence: int) -> list[int]:
     return found
 
 
+def test_what_is_known_of_the_model_is_in_the_results_and_documents(trained, monkeypatch, tmp_path, unweighed):
+    record = screening_model.training_record()
+    assert (record["steps"], record["seed"]) == (2, 0)
+    text = Case("text", 3, 8, hidden_size=16, vocab_size=65, lengths="ragged", from_text=True)
+    monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: 1e10)
+    path = tmp_path / "screening.json"
+    arguments = ["screening", f"--output={path}", "--device=cpu", "--seconds=0", "--variant=ours"]
+    monkeypatch.setattr(sys, "argv", ["measure", *arguments])
+    for subject, expected in ((text, record), (TINY, None)):
+        monkeypatch.setattr(measure, "plan", lambda *of, subject=subject: iter([("one", subject)]))
+        measure.main()
+        (content,) = report.load([path])
+        assert content.get("trained_model") == expected
+        told = f"2 steps, seed 0; over unseen passages nDCG@10 {record['ndcg@10']:.3f}"
+        assert (told in report.render([content])) == (expected is not None)
+
+
 def test_too_few_passages_are_an_error(trained):
     with pytest.raises(ValueError, match="expected 40 passages of up to 8 tokens, found 8"):
         screening_model.decoder_inputs(torch.full((40,), 8), 8, 65)
@@ -248,7 +313,7 @@ def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):
         return sk.reference.splade_pool(*arguments, **{k: v for k, v in options.items() if k != "screening"})
 
     jobs = screening.encode(screening.Corpus(6, 4), FLOAT32, CPU, [*variants.SCREENING, "compile"])
-    assert [job.row.variant for job in jobs] == list(variants.SCREENING)
+    assert [job.row.variant for job in jobs] == ["stock", *variants.MODES]
     measured = rows.run(jobs, CPU, 0)
     assert [row.status for row in measured] == ["measured"] * 4
     assert {row.texts for row in measured} == {6}
@@ -262,66 +327,15 @@ def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):
         assert asked == [value] * 2
 
 
-def result(medians: dict[str, dict[str, float]], **more: object) -> dict[str, object]:
-    found = []
-    for case, of_case in medians.items():
-        share = {"trained-normal": 0.015, "dense": 1.0, "trained-squad": 0.009}.get(case, 0.05)
-        for variant, median in of_case.items():
-            row = {"case": case, "shape": "B16 S128 D768 V30522", "precision": "float32", "job": "forward"}
-            row |= {"variant": variant, "status": "measured", "median": median, "extra_bytes": None, "repeatable": True}
-            row |= {"active_share": share, "survivors": 0.00085 if variant == "screened" else None, "errors": {}}
-            found.append(row | {"clock": "perf_counter", "others": 0.0, "texts": None})
-    environment = {"device": "Test CPU", "gpu": False, "threads": 2, "cpu_capability": "AVX2", "python": "3.11"}
-    environment |= {"packages": {"torch": "2.13"}, "commit": "abc", "cpu_flags": ["avx", "avx2"]}
-    machine = {"float32": {"bytes_per_second": 1e10, "operations_per_second": 1e11}}
-    base = {"kind": "screening", "file": "screening-cpu.json", "command": "python -m bench", "left_out": []}
-    return base | {"environment": environment, "machine": machine, "rows": found} | more
-
-
-TIMES = {"stock": 1.2, "unscreened": 0.5, "ours": 0.26, "screened": 0.25, "matmul-real": 0.4}
-
-
-def cells(text: str, start: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith(f"| {start}")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def test_the_section_compares_screened_auto_and_unscreened():
-    made = result({"trained-normal": TIMES, "dense": TIMES | {"ours": 0.51, "screened": 0.75}})
-    made["rows"][3] |= {"errors": {"bands_from_unscreened": 0.25}, "extra_bytes": 30 << 20}
-    encoded = [
-        row | {"case": "encode-squad", "job": "encode", "shape": "96 texts", "texts": 96} for row in made["rows"][:4]
-    ]
-    made["rows"] += encoded
-    text = report.render([made])
-    sparse, memory = cells(text, "trained-normal")
-    assert sparse[1:3] == ["1.50%", "0.085%"]
-    assert sparse[3:8] == ["1,200", "500", "260", "250", "400"]
-    assert sparse[8:] == ["2.0x faster", "0.52x the time", "4.8x faster", "0.62x the time"]
-    assert memory[1:] == ["-", "-", "-", "30 MiB"]
-    assert cells(text, "dense")[0][8:] == ["1.5x slower", "1.02x the time", "1.6x faster", "1.88x the time"]
-    assert cells(text, "encode-squad")[0][1:] == [
-        "1.50%", "80.0", "192.0", "369.2", "384.0", "1.9x faster", "4.6x faster",
-    ]  # fmt: skip
-    assert "Vector instructions of this CPU: avx avx2." in text
-    assert "Of 9 results of ours, two runs were identical to the bit in 9; 0 were wrong." in text
-    assert "unscreened one: 0.25 of what" in text
-
-
-def test_a_red_row_is_listed_and_has_no_time():
-    made = result({"dense": TIMES})
-    made["rows"][3] |= {"status": "red: two runs differ", "median": None, "repeatable": False}
-    text = report.render([made])
-    assert cells(text, "dense")[0][6] == "red"
-    assert "- dense float32 forward screened: red: two runs differ" in text
-    assert "in 2; 1 were wrong" in text
-
-
-def test_the_gain_is_plotted_against_the_share(tmp_path):
-    figures = pytest.importorskip("bench.figures", exc_type=ImportError)
-    made = result({"trained-normal": TIMES, "dense": TIMES, "trained-squad": TIMES})
-    (path,) = figures.plot_shares([made, result({}, kind="head")], tmp_path)
-    assert path.name == "screening-cpu-shares.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert figures.plot_shares([result({"dense": TIMES})], tmp_path) == []
-    assert "![Screening against the share of active pairs](x-shares.png)" in report.render([made], ["x-shares.png"])
+def test_a_pair_that_encode_loses_is_red_however_small(trained):
+    """Of the values beyond what summation orders explain, the smallest goes."""
+    (job,) = screening.encode(screening.Corpus(6, 4), FLOAT32, CPU, ["screened"])
+    (step,) = job.steps()
+    indices, values = step()
+    assert job.check((indices, values))["bands_from_unscreened"] < 1
+    smallest = values.argsort()
+    lost = smallest[values[smallest] > 1e-4][0]
+    kept = torch.arange(len(values)) != lost
+    job.steps = lambda: [lambda: (indices[:, kept], values[kept])]
+    (row,) = rows.run([job], CPU, 0)
+    assert row.status.startswith("red: beyond {'bands_from_unscreened': 1.0}")
