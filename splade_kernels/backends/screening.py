@@ -24,7 +24,7 @@ from . import compaction, screening_plain, weight_cache
 from .pooling import PoolingCall
 
 # "auto": words that are screened first, in so many runs spread over the vocabulary, and the share of their dots up to
-# which it pays to go on: with AVX2 an exact dot takes six to nine times as long as one in a matmul, an int8 dot three
+# which it pays to go on: with AVX2 an exact dot takes about seven times as long as one in a matmul, an int8 dot three
 # tenths (bench/results/screening-cpu.json: time over `computed`).
 PROBE_WORDS, PROBE_RUNS = 256, 8
 PAYING_SHARE = 1 / 12
