@@ -29,7 +29,6 @@ from splade_kernels.backends.screening import survivors
 FLOOR = "matmul-real"
 # Largest distances from the unscreened output and from the truth, in bands.
 BANDS = {"bands_from_unscreened": 1.0, "bands_from_truth": 1.0}
-Pool = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ def surviving_share(inputs: Inputs, precision: Precision) -> float | None:
     return computed / pairs
 
 
-class Unscreened:
-    """Pools without screening, and notes the widest band of each word: one for all texts, which ``encode`` sorts."""
+class WidestBands:
+    """``splade_pool`` that notes the widest band of each word: one for all texts, which ``encode`` sorts."""
 
     def __init__(self, precision: Precision) -> None:
         self.precision, self.bands = precision, torch.zeros(())
@@ -109,14 +108,17 @@ class Unscreened:
         longest = hidden.detach().double().norm(dim=-1).amax()
         bands = truth.word_bands(longest, weight.detach(), self.precision)
         self.bands = torch.maximum(self.bands.to(bands), bands)
-        return sk.splade_pool(hidden, weight, *arguments, screening=False, **options)
+        return sk.splade_pool(hidden, weight, *arguments, **options)
 
 
 def encode(corpus: Corpus, precision: Precision, device: torch.device, names: Sequence[str]) -> list[Job]:
     """A whole ``encode`` in batches of ``corpus.batch_size``: tokenizer, transformer, head, sparse embeddings."""
+    from splade_kernels.integrations import sentence_transformers as integration
+
     texts = screening_model.passages()[: corpus.texts]
     row = Row("encode-squad", f"{len(texts)} texts", precision.name, "encode", "", texts=len(texts))
     step = partial(encode_step, texts, corpus.batch_size, precision, device)
+    modes = {"stock": None, **MODES}
     vocab_size = screening_model.load().transformers_model.get_output_embeddings().weight.shape[0]
 
     def dense(found: Tensors) -> Tensor:
@@ -124,20 +126,21 @@ def encode(corpus: Corpus, precision: Precision, device: torch.device, names: Se
         return values.new_zeros(len(texts), vocab_size).index_put((rows, words), values)
 
     def steps(name: str) -> list[Step]:
-        return [step(None if name == "stock" else partial(sk.splade_pool, screening=MODES[name]))]
+        return [step(modes[name])]
 
-    pool = Unscreened(precision)
-    stock, unscreened, allowed = dense(step(None)()), dense(step(pool)()), pool.bands
+    stock = dense(steps("stock")[0]())
+    with mock.patch.object(integration, "splade_pool", WidestBands(precision)) as pool:
+        unscreened = dense(steps("unscreened")[0]())
 
     def check(found: Tensors) -> dict[str, float]:
         return {"output": truth.relative_distance(dense(found), stock)}
 
     def distances(found: Tensors) -> dict[str, float]:
-        return {"bands_from_unscreened": truth.in_bands(dense(found), unscreened, allowed, precision)}
+        return {"bands_from_unscreened": truth.in_bands(dense(found), unscreened, pool.bands, precision)}
 
     weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
     jobs = []
-    for name in (name for name in names if name == "stock" or name in MODES):
+    for name in (name for name in names if name in modes):
         mine = replace(row, variant=name, errors={}, active_share=float((stock > 0).double().mean()))
         one = Job(mine, partial(steps, name), check, truth.BOUNDS[precision.name], weigh=weigh)
         jobs.append(hold_in_bands(one, distances) if name in OURS else one)
@@ -145,18 +148,17 @@ def encode(corpus: Corpus, precision: Precision, device: torch.device, names: Se
 
 
 def encode_step(
-    texts: Sequence[str], batch_size: int, precision: Precision, device: torch.device, pool: Pool | None
+    texts: Sequence[str], batch_size: int, precision: Precision, device: torch.device, mode: str | bool | None
 ) -> Step:
-    """With the fused head that ``pool`` is, or with the stock one; returns indices and values."""
-    from splade_kernels.integrations import sentence_transformers as integration
+    """With the fused head and this setting of screening, or None: with the stock one. Returns indices and values."""
+    from splade_kernels.integrations.sentence_transformers import fuse
 
     model = screening_model.load(device).to(precision.dtype)
-    if pool is not None:
-        integration.fuse(model)
+    if mode is not None:
+        fuse(model, screening=mode)
 
     def step() -> Tensors:
-        # The drop-in has no setting of its own for screening.
-        with mock.patch.object(integration, "splade_pool", pool), precision.forward(device):
+        with precision.forward(device):
             embeddings: Tensor = model.encode(list(texts), batch_size=batch_size).coalesce()
         return embeddings.indices(), embeddings.values()
 

@@ -318,7 +318,7 @@ def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):
     assert [row.status for row in measured] == ["measured"] * 4
     assert {row.texts for row in measured} == {6}
     assert 0 < measured[0].active_share < 1
-    monkeypatch.setattr(screening.sk, "splade_pool", recording)
+    monkeypatch.setattr("splade_kernels.integrations.sentence_transformers.splade_pool", recording)
     for name, value in (("unscreened", False), ("ours", "auto"), ("screened", True)):
         asked.clear()
         (step,) = next(job for job in jobs if job.row.variant == name).steps()
