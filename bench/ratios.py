@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 NOTE = (
-    "Ratios are medians of the rounds' own ratios, their quartiles in brackets (of files without the rounds' samples "
-    "the extremes that the spreads allow); ≈ 1 where those are on both sides of 1."
+    "Ratios are medians of the rounds' own ratios, their quartiles in brackets; ≈ 1 where those are on both sides of 1."
 )
 
 
@@ -26,12 +25,9 @@ class Ratio(NamedTuple):
 
 
 def ratio(top: Row | None, bottom: Row | None) -> Ratio | None:
-    """Times of ``top`` over times of ``bottom``; None where one of them has no time."""
-    if not top or not bottom or top["median"] is None or bottom["median"] is None:
+    """Times of ``top`` over times of ``bottom``; None where one of them was not timed."""
+    if not top or not bottom or not top.get("samples") or not bottom.get("samples"):
         return None
-    if not (top.get("samples") and bottom.get("samples")):
-        first, second = (row.get("spread") or (row["median"], row["median"]) for row in (top, bottom))
-        return Ratio(top["median"] / bottom["median"], first[0] / second[1], first[1] / second[0])
     rounds = [a / b for a, b in zip(top["samples"], bottom["samples"], strict=True)]
     low, middle, high = statistics.quantiles(rounds, n=4, method="inclusive")
     return Ratio(middle, low, high)

@@ -31,12 +31,6 @@ def test_quartiles_on_both_sides_of_one_are_no_gain():
     assert ratios.speedup(STEADY, noisy).startswith("≈ 1 (0.77 to 1.11")
 
 
-def test_without_samples_spreads_that_overlap_are_no_gain():
-    first, second = {"median": 3.0, "spread": (2.0, 4.0)}, {"median": 2.0, "spread": (1.0, 2.5)}
-    assert ratios.speedup(first, second) == "≈ 1 (0.80 to 4.00)"
-    assert ratios.speedup(first, second | {"spread": (1.0, 1.9)}) == "1.5x faster (1.1 to 4.0)"
-
-
 def test_what_has_no_time_has_no_ratio():
     for one in (None, STEADY | {"median": None, "samples": []}):
         assert ratios.speedup(one, STEADY) == ratios.against(STEADY, one) == "-"

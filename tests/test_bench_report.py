@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 def row(case: str, variant: str, median: float | None, job: str = "forward", **more: object) -> dict[str, object]:
     base = {"case": case, "shape": "B32 S128 D768 V30522", "precision": "bf16", "job": job, "variant": variant}
     state = {"status": "measured", "median": median, "repeatable": True, "extra_bytes": None, "others": None}
-    return base | state | {"operations": 10**9, "bytes": 10**6} | more
+    samples = [] if median is None else [median] * 3
+    return base | state | {"samples": samples, "operations": 10**9, "bytes": 10**6} | more
 
 
 def result(kind: str, rows: list[dict[str, object]], gpu: bool = True, **more: object) -> dict[str, object]:

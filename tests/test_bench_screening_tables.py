@@ -17,7 +17,7 @@ def result(medians: dict[str, dict[str, float]], **more: object) -> dict[str, ob
             row = {"case": case, "shape": "B16 S128 D768 V30522", "precision": "float32", "job": "forward"}
             row |= {"variant": variant, "status": "measured", "median": median, "extra_bytes": None, "repeatable": True}
             row |= {"active_share": share, "survivors": 0.00085 if variant == "screened" else None, "errors": {}}
-            found.append(row | {"clock": "perf_counter", "others": 0.0, "texts": None})
+            found.append(row | {"samples": [median] * 3, "clock": "perf_counter", "others": 0.0, "texts": None})
     environment = {"device": "Test CPU", "gpu": False, "threads": 2, "cpu_capability": "AVX2", "python": "3.11"}
     environment |= {"packages": {"torch": "2.13"}, "commit": "abc", "cpu_flags": ["avx", "avx2"]}
     machine = {"float32": {"bytes_per_second": 1e10, "operations_per_second": 1e11}}
@@ -64,7 +64,7 @@ def without_quartiles(row: list[str]) -> list[str]:
 
 def test_a_red_row_is_listed_and_has_no_time():
     made = result({"dense": TIMES})
-    made["rows"][3] |= {"status": "red: two runs differ", "median": None, "repeatable": False}
+    made["rows"][3] |= {"status": "red: two runs differ", "median": None, "samples": [], "repeatable": False}
     text = report.render([made])
     assert cells(text, "dense")[0][6] == "red"
     assert "- dense float32 forward screened: red: two runs differ" in text
