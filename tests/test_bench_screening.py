@@ -320,8 +320,8 @@ def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):
     assert 0 < measured[0].active_share < 1
     monkeypatch.setattr("splade_kernels.integrations.sentence_transformers.splade_pool", recording)
     for name, value in (("unscreened", False), ("ours", "auto"), ("screened", True)):
-        asked.clear()
         (step,) = next(job for job in jobs if job.row.variant == name).steps()
+        asked.clear()  # what fuse probes
         step()
         # Two batches.
         assert asked == [value] * 2
