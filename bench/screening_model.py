@@ -3,10 +3,9 @@
     python -m bench.screening_model --data DIR [--output outputs/screening-model]
 
 ``--data`` holds ``vocab.txt`` (bert-base-uncased) and ``squad/`` in BEIR's layout: ``corpus.jsonl``, ``queries.jsonl``,
-``qrels/train.tsv`` and ``qrels/test.tsv``. The demo's model (2 layers, 128
-wide, V 30522, tied decoder) is trained through the demo's trainer with the fused head; model and unseen passages, those
-of the articles held out for testing, are written to ``--output``. The benchmarks that need them leave themselves out
-where that folder is absent.
+``qrels/train.tsv`` and ``qrels/test.tsv``. The demo's model (2 layers, 128 wide, V 30522, tied decoder) is trained
+through the demo's trainer with the fused head; model and unseen passages, those of the articles held out for testing,
+are written to ``--output``. The benchmarks that need them leave themselves out where that folder is absent.
 """
 
 from __future__ import annotations

@@ -319,16 +319,6 @@ def test_screening_is_passed_on_and_may_be_changed(monkeypatch: pytest.MonkeyPat
     assert seen == ["auto"] * batches + [False] * batches + [True] * batches
 
 
-def test_a_wrong_screening_is_refused_before_anything_changes() -> None:
-    model = sparse_encoder()
-    with pytest.raises(ValueError, match="screening: expected 'auto', True or False, got 'off'"):
-        fuse(model, screening="off")
-    assert "forward" not in decoder_of(model).__dict__
-    model[1].pooling_strategy = "sum"
-    with pytest.raises(ValueError, match="screening: expected 'auto' or False with pooling_strategy='sum'"):
-        fuse(model, screening=True)
-
-
 def test_chunk_size_has_no_effect_and_embedding_dimension_is_set() -> None:
     model = sparse_encoder()
     fuse(model)

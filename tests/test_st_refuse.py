@@ -253,6 +253,16 @@ def test_partly_fused_is_an_error() -> None:
     assert fuse(unfuse(model)) is model
 
 
+def test_a_wrong_screening_is_refused_before_anything_changes() -> None:
+    model = sparse_encoder()
+    with pytest.raises(ValueError, match="screening: expected 'auto', True or False, got 'off'"):
+        fuse(model, screening="off")
+    assert "forward" not in decoder_of(model).__dict__
+    model[1].pooling_strategy = "sum"
+    with pytest.raises(ValueError, match="screening: expected 'auto' or False with pooling_strategy='sum'"):
+        fuse(model, screening=True)
+
+
 def test_resized_untied_embeddings_after_fuse() -> None:
     """transformers then makes a new decoder, which is not the one that was fused."""
     model = sparse_encoder()

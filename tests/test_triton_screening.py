@@ -17,8 +17,8 @@ from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
 from tests.conftest import ACCELERATOR
 from tests.oracle import Case, make_case
+from tests.triton_screening_cases import REASON, check, logits, run, sparse_case
 
-REASON = sk.available_backends()["triton"]
 pytestmark = pytest.mark.skipif(REASON != "available", reason=REASON)
 
 if REASON == "available":
@@ -80,50 +80,6 @@ def keep_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pair may be kept, so no sequence is dense."""
     for mode in ("on", "auto"):
         monkeypatch.setitem(screening.SHARE, mode, 1)
-
-
-def sparse_case(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, **options: Any) -> Case:
-    """About one in fifty pairs of a group and a word is active."""
-    case = make_case(shape, dtype, **options)
-    with torch.no_grad():
-        if case.bias is None:
-            case.weight -= 3.0 * case.weight.abs().mean()
-            case.hidden += 0.4
-        else:
-            case.bias.mul_(0.1).sub_(3.0)
-    return case
-
-
-def run(case: Case, mode: str, need_argmax: bool = True, **changes: Any) -> tuple[Tensor, Tensor]:
-    batch, length, _ = case.hidden.shape
-    dtype = case.hidden.dtype
-    call = PoolingCall(batch, case.mask, None, length, "max", "relu", dtype, dtype, mode, need_argmax=need_argmax)
-    bias = None if case.bias is None else case.bias.detach()
-    hidden = changes.pop("hidden", case.hidden.detach().flatten(0, 1))
-    return forward.max_pool_forward(replace(call, **changes), hidden, case.weight.detach(), bias)
-
-
-def logits(case: Case) -> Tensor:
-    """``[B, S, V]`` in float64, -inf where there is no real token."""
-    bias = 0 if case.bias is None else case.bias.detach().double()
-    dots = case.hidden.detach().double() @ case.weight.detach().double().t()
-    return torch.where(case.mask[..., None], dots + bias, -torch.inf)
-
-
-def check(case: Case, output: Tensor, argmax: Tensor | None = None) -> None:
-    """Values, support and argmax within the band of two float32 orders of summation."""
-    exact_logits = logits(case)
-    norms = case.hidden.detach().double().norm(dim=-1).amax(dim=1)[:, None] * case.weight.detach().double().norm(dim=-1)
-    band = 4 * 2.0**-24 * math.sqrt(case.hidden.shape[2]) * norms
-    expected = exact_logits.amax(dim=1)
-    sure = expected.abs() > band
-    assert torch.equal((output > 0)[sure], (expected > 0)[sure])
-    assert oracle.close(output, expected.relu().log1p())
-    if argmax is not None:
-        attained = exact_logits.gather(1, argmax.long()[:, None])[:, 0]
-        active = output > 0
-        assert bool(((expected - attained)[active] <= 2 * band[active]).all())
-        assert not argmax[~active].any()
 
 
 def hostile_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -366,68 +322,6 @@ def test_gradients_through_the_public_function(monkeypatch):
     assert all(oracle.close(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_quantised_weight_is_kept_between_inference_calls_only(autocast, monkeypatch):
-    calls: list[torch.dtype] = []
-    make = screening.quantise_weight
-    monkeypatch.setattr(screening, "quantise_weight", lambda weight: calls.append(weight.dtype) or make(weight))
-    case = sparse_case((2, 20, 16, 40))
-
-    def infer() -> Tensor:
-        with torch.no_grad(), torch.autocast(ACCELERATOR, torch.bfloat16, enabled=autocast):
-            return sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, backend="triton")
-
-    first = infer()
-    assert torch.equal(infer(), first)
-    assert calls == [torch.bfloat16 if autocast else torch.float32]
-    with torch.no_grad():
-        case.weight.neg_()
-    assert not torch.equal(infer(), first)
-    assert len(calls) == 2
-    sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, backend="triton")
-    assert len(calls) == 3
-    # A write that no version counts, after a step of training.
-    case.weight.data.neg_()
-    assert torch.equal(infer(), first)
-    assert len(calls) == 4
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_weight_written_behind_the_cache_is_quantised_again(mode, seen, monkeypatch):
-    """On a GPU the cache itself does not look at the contents: the device does."""
-    kept: list[Any] = []
-
-    def cached(weight: Tensor, kind: str, make: Any) -> Any:
-        kept.append(kept[0] if kept else make())
-        return kept[-1]
-
-    monkeypatch.setattr(screening.weight_cache, "cached", cached)
-    case = sparse_case((3, 20, 16, 200))
-    with mode():
-        check(case, run(case, "on", need_argmax=False)[0])
-    for scale in (-1, 2):
-        case.weight.data.mul_(scale)
-        expected = screening.quantise_weight(case.weight.detach())
-        check(case, run(case, "on", need_argmax=False)[0])
-        assert torch.equal(kept[0][0].rows, expected.rows)
-        assert torch.equal(kept[0][0].statistics, expected.statistics)
-    with mode():
-        kept[0][0].rows.zero_()
-    run(case, "on", need_argmax=False)  # nothing was written, so nothing is quantised
-    assert not kept[0][0].rows.any()
-
-
-def test_a_weight_used_in_two_dtypes_is_kept_for_each(monkeypatch):
-    calls: list[torch.dtype] = []
-    make = screening.quantise_weight
-    monkeypatch.setattr(screening, "quantise_weight", lambda weight: calls.append(weight.dtype) or make(weight))
-    case = sparse_case((2, 20, 16, 40))
-    for autocast in (True, False, True, False):
-        with torch.no_grad(), torch.autocast(ACCELERATOR, torch.bfloat16, enabled=autocast):
-            sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, screening=True, backend="triton")
-    assert calls == [torch.bfloat16, torch.float32]
-
-
 def test_tiles_of_sequences_known_to_be_dense_are_left_out(tiles, monkeypatch):
     budgets: list[Tensor] = []
 
@@ -451,15 +345,6 @@ def test_tiles_of_sequences_known_to_be_dense_are_left_out(tiles, monkeypatch):
         assert budgets[0].tolist() == [4 * 80 - 3 * 128]
     else:
         assert budgets[0].tolist() <= [4 * 80 - 3 * 128]
-
-
-def test_slices_share_one_quantised_weight(monkeypatch):
-    calls: list[object] = []
-    make = screening.quantise_weight
-    monkeypatch.setattr(screening, "quantise_weight", lambda weight: calls.append(weight) or make(weight))
-    monkeypatch.setattr(pack, "SLICE_BYTES", 1)
-    run(sparse_case((4, 20, 16, 40)), "on")
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("limit", ["MAX_HIDDEN_SIZE", "MAX_VOCAB_SIZE"])
@@ -495,41 +380,3 @@ def test_no_real_token_and_a_hidden_size_of_zero(keep_all):
     assert not output[1].any()
     nothing = Case(torch.empty(2, 3, 0), torch.empty(40, 0), torch.ones(40), torch.ones(2, 3, dtype=torch.bool), output)
     assert torch.equal(run(nothing, "on")[0], torch.ones(2, 40).log1p())
-
-
-def quantised_rows(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result = quantise.quantise_weight(values)
-    scale, radius, norm = result.statistics.view(3, -1)
-    return result.rows, scale, radius, norm
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (16, 128), (19, 300), (5, 129)], ids=str)
-def test_scale_radius_and_norm_bound_what_they_say(shape):
-    torch.manual_seed(0)
-    values = torch.randn(shape) * torch.logspace(-10, 10, shape[0])[:, None]
-    rows, scale, radius, norm = quantised_rows(values)
-    exact_values, size = values.double(), shape[1]
-    assert rows.shape == (shape[0], -(-size // 128) * 128)
-    assert not rows[:, size:].any()
-    assert rows.abs().amax(dim=1).eq(127).all()
-    exact_norm = exact_values.norm(dim=1)
-    residual = (exact_values - scale.double()[:, None] * rows[:, :size].double()).norm(dim=1)
-    # Twice what the rounding of a dot takes: the other half is for the residual's own.
-    slack = (size + 128) * 2.0**-23
-    assert bool((norm.double() >= exact_norm).all())
-    assert bool((norm.double() <= exact_norm * (1 + slack)).all())
-    assert bool((radius.double() >= residual + 0.9 * slack * exact_norm).all())
-    assert bool((radius.double() <= (residual + slack * norm.double()) * (1 + 2 * slack)).all())
-    assert bool((residual <= 0.5001 * scale.double() * math.sqrt(size)).all())
-
-
-@pytest.mark.parametrize(
-    ("value", "plain"),
-    [(0.0, True), (-0.0, True), (2.0**-40, True), (2.0**40, True), (2.0**-41, False), (2.0**41, False), (1e-42, False),
-     (math.inf, False), (-math.inf, False), (math.nan, False)],
-)  # fmt: skip
-def test_rows_that_cannot_be_quantised_have_no_bound(value, plain):
-    rows, scale, _, _ = quantised_rows(torch.tensor([[value, 0.0, value], [1.0, 2.0, 3.0]]))
-    assert bool(scale[0].isnan()) is not plain
-    assert rows[1, :3].tolist() == [42, 85, 127]
-    assert rows[0].abs().max() == (127 if plain and value else 0)

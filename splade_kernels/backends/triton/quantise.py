@@ -7,6 +7,7 @@ the row may take part in.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,9 @@ WIDTH_MULTIPLE = 128
 BLOCK_D = WIDTH_MULTIPLE
 LEVELS = tl.constexpr(float(screening_plain.LEVELS))
 UNIT = tl.constexpr(screening_plain.UNIT)
-# The range of the largest magnitude of a row that is quantised, as bits.
-_LEAST_BITS, _MOST_BITS = (
-    tl.constexpr(torch.tensor(x, dtype=torch.float32).view(torch.int32).item())
-    for x in (screening_plain.TINY, screening_plain.HUGE)
+# The range of the largest magnitude of a row that is quantised, as the bits of float32.
+_LEAST_BITS, _MOST_BITS = map(
+    tl.constexpr, struct.unpack("2i", struct.pack("2f", screening_plain.TINY, screening_plain.HUGE))
 )
 
 
