@@ -57,6 +57,14 @@ def widest(request: pytest.FixtureRequest, backend: str) -> torch.dtype:
     return torch.float32 if backend == "triton" else torch.float64
 
 
+@pytest.fixture
+def on_accelerator() -> Iterator[None]:
+    """Where there is a GPU, tensors that a test makes are on it."""
+    torch.set_default_device(ACCELERATOR)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(params=["compiled", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of screening: the compiled kernels, or the same in PyTorch; the torch backend on a CPU is what they belong to."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,20 +14,12 @@ import splade_kernels as sk
 from tests.conftest import ACCELERATOR
 from tests.triton_screening_cases import REASON, check, run, sparse_case
 
-pytestmark = pytest.mark.skipif(REASON != "available", reason=REASON)
+pytestmark = [pytest.mark.skipif(REASON != "available", reason=REASON), pytest.mark.usefixtures("on_accelerator")]
 
 if REASON == "available":
     pack, quantise, screening = (
         importlib.import_module(f"splade_kernels.backends.triton.{name}") for name in ("pack", "quantise", "screening")
     )
-
-
-@pytest.fixture(autouse=True)
-def device() -> Iterator[None]:
-    """Where there is a GPU, tensors that a test makes are on it."""
-    torch.set_default_device(ACCELERATOR)
-    yield
-    torch.set_default_device(None)
 
 
 @pytest.fixture

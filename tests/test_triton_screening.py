@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,21 +18,13 @@ from tests.conftest import ACCELERATOR
 from tests.oracle import Case, make_case
 from tests.triton_screening_cases import REASON, check, logits, run, sparse_case
 
-pytestmark = pytest.mark.skipif(REASON != "available", reason=REASON)
+pytestmark = [pytest.mark.skipif(REASON != "available", reason=REASON), pytest.mark.usefixtures("on_accelerator")]
 
 if REASON == "available":
     forward, pack, exact, quantise, screening, tuning = (
         importlib.import_module(f"splade_kernels.backends.triton.{name}")
         for name in ("pool_forward", "pack", "exact", "quantise", "screening", "tuning")
     )
-
-
-@pytest.fixture(autouse=True)
-def device() -> Iterator[None]:
-    """Where there is a GPU, tensors that a test makes are on it."""
-    torch.set_default_device(ACCELERATOR)
-    yield
-    torch.set_default_device(None)
 
 
 @dataclass
