@@ -75,7 +75,7 @@ def maximise(
     quantised, scale, radius, norm = prepared or quantise(weight)
     tokens, token_scale, token_radius, token_norm = (x if x.ndim == 2 else x[:, None] for x in quantise(rows))
     lengths = offsets.diff()
-    sequences, vocab_size = len(lengths), len(weight)
+    sizes, sequences, vocab_size = lengths.tolist(), len(lengths), len(weight)
     sequence = torch.repeat_interleave(torch.arange(sequences), lengths)
     dtype = torch.promote_types(rows.dtype, torch.float32)
     evaluated = 0
@@ -87,7 +87,7 @@ def maximise(
         lower = (near - far).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
         nothing = lower.new_full(lower.shape[1:], -torch.inf)
         # [n, words]
-        attained = torch.stack([x.amax(dim=0) if len(x) else nothing for x in lower.split(lengths.tolist())])
+        attained = torch.stack([x.amax(dim=0) if len(x) else nothing for x in lower.split(sizes)])
         upper = near + far
         threshold = 0 if bias is None else -bias[words]
         # Written so that NaN passes.
