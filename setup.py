@@ -68,6 +68,9 @@ def nvcc_command(nvcc: str, sources: list[str], output: str, torch: Path, *extra
         *COMMON_FLAGS,
         *gencode(architectures),
         *("--threads", "0"),
+        # Nothing is linked across device objects, and beside --threads the device linkers of the architectures all
+        # write and read one temporary file ("nvlink fatal: Could not read file ..._dlink.reg.c", now and then).
+        "--no-device-link",
         *host,
         *includes,
         *extra,

@@ -84,6 +84,15 @@ def test_cuda_compiles_for_every_architecture_without_warnings_or_spills(tmp_pat
     assert {len(names) for names in kernels.values()} == {3 * 4 + 4 + 3}
 
 
+@nvcc
+def test_device_linkers_of_several_architectures_do_not_share_a_file(tmp_path):
+    """nvcc runs them side by side on one temporary file, where they fail now and then: none may run."""
+    command = setup.nvcc_command(setup.find_nvcc(), ["csrc/cuda/ops.cu"], str(tmp_path / "_csrc_cuda.so"), TORCH)
+    steps = run([*command, "--dryrun"], TORCH_CUDA_ARCH_LIST="").stderr
+    assert steps.count("ptxas -arch=") == 6
+    assert "nvlink" not in steps
+
+
 def test_architectures_are_parsed_and_wrong_ones_named():
     assert setup.gencode("8.6;9.0a 12.0+PTX") == [
         "-gencode=arch=compute_86,code=sm_86",
