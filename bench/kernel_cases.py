@@ -107,6 +107,7 @@ _INDICES = {
     "dense_sequence_ptr",
     "edge_ptr",
     "group_count_ptr",
+    "group_offset_ptr",
     "group_sequence_ptr",
     "length_ptr",
     "listed_ptr",
@@ -145,6 +146,8 @@ def matmuls(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]
 
 def _others(make: Maker) -> Iterator[Case]:
     yield make(pack._list_kernel, {"mask_ptr": "*i64"}, {"BLOCK_S": 1024, "stride_ms": 1})
+    for absent in ({}, {"edge_ptr": None}):
+        yield make(pack._offset_kernel, {}, {"BLOCK_B": 1024, **absent})
     for absent in ({}, {"listed_ptr": None}):
         yield make(pack._pack_kernel, {}, {"BLOCK_D": 256, "stride_hd": 1, **absent})
     finalise = {"DOUBLE_LOG": True, "BLOCK_V": FINALISE_BLOCK}
@@ -179,6 +182,7 @@ def _screening(make: Maker) -> Iterator[Case]:
     constants = {"BLOCK_V": config.block_v, "BLOCK_T": config.block_t, "BLOCK_K": config.block_k}
     constants |= {"GROUP_V": config.group_v, "DESCRIPTORS": config.tma}
     launch = (config.num_warps, config.num_stages)
+    yield make(screening._budget_kernel, counts, {"BLOCK_B": screening.DIVIDE_BLOCK})
     yield make(screening._screen_kernel, tiles | statistics | counts, constants, *launch)
     yield make(screening._divide_kernel, counts, {"BLOCK_G": screening.DIVIDE_BLOCK})
     for keys in ("*i64", "*i32"):

@@ -137,9 +137,9 @@ def test_ranks_with_unequal_batches_give_the_single_process_value_and_gradient(t
     processes = [context.Process(target=_rank, args=a) for a in arguments]
     for process in processes:
         process.start()
-    answers = [results.get(timeout=120) for _ in processes]
+    answers = [results.get(timeout=300) for _ in processes]
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)
         assert process.exitcode == 0
 
     torch.manual_seed(0)

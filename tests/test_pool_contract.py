@@ -249,7 +249,7 @@ def test_backends_are_named_with_reasons():
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done

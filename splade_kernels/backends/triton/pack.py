@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..pooling import PoolingCall
 from .common import GROUP, GROUP_ROWS, LARGEST_BLOCK_T
@@ -50,17 +49,24 @@ class Packed:
 def find_tokens(call: PoolingCall, hidden: Tensor) -> Tokens:
     """Lengths and positions of the real tokens, and the groups that they will be packed into."""
     edges = call.edges(hidden)
-    lengths = edges.diff().clamp_(max=call.max_seqlen)
+    lengths, group_offsets = torch.empty_like(edges[1:]), torch.empty_like(edges)
     mask, listed = call.attention_mask, None
     if mask is not None:
         listed = torch.empty(mask.shape, device=hidden.device, dtype=torch.int32)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        if mask.numel() > 0:
-            _list_kernel[(call.batch_size,)](
-                mask, listed, lengths, mask.shape[1], mask.stride(0), mask.stride(1), BLOCK_S=1024, num_warps=4
-            )
-    groups = (lengths + (GROUP - 1)) // GROUP
-    return Tokens(edges[:-1], lengths, listed, F.pad(groups.cumsum(0, dtype=torch.int32), (1, 0)))
+        _list_kernel[(call.batch_size,)](
+            mask, listed, lengths, mask.shape[1], mask.stride(0), mask.stride(1), BLOCK_S=1024, num_warps=4
+        )
+    _offset_kernel[(1,)](
+        edges if mask is None else None,
+        lengths,
+        group_offsets,
+        call.batch_size,
+        call.max_seqlen,
+        BLOCK_B=1024,
+        num_warps=4,
+    )
+    return Tokens(edges[:-1], lengths, listed, group_offsets)
 
 
 def slices(call: PoolingCall, vocab_size: int, hidden: Tensor, key_bytes: int, group_bytes: int = 0) -> Iterator[slice]:
@@ -92,7 +98,8 @@ def pack_sequences(call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slic
     """The real tokens of the sequences ``part``."""
     offsets = tokens.group_offsets[part.start : part.stop + 1]
     groups = group_capacity(call, part.stop - part.start, hidden.shape[0])
-    return _pack(call, tokens, hidden, part, offsets - offsets[0], groups, TAIL_GROUPS)
+    offsets = offsets - offsets[0] if part.start > 0 else offsets
+    return _pack(call, tokens, hidden, part, offsets, groups, TAIL_GROUPS)
 
 
 def pack_groups(call: PoolingCall, tokens: Tokens, hidden: Tensor, first: int, groups: int) -> Packed:
@@ -141,6 +148,25 @@ def _list_kernel(mask_ptr, listed_ptr, length_ptr, length, stride_mb, stride_ms,
         tl.store(listed_ptr + b * length + rank, o_s, mask=real)
         found += tl.sum(real.to(tl.int32), 0)
     tl.store(length_ptr + b, found)
+
+
+@triton.jit(do_not_specialize=["sequences", "bound"])
+def _offset_kernel(edge_ptr, length_ptr, group_offset_ptr, sequences, bound, BLOCK_B: tl.constexpr):
+    """``group_offset[b + 1] = Σ ceil(length[i] / 16)`` over ``i <= b``; lengths from ``edge`` if given. One program."""
+    groups = tl.full((), 0, tl.int32)
+    tl.store(group_offset_ptr, groups)
+    for first in range(0, sequences, BLOCK_B):
+        o_b = first + tl.arange(0, BLOCK_B)
+        m_b = o_b < sequences
+        if edge_ptr is not None:
+            length = tl.load(edge_ptr + o_b + 1, mask=m_b, other=0) - tl.load(edge_ptr + o_b, mask=m_b, other=0)
+            length = tl.minimum(length, bound)
+            tl.store(length_ptr + o_b, length, mask=m_b)
+        else:
+            length = tl.load(length_ptr + o_b, mask=m_b, other=0)
+        count = (length + GROUP_ROWS - 1) // GROUP_ROWS
+        tl.store(group_offset_ptr + 1 + o_b, groups + tl.cumsum(count, 0), mask=m_b)
+        groups += tl.sum(count, 0)
 
 
 @triton.jit(

@@ -1,10 +1,11 @@
 """Exact screening: int8 products show which logits can be positive, and only those are computed.
 
-``docs/screening.md`` derives the bound. Three kernels, between pack and the unscreened kernel, all on the device:
+``docs/screening.md`` derives the bound. Four kernels, between pack and the unscreened kernel, all on the device:
+
+budget: how many pairs every sequence may keep, and an empty queue.
 
 screen: tiles as in ``pool_forward``, of quantised rows. A pair (16-token group, word) with a token whose logit may be
-positive is appended to a queue, with a bit for every such token. Every sequence may keep a share of its pairs; one that
-keeps more is *dense*.
+positive is appended to a queue, with a bit for every such token. A sequence that keeps more than its budget is *dense*.
 
 divide: the groups of dense sequences, for the unscreened kernel; no others are left to it.
 
@@ -90,13 +91,21 @@ def screen(
     groups = len(packed.group_sequence)
     rows = quantise_packed(packed)
     queue = torch.empty(groups * (vocab_size // share), device=weight.device, dtype=torch.int64)
-    # Pairs that each sequence may still keep; below zero, it is dense.
-    budget = packed.group_offsets.diff().to(torch.int64).mul_(vocab_size // share)
-    entry_count = torch.zeros(1, device=weight.device, dtype=torch.int64)
+    budget = torch.empty(len(packed.lengths), device=weight.device, dtype=torch.int64)
+    entry_count = torch.empty(1, device=weight.device, dtype=torch.int64)
     dense_sequence = torch.empty_like(packed.group_sequence)
     # Groups up to the last dense one; whether there is anything for the exact kernel.
     outcome = torch.empty(2, device=weight.device, dtype=torch.int32)
 
+    _budget_kernel[(triton.cdiv(len(budget), DIVIDE_BLOCK),)](
+        packed.group_offsets,
+        budget,
+        entry_count,
+        len(budget),
+        vocab_size // share,
+        BLOCK_B=DIVIDE_BLOCK,
+        num_warps=4,
+    )
     programs, matrices, options = tiled_launch(config, quantised_weight.rows, rows.rows)
     _screen_kernel[(programs,)](
         *matrices,
@@ -127,6 +136,18 @@ def screen(
     )
     compute_exactly(packed, weight, bias, dense_sequence, outcome, queue, entry_count, keys)
     return dense_sequence, outcome[:1]
+
+
+@triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=["offset_ptr"])
+def _budget_kernel(offset_ptr, budget_ptr, entry_count_ptr, sequences, kept, BLOCK_B: tl.constexpr):
+    """What each sequence may keep, ``kept`` pairs for each of its groups (below zero, it is dense); an empty queue."""
+    o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    m_b = o_b < sequences
+    p_offset = offset_ptr + o_b
+    groups = tl.load(p_offset + 1, mask=m_b, other=0) - tl.load(p_offset, mask=m_b, other=0)
+    tl.store(budget_ptr + o_b, groups.to(tl.int64) * kept, mask=m_b)
+    if tl.program_id(0) == 0:
+        tl.store(entry_count_ptr, tl.full((), 0, tl.int64))
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group_count_ptr"])
