@@ -23,8 +23,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
-KERNEL_TESTS = ("pool", "triton", "autograd", "flops", "modules", "sparsify", "compaction", "bench")
+# What runs on the GPU, in this order.
+KERNEL_TESTS = ("triton", "pool", "autograd", "compaction", "sparsify", "flops", "modules")
+# Test processes side by side, most of whose time goes into compiling: where pytest-xdist is installed, and so many that
+# each finds this much of the GPU's memory.
+TEST_PROCESSES, TEST_BYTES = 8, 16 << 30
 # Test files that import a package which a machine without network may lack.
 TEST_NEEDS = {
     "datasets": ("test_train_example.py", "test_st_trainer.py"),
@@ -32,7 +38,7 @@ TEST_NEEDS = {
 }
 # What the trainer needs beside PyTorch.
 TRAINING_NEEDS = ("sentence_transformers", "accelerate", "datasets")
-# Seconds of each; the first one compiles the kernels.
+# Seconds of each.
 SANITIZERS = {"memcheck": 40, "racecheck": 20, "initcheck": 20}
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # cuBLAS is deterministic only with a fixed workspace, which PyTorch demands in the tests.
@@ -65,7 +71,12 @@ def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
     missing = [name for name in TEST_NEEDS if importlib.util.find_spec(name) is None]
     left_out = {file for name in missing for file in TEST_NEEDS[name]}
     files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py") if path.name not in left_out)
-    first = [name for name in files if name.split("_")[1].removesuffix(".py") in KERNEL_TESTS]
+    subjects = {name: name.split("_")[1].removesuffix(".py") for name in files}
+    first = [name for one in KERNEL_TESTS for name in files if subjects[name] == one]
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    processes = min(TEST_PROCESSES, os.cpu_count() or 1, gpu.total_memory // TEST_BYTES if gpu else TEST_PROCESSES)
+    parallel = ["-n", str(processes)] if importlib.util.find_spec("xdist") and processes > 1 else []
+    own = {"TORCH_CUDA_ARCH_LIST": f"{gpu.major}.{gpu.minor}"} if gpu else {}
 
     def tests(name: str, chosen: Sequence[str], seconds: float) -> Stage:
         paths = [f"tests/{file}" for file in chosen]
@@ -78,6 +89,7 @@ def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
             "-p",
             "no:cacheprovider",
             f"--junitxml={output}/{name}.xml",
+            *parallel,
         ]
         return Stage(name, command + paths, seconds, pytest, DETERMINISTIC)
 
@@ -85,19 +97,21 @@ def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
         command = [python, "-m", "bench.measure", kind, f"--output={output}/{name}.json", "--seconds=0.5"]
         return Stage(name, [*command, f"--budget={0.8 * seconds:.0f}", *options], seconds)
 
-    yield Stage("extension", [python, "setup.py", "-q", "build_ext", "--inplace"], 60)
+    yield Stage("extension", [python, "setup.py", "-q", "build_ext", "--inplace"], 30, environment=own)
     yield tests("tests-kernels", first, 110)
+    # Compiles the kernels that the tests did not, which under a sanitizer takes many times as long.
+    yield Stage("unsanitized", [python, "-m", "bench.sanitize"], 40)
     for tool, seconds in SANITIZERS.items():
         yield _sanitizer(tool, seconds, python)
     two = ("--case", "splade-v3", "dev")
-    yield measure("head", "head-gpu", 110, "--variant", "stock", "sparton", "rival", "ours", "--precision", "bf16")
+    yield measure("head", "head-gpu", 95, "--variant", "stock", "sparton", "rival", "ours", "--precision", "bf16")
     yield measure("backward", "backward-gpu", 30, "--precision", "bf16")
-    yield measure("flops", "flops-gpu", 15, "--precision", "bf16", "bf16-autocast")
+    yield measure("flops", "flops-gpu", 10, "--precision", "bf16", "bf16-autocast")
     shares = ("--case", "sparse-normal", "dense", "share-0.1", "share-5", "share-50")
-    yield measure("screening", "screening-gpu", 25, "--precision", "bf16", *shares)
+    yield measure("screening", "screening-gpu", 40, "--precision", "bf16", *shares)
     all_active = "--rows=420 --vocab-size=250002 --active=250002 --rounds=5".split()
     compaction = [python, "-m", "bench.compaction", "--device=cuda", *all_active]
-    yield Stage("compaction-gpu", [*compaction, f"--output={output}/compaction-gpu.json"], 15)
+    yield Stage("compaction-gpu", [*compaction, f"--output={output}/compaction-gpu.json"], 10)
     rivals = ("--variant", "stock", "compile", "tiled", "ours", "--precision", "bf16", *two)
     yield measure("head", "head-gpu-rivals", 30, *rivals)
     yield measure("head", "head-gpu-precisions", 25, "--precision", "bf16-autocast", "tf32", "float32", *two)
@@ -186,8 +200,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=535)
     parser.add_argument("--training", action="store_true", help="training steps, largest batch, tuner instead")
     args = parser.parse_args()
-    import torch
-
     if not torch.cuda.is_available():
         raise SystemExit("make gpu: expected a CUDA device, found none")
     output = args.output.resolve()

@@ -52,7 +52,9 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
         mine = replace(row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
         make = variants.VARIANTS[name].make
         weigh = weigher(case, precision, name, training, device)
-        jobs.append(Job(mine, partial(steps, make), check, truth.BOUNDS[precision.name], name == "ours", weigh))
+        one = Job(mine, partial(steps, make), check, truth.BOUNDS[precision.name], name == "ours", weigh)
+        one.captured = training or not variants.VARIANTS[name].keeps
+        jobs.append(one)
     for name in () if training else variants.MATMULS:
         rows = variants.tokens(case, padded=name == "matmul-padded")
         mine = replace(row, variant=name, errors={}, real_tokens=rows)

@@ -58,6 +58,8 @@ class Job:
     weigh: Callable[[Step], int | None] = unweighed
     # Bounds of single names, where it is not ``bound``.
     bounds: dict[str, float] = field(default_factory=dict)
+    # Whether a short step may be timed as a CUDA graph.
+    captured: bool = True
 
 
 def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
@@ -71,7 +73,7 @@ def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
             job.row.status = _verdict(job, steps[0])
             if job.row.status == "measured":
                 job.row.extra_bytes = job.weigh(steps[0])
-                samplers[job.row.variant] = timing.Sampler(steps, device)
+                samplers[job.row.variant] = timing.Sampler(steps, device, job.captured)
         except Exception as error:  # a rival that fails must not take the others with it
             job.row.status = reason(error)
         if job.row.status != "measured":

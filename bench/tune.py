@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import itertools
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -178,12 +179,19 @@ def choose(times: dict[Config, list[float]], first: Config) -> tuple[Config, flo
     return (best, ratio) if ratio <= 1 - MARGIN else (first, 1.0)
 
 
-def measure(question: Question, device: str) -> tuple[Config, list[dict[str, Any]]]:
-    """The configuration to take, and a row for every candidate: dropped and why, or its milliseconds."""
+def measure(
+    question: Question, device: str, has_time: Callable[[], bool] = lambda: True
+) -> tuple[Config, list[dict[str, Any]]]:
+    """The configuration to take, and a row for every candidate: dropped and why, or its milliseconds.
+
+    Candidates are admitted, which compiles them one after another, for as long as ``has_time()``.
+    """
     first = shipped(question)
     rows: list[dict[str, Any]] = []
     entrants = []
     for config, problems in _examined(question, candidates(question)):
+        if not problems and config != first and not has_time():
+            problems = ["no time left to try it"]
         difference = None if problems else disagreement(question, config, device)
         dropped = problems if difference is None else [difference]
         if dropped and config == first:
@@ -235,7 +243,8 @@ def _milliseconds(run: Callable[[Config], Results], config: Config, flush: Tenso
 
 def _examined(question: Question, configs: Sequence[Config]) -> Iterator[tuple[Config, list[str]]]:
     """Problems of every candidate, compiled side by side in processes that have no device open."""
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for config, (_, problems) in zip(configs, pool.map(examine, *_repeat(question, configs)), strict=True):
             yield config, problems
 
@@ -318,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arch = args.arch or _architecture()
         return {"architecture": arch, "rows": dry_run(args, arch)}
     arch = _architecture()
-    budget = Budget(args.budget_seconds)
+    budget, half = Budget(args.budget_seconds), Budget(args.budget_seconds / 2)
     result = Result("tuning", "bench.tune", args.output, architecture=arch, table=[])
     # TF32 has to be allowed for the package to take it: the choice is between its configurations.
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -327,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if not budget.has_room():
             result.content["left_out"].append(dataclasses.asdict(question))
             continue
-        best, rows = budget.run(measure, question, "cuda")
+        best, rows = budget.run(measure, question, "cuda", half.has_time)
         lines.append(source_line(question, best))
         if question.kind == "maximum":
             shape = Shape(arch, question.dtype, question.hidden_size, question.vocab_size)

@@ -103,11 +103,13 @@ def rival(training: bool) -> Head:
 
 @dataclass(frozen=True)
 class Variant:
-    """``make(training)`` gives the head. ``on_cpu``: whether it means anything there. ``trains``: has a backward."""
+    """``make(training)`` gives the head. ``on_cpu``: whether it means anything there. ``trains``: has a backward.
+    ``keeps``: inference finds something that an earlier call made, which a CUDA graph would make at every replay."""
 
     make: Callable[[bool], Head]
     on_cpu: bool = True
     trains: bool = True
+    keeps: bool = False
 
 
 VARIANTS: dict[str, Variant] = {
@@ -119,8 +121,8 @@ VARIANTS: dict[str, Variant] = {
     "rival": Variant(rival, on_cpu=False, trains=False),
     "unscreened": Variant(partial(ours, screening=False)),
     # Screened where this call's inputs say that it pays.
-    "ours": Variant(ours),
-    "screened": Variant(partial(ours, screening=True)),
+    "ours": Variant(ours, keeps=True),
+    "screened": Variant(partial(ours, screening=True), keeps=True),
     # Training keeps nothing of the weight: there every call is a first one.
     "screened-first": Variant(partial(first_call, screening=True), trains=False),
 }

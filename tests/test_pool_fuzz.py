@@ -18,9 +18,9 @@ def strided(tensor: Tensor, draw: torch.Generator) -> Tensor:
     """The same values and sizes with other strides, in memory that begins and ends elsewhere and holds NaN between."""
 
     def pick(high: int) -> int:
-        return int(torch.randint(high, (1,), generator=draw))
+        return int(torch.randint(high, (1,), generator=draw, device="cpu"))
 
-    order = torch.randperm(tensor.dim(), generator=draw).tolist()
+    order = torch.randperm(tensor.dim(), generator=draw, device="cpu").tolist()
     sizes = [tensor.shape[axis] * (1 + pick(3)) + pick(3) for axis in order]
     begins = [pick(size - tensor.shape[axis] + 1) for axis, size in zip(order, sizes, strict=True)]
     buffer = torch.full(sizes, torch.nan if tensor.is_floating_point() else 1).to(tensor.dtype)
@@ -33,12 +33,12 @@ def strided(tensor: Tensor, draw: torch.Generator) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(24))
 def test_anything_a_caller_may_pass(seed, backend):
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator("cpu").manual_seed(seed)
 
     def pick(*choices: object) -> object:
-        return choices[int(torch.randint(len(choices), (1,), generator=draw))]
+        return choices[int(torch.randint(len(choices), (1,), generator=draw, device="cpu"))]
 
-    shape = tuple(int(torch.randint(1, high, (1,), generator=draw)) for high in (7, 40, 36, 150))
+    shape = tuple(int(torch.randint(1, high, (1,), generator=draw, device="cpu")) for high in (7, 40, 36, 150))
     dtype = pick(*DTYPES)
     options = {"pooling_strategy": pick("max", "max", "sum"), "activation_function": pick("relu", "log1p_relu")}
     case = make_case(shape, dtype, pattern=pick(*PATTERNS), bias=pick(True, False), integers=True, seed=seed)

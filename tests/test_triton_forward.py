@@ -13,10 +13,11 @@ import torch
 import splade_kernels as sk
 from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
+from tests.conftest import ACCELERATOR
 from tests.oracle import Case, make_case
 
 REASON = sk.available_backends()["triton"]
-pytestmark = pytest.mark.skipif(REASON != "available", reason=REASON)
+pytestmark = [pytest.mark.skipif(REASON != "available", reason=REASON), pytest.mark.usefixtures("on_accelerator")]
 
 forward = importlib.import_module("splade_kernels.backends.triton.pool_forward") if REASON == "available" else None
 pack = importlib.import_module("splade_kernels.backends.triton.pack") if REASON == "available" else None
@@ -165,14 +166,18 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(tiles):
 @pytest.mark.parametrize("strides", [(1 << 30, 1), (1, 1 << 29)], ids=["rows", "elements"])
 @pytest.mark.parametrize("need_argmax", [True, False], ids=["training", "inference"])
 def test_strides_beyond_two_to_the_31_elements(tiles, need_argmax, strides):
-    """Rows 2^30 or elements 2^29 apart, in memory of which only the pages that are written exist."""
+    """Rows 2^30 or elements 2^29 apart; on a CPU in memory of which only the pages that are written exist."""
     case = make_case((1, 4, 8, 4), torch.float16, pattern="full", integers=True)
     expected = run(case, need_argmax)
 
     def spread(tensor: torch.Tensor) -> torch.Tensor:
         extent = 3 * strides[0] + 7 * strides[1] + 1
-        pages = mmap.mmap(-1, extent * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return torch.frombuffer(pages, dtype=torch.float16).as_strided((4, 8), strides).copy_(tensor)
+        if ACCELERATOR == "cpu":
+            pages = mmap.mmap(-1, extent * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = torch.frombuffer(pages, dtype=torch.float16)
+        else:
+            memory = torch.empty(extent, dtype=torch.float16)
+        return memory.as_strided((4, 8), strides).copy_(tensor)
 
     call = PoolingCall(1, case.mask, None, 4, "max", "relu", torch.float16, torch.float16, need_argmax=need_argmax)
     hidden, weight = spread(case.hidden.detach()[0]), spread(case.weight.detach())

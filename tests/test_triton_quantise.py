@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import splade_kernels as sk
+from splade_kernels.backends.pooling import PoolingCall
 from tests.conftest import ACCELERATOR
 from tests.triton_screening_cases import REASON, check, run, sparse_case
 
@@ -67,6 +68,28 @@ def test_rows_that_cannot_be_quantised_have_no_bound(value, plain):
     assert bool(scale[0].isnan()) is not plain
     assert rows[1, :3].tolist() == [42, 85, 127]
     assert rows[0].abs().max() == (127 if plain and value else 0)
+
+
+def test_what_the_last_tile_still_reads_is_quantised_too():
+    """Tiles are whole: behind the last group they hold zeros, not what memory happens to hold."""
+    case = sparse_case((40, 32, 16, 4), pattern="full")
+    case.mask[5:] = False
+    call = PoolingCall(40, case.mask, None, 32, "max", "relu", torch.float32, torch.float32, "on")
+    hidden = case.hidden.detach().flatten(0, 1)
+    packed = pack.pack_sequences(call, pack.find_tokens(call, hidden), hidden, slice(0, 40))
+    assert packed.group_offsets[-1] == 10
+    assert len(packed.group_sequence) == 80
+    quantised = quantise.quantise_packed(packed)
+    scales, radii, norms = quantised.statistics.split([80 * 16, 80, 80])
+    first, end = 10, 10 + pack.TAIL_GROUPS
+    assert bool((scales[: first * 16] > 0).all())
+    for values in (
+        quantised.rows[first * 16 : end * 16],
+        scales[first * 16 : end * 16],
+        radii[first:end],
+        norms[first:end],
+    ):
+        assert not values.any()
 
 
 @pytest.mark.parametrize("autocast", [False, True])

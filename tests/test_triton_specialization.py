@@ -36,13 +36,13 @@ SHAPES = list(zip(BATCHES, range(1, 240, 12), strict=True))
 Keys = dict[str, set[str]]
 
 
-@pytest.fixture(params=[86, 90])
+# A GPU has one architecture of its own.
+@pytest.fixture(params=["the GPU's"] if torch.cuda.is_available() else [86, 90])
 def record(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Keys]:
     """Kernels seen so far, each with the keys that Triton would compile it for."""
     if torch.cuda.is_available():
-        if request.param != tuning.ARCHITECTURES[0]:
-            pytest.skip("a GPU has one architecture of its own")
-        return lambda: _cached()
+        before = _cached()
+        return lambda: {name: keys - before[name] for name, keys in _cached().items()}
     keys: Keys = defaultdict(set)
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
@@ -116,8 +116,9 @@ def test_twenty_shapes_compile_each_kernel_once(record, pooling, layout):
         _run(3, 50, dtype, pooling, layout)
         _run(4, 40, dtype, pooling, layout)
     first = {name: set(keys) for name, keys in record().items()}
-    assert any(first.values())
-    assert ("_screen_kernel" in first) == (pooling == "max")
+    if not torch.cuda.is_available():  # there what an earlier test compiled is not counted again
+        assert any(first.values())
+        assert ("_screen_kernel" in first) == (pooling == "max")
     for batch, length in SHAPES:
         _run(batch, length, torch.bfloat16, pooling, layout)
     grown = {name: len(keys - first[name]) for name, keys in record().items() if keys - first[name]}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import threading
+import types
 from collections.abc import Iterator
 
 import numpy
@@ -114,6 +116,22 @@ def test_inference_tensors_are_never_kept():
     assert not weight_cache._entries
 
 
+@pytest.mark.parametrize("state", ["in_warmup", "in_recording", None])
+def test_graphs_that_torch_compile_makes_are_known(state, monkeypatch):
+    """Their memory is asked for before the stream is captured, and must hold nothing that outlives the graph."""
+    trees = importlib.import_module("torch._inductor.cudagraph_trees")
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert isinstance(trees.CUDAGraphTreeManager.in_warmup, property)
+    assert isinstance(trees.CUDAGraphTreeManager.in_recording, property)
+    assert not weight_cache._is_for_a_graph(device)
+    manager = types.SimpleNamespace(in_warmup=False, in_recording=False)
+    if state:
+        setattr(manager, state, True)
+    monkeypatch.setattr(trees.get_container(0), "tree_manager", manager)
+    assert weight_cache._is_for_a_graph(device) == (state is not None)
+
+
 def test_normal_weights_are_kept_in_inference_mode():
     weight = torch.ones(4, 3)
     with torch.inference_mode():
@@ -122,12 +140,12 @@ def test_normal_weights_are_kept_in_inference_mode():
 
 
 def test_the_oldest_of_many_is_dropped():
-    weights = [torch.full((2,), float(i)) for i in range(6)]
-    for weight in weights[:4]:
+    weights = [torch.full((2,), float(i)) for i in range(9)]
+    for weight in weights[:8]:
         look(weight)
     look(weights[0])
-    look(weights[4])
-    assert sorted(entry[-1] for entry in weight_cache._entries.values()) == [0, 4, 6, 8]
+    look(weights[8])
+    assert sorted(entry[-1] for entry in weight_cache._entries.values()) == [0, *range(4, 17, 2)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 1000])

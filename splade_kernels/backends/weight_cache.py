@@ -10,6 +10,7 @@ write to a few rows between two inference calls, with none of these in between, 
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # A model has one decoder; a few more are for models side by side.
-MAX_ENTRIES = 4
+MAX_ENTRIES = 8
 # Rows that are compared, at least: of uncounted writes to a share p of all rows, (1 - p)^64 go unseen.
 SAMPLE_ROWS = 64
 
@@ -35,11 +36,11 @@ def cached(weight: Tensor, kind: str, make: Callable[[], T]) -> T:
     """``make()``, or what it returned for the same contents of ``weight``, which must be all that it depends on.
 
     ``kind`` names what is made, and everything else that it depends on. Never kept: what is made from an inference
-    tensor, which has no version, or while a CUDA graph is captured, whose memory and contents are the graph's own.
+    tensor, which has no version, or for a CUDA graph, whose memory and contents are the graph's own.
 
     The samples of accelerators' tensors are left to the caller: comparing them here would wait for the device.
     """
-    if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if weight.is_inference() or (weight.is_cuda and _is_for_a_graph(weight.device)):
         return make()
     storage = StorageWeakRef(weight.untyped_storage())
     # What one stream made is not ready for another.
@@ -66,6 +67,21 @@ def cached(weight: Tensor, kind: str, make: Callable[[], T]) -> T:
         while len(_entries) > MAX_ENTRIES:
             _entries.popitem(last=False)
     return made
+
+
+def _is_for_a_graph(device: torch.device) -> bool:
+    """Whether memory allocated now belongs to a CUDA graph: one is captured, or ``torch.compile`` runs up to it."""
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None:
+        return False
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+        return manager is not None and bool(manager.in_warmup or manager.in_recording)
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError):
+        # Not for users: another PyTorch may have it otherwise. To quantise once more is all that it costs.
+        return True
 
 
 def sample(weight: Tensor) -> Tensor:

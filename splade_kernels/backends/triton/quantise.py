@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import screening_plain
 from .common import GROUP, GROUP_ROWS
-from .pack import Packed
+from .pack import TAIL_GROUPS, Packed
 
 # Rows are filled up with zeros to whole blocks of every configuration: nothing is masked along them, and every one is
 # aligned, whatever the hidden size.
@@ -52,7 +52,7 @@ def requantise_weight(weight: Tensor, quantised: Quantised, wanted: Tensor) -> N
 
 
 def quantise_packed(packed: Packed) -> Quantised:
-    """The rows of all groups; what is behind them is left as it is, and no token of it passes the screen."""
+    """The rows of all groups and of the zeros that follow them; what is behind these is left as it is."""
     groups = len(packed.group_sequence)
     quantised = _empty(packed.rows, groups * (GROUP + 2))
     _launch(packed.rows, quantised, group_count=packed.group_offsets[-1:])
@@ -81,13 +81,14 @@ def _launch(
         count,
         hidden_size,
         quantised.rows.shape[1],
+        TAIL_GROUPS,
         *source.stride(),
         BLOCK_D=BLOCK_D,
         num_warps=4,
     )
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group_count_ptr", "wanted_ptr"])
+@triton.jit(do_not_specialize=["rows", "tail"], do_not_specialize_on_alignment=["group_count_ptr", "wanted_ptr"])
 def _quantise_kernel(
     source_ptr,
     group_count_ptr,
@@ -97,6 +98,7 @@ def _quantise_kernel(
     rows,
     hidden_size,
     width,
+    tail,
     stride_n,
     stride_d,
     BLOCK_D: tl.constexpr,
@@ -110,7 +112,7 @@ def _quantise_kernel(
     """
     g = tl.program_id(0)
     if group_count_ptr is not None:
-        if g >= tl.load(group_count_ptr):
+        if g >= tl.load(group_count_ptr) + tail:
             return
     if wanted_ptr is not None:
         if tl.load(wanted_ptr) == 0:

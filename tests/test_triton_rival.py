@@ -10,7 +10,7 @@ from splade_kernels.backends.pooling import PoolingCall
 from tests.oracle import make_case
 
 REASON = sk.available_backends()["triton"]
-pytestmark = pytest.mark.skipif(REASON != "available", reason=REASON)
+pytestmark = [pytest.mark.skipif(REASON != "available", reason=REASON), pytest.mark.usefixtures("on_accelerator")]
 
 
 @pytest.mark.parametrize("need_argmax", [True, False], ids=["training", "inference"])
