@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .autograd import Flops, SpladePool
@@ -18,6 +20,8 @@ __all__ = ["flops_loss", "sparsify", "splade_pool"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# No size is larger.
+_LARGEST = 2**31 - 1
 POOLING_STRATEGIES = ("max", "sum")
 ACTIVATION_FUNCTIONS = ("relu", "log1p_relu")
 
@@ -40,7 +44,8 @@ def splade_pool(
     ``y[b, v] = act(max_s h[b, s] · W[v] + c[v])`` over the real tokens ``s``, with ``act = log1p ∘ relu`` or
     ``log1p ∘ log1p ∘ relu``; ``pooling_strategy="sum"``: ``y[b, v] = Σ_s act(h[b, s] · W[v] + c[v])``. The gradient of
     the maximum goes to the token that attains it (the lowest position on ties) and is exact and sparse. Outputs and
-    gradients are bitwise repeatable, and the same for padded, packed and more-padded input. Second derivatives raise.
+    gradients are bitwise repeatable, and the same for padded, packed and more-padded input. Second derivatives, forward
+    mode and the transforms of ``torch.func`` raise.
 
     Args:
         hidden_states: ``[B, S, D]`` padded, or packed ``[T, D]`` / ``[1, T, D]`` with ``cu_seqlens``; float32, float16,
@@ -88,6 +93,7 @@ def splade_pool(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {_shape(bias)}")
     compute_dtype, out_dtype = _choose_dtypes(hidden_states, weight, bias)
+    _check_no_tangent("splade_pool", hidden_states, weight, bias)
 
     options = (bound, pooling_strategy, activation_function, compute_dtype, out_dtype, screening, backend)
     mask = None if packed else attention_mask
@@ -120,10 +126,10 @@ def flops_loss(
     arXiv:2504.14839.
     """
     _check_embeddings(embeddings)
-    if threshold is not None:
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
-        threshold = float(threshold)
+    threshold = check_threshold(threshold)
+    if process_group is not None and not hasattr(process_group, "allreduce"):
+        raise TypeError(f"process_group: expected a ProcessGroup or None, got {type(process_group).__name__}")
+    _check_no_tangent("flops_loss", embeddings)
     return Flops.apply(embeddings, threshold, process_group)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -143,12 +149,10 @@ def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tenso
     """
     _check_embeddings(embeddings)
     if max_active_dims is not None:
-        if isinstance(max_active_dims, bool) or not isinstance(max_active_dims, int):
-            raise TypeError(f"max_active_dims: expected an int or None, got {type(max_active_dims).__name__}")
-        if max_active_dims < 1:
-            raise ValueError(f"max_active_dims: expected at least 1, got {max_active_dims}")
+        max_active_dims = check_count("max_active_dims", max_active_dims, 1, "an int or None")
     crow, col, values = ops.sparsify(embeddings.detach(), max_active_dims)
-    return torch.sparse_csr_tensor(crow, col, values, size=embeddings.shape, check_invariants=False)
+    size, device = embeddings.shape, embeddings.device
+    return torch.sparse_csr_tensor(crow, col, values, size=size, device=device, check_invariants=False)
 
 
 def _check_sequences(
@@ -177,11 +181,7 @@ def _check_sequences(
         raise ValueError(f"hidden_states: expected packed [T, D] or [1, T, D], got {_shape(hidden_states)}")
     if max_seqlen is None:
         return hidden_states, hidden_states.shape[0]
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"max_seqlen: expected an int known to the host, got {type(max_seqlen).__name__}")
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen: expected a length of at least 0, got {max_seqlen}")
-    return hidden_states, max_seqlen
+    return hidden_states, check_count("max_seqlen", max_seqlen, 0, "an int known to the host")
 
 
 def _check_mask(attention_mask: Tensor, hidden_states: Tensor) -> None:
@@ -201,8 +201,10 @@ def _check_mask(attention_mask: Tensor, hidden_states: Tensor) -> None:
 def _choose_dtypes(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
     """Dtype of the products and of the output."""
     device = hidden_states.device.type
+    # Meta tensors have no autocast, not even one to ask about.
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     parameters = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
-    if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
+    if autocast and hidden_states.dtype != torch.float64:
         for name, tensor in parameters:
             if tensor.dtype == torch.float64:
                 raise TypeError(f"{name}: expected no float64 under autocast unless hidden_states is, got float64")
@@ -219,8 +221,35 @@ def _check_embeddings(embeddings: Tensor) -> None:
         raise ValueError(f"embeddings: expected shape [B, V], got {_shape(embeddings)}")
 
 
+def check_count(name: str, value: Any, least: int, expected: str = "an int") -> int:
+    """A whole number of at least ``least``, NumPy's too; bounds beyond all sizes are as good as the largest one."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return min(int(value), _LARGEST)
+
+
+def check_threshold(threshold: Any) -> float | None:
+    if threshold is None:
+        return None
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+        raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
+    return float(threshold)
+
+
+def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
+    """Forward-mode derivatives would be lost inside the operators: silently where nothing requires a gradient."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"{name}: forward-mode derivatives are not implemented")
+
+
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -231,7 +260,7 @@ def check_options(
     _check_choice("pooling_strategy", pooling_strategy, POOLING_STRATEGIES)
     _check_choice("activation_function", activation_function, ACTIVATION_FUNCTIONS)
     _check_choice("backend", backend, ("auto", *BACKENDS))
-    if not isinstance(screening, bool) and screening != "auto":
+    if not isinstance(screening, bool) and not (isinstance(screening, str) and screening == "auto"):
         raise ValueError(f"screening: expected 'auto', True or False, got {screening!r}")
     if screening is True and pooling_strategy != "max":
         raise ValueError(
@@ -248,6 +277,8 @@ def _check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected one of {', '.join(map(str, dtypes))}, got {value.dtype}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got a nested one: pack it, with cu_seqlens")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
     if device is not None and value.device != device:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .functional import check_options, flops_loss, splade_pool
+from .functional import check_options, check_threshold, flops_loss, splade_pool
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["FlopsLoss", "SpladeHead"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SpladeHead(nn.Module):
@@ -68,10 +70,14 @@ class SpladeHead(nn.Module):
             **options: ``pooling_strategy``, ``activation_function``, ``screening``, ``backend``.
 
         Raises:
-            TypeError: ``decoder`` is not an ``nn.Linear``.
+            TypeError: ``decoder`` is not an ``nn.Linear``, or of a class derived from it, which may compute more.
+            ValueError: it has hooks, those of pruning and of old weight normalisation among them.
         """
-        if not isinstance(decoder, nn.Linear):
-            raise TypeError(f"decoder: expected an nn.Linear, got {type(decoder).__name__}")
+        if type(decoder) is not nn.Linear:
+            kind = f"{type(decoder).__module__}.{type(decoder).__qualname__}"
+            raise TypeError(f"decoder: expected an nn.Linear itself, got {kind}")
+        if has_hooks(decoder):
+            raise ValueError("decoder: expected an nn.Linear without hooks, which a fused head would not run")
         bias = decoder.bias is not None
         head = cls(decoder.in_features, decoder.out_features, bias, device="meta", **options)
         head.weight = cast(nn.Parameter, decoder.weight)
@@ -125,12 +131,16 @@ class SpladeHead(nn.Module):
         )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
 class FlopsLoss(nn.Module):
     """FLOPS regulariser as a module: see :func:`splade_kernels.flops_loss`."""
 
     def __init__(self, threshold: float | None = None, process_group: ProcessGroup | None = None) -> None:
         super().__init__()
-        self.threshold = threshold
+        self.threshold = check_threshold(threshold)
         self.process_group = process_group
 
     def forward(self, embeddings: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _pad(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     sequences = packed.split(cu_seqlens.diff().tolist())
     mask = [packed.new_ones(len(sequence), dtype=torch.bool) for sequence in sequences]
     if not sequences:
-        return packed.new_zeros(0, 0, packed.shape[-1]), packed.new_zeros(0, 0, dtype=torch.bool)
+        return packed.reshape(0, 0, packed.shape[-1]), packed.new_zeros(0, 0, dtype=torch.bool)
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(sequences, batch_first=True), pad(mask, batch_first=True)
 

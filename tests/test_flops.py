@@ -105,6 +105,15 @@ def test_bad_input_is_named(error, message, embeddings, threshold):
         sk.flops_loss(embeddings, threshold=threshold)
 
 
+def test_other_bad_input_is_named():
+    with pytest.raises(TypeError, match="process_group: expected a ProcessGroup or None, got str"):
+        sk.flops_loss(torch.ones(2, 3), process_group="gloo")
+    with pytest.raises(TypeError, match="threshold: expected a number or None, got str"):
+        sk.FlopsLoss("3")
+    with pytest.raises(RuntimeError, match="flops_loss: forward-mode derivatives are not implemented"):
+        torch.func.jvp(sk.flops_loss, (torch.ones(2, 3),), (torch.ones(2, 3),))
+
+
 ROWS = (5, 2, 0)
 
 

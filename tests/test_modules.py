@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations, prune
 
 import splade_kernels as sk
 
@@ -30,9 +31,37 @@ def test_from_linear_without_bias_and_frozen():
     assert not head.weight.requires_grad
 
 
-def test_from_linear_names_what_it_cannot_take():
-    with pytest.raises(TypeError, match="decoder: expected an nn.Linear, got Embedding"):
-        sk.SpladeHead.from_linear(torch.nn.Embedding(3, 4))
+class Scaled(torch.nn.Linear):
+    def forward(self, input):
+        return super().forward(input) / 8
+
+
+def hooked(decoder):
+    decoder.register_forward_hook(lambda module, inputs, output: output / 8)
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: torch.nn.Embedding(3, 4), TypeError, "expected an nn.Linear itself, got torch.nn.*Embedding"),
+        (lambda: Scaled(3, 4), TypeError, "expected an nn.Linear itself, got tests.test_modules.Scaled"),
+        (lambda: torch.nn.LazyLinear(4), TypeError, "got torch.nn.*LazyLinear"),
+        (lambda: parametrizations.weight_norm(torch.nn.Linear(3, 4)), TypeError, "got .*ParametrizedLinear"),
+        (lambda: hooked(torch.nn.Linear(3, 4)), ValueError, "expected an nn.Linear without hooks"),
+        (lambda: prune.l1_unstructured(torch.nn.Linear(3, 4), "weight", 1), ValueError, "without hooks"),
+    ],
+    ids=["embedding", "subclass", "lazy", "parametrized", "hook", "pruned"],
+)
+def test_from_linear_refuses_what_computes_more_than_weight_and_bias(make, error, message):
+    with pytest.raises(error, match=f"decoder: .*{message}"):
+        sk.SpladeHead.from_linear(make())
+
+
+def test_meta_tensors_have_shapes():
+    head = sk.SpladeHead(8, 40, device="meta")
+    output = head(torch.empty(2, 5, 8, device="meta"), torch.ones(2, 5, device="meta", dtype=torch.bool))
+    assert (output.device.type, output.shape, output.dtype) == ("meta", (2, 40), torch.float32)
 
 
 def test_initialises_and_saves_as_linear():

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import splade_kernels as sk
 from splade_kernels import ops
@@ -212,7 +214,7 @@ def cu(*values: int) -> torch.Tensor:
         ),
         (
             ValueError,
-            "max_seqlen: expected a length of at least 0, got -1",
+            "max_seqlen: expected at least 0, got -1",
             {"hidden_states": PACKED, "cu_seqlens": cu(0, 6), "max_seqlen": -1},
         ),
         (ValueError, "pooling_strategy: expected one of 'max', 'sum', got 'mean'", {"pooling_strategy": "mean"}),
@@ -224,12 +226,41 @@ def cu(*values: int) -> torch.Tensor:
         (ValueError, "backend: expected one of 'auto', 'torch', 'triton', got 'cuda'", {"backend": "cuda"}),
         (ValueError, "screening: .*pooling_strategy='sum'", {"screening": True, "pooling_strategy": "sum"}),
         (ValueError, "screening: expected 'auto', True or False, got 'yes'", {"screening": "yes"}),
+        (ValueError, "screening: expected 'auto', True or False, got array", {"screening": numpy.ones(2)}),
+        (ValueError, "pooling_strategy: expected one of .*got array", {"pooling_strategy": numpy.ones(2)}),
+        (
+            TypeError,
+            "hidden_states: expected a dense .*nested",
+            {"hidden_states": torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(2, 4)])},
+        ),
     ],
 )
 def test_bad_input_is_named(error, message, arguments):
     valid = {"hidden_states": HIDDEN, "weight": WEIGHT, "bias": BIAS}
     with pytest.raises(error, match=message):
         sk.splade_pool(**(valid | arguments))
+
+
+@pytest.mark.parametrize("bound", [numpy.int64(4), 2**70], ids=["NumPy's", "huge"])
+def test_bounds_of_any_kind_and_size(bound, backend):
+    case = make_case((2, 4, 4, 6), pattern="full")
+    rows, cu_seqlens = case.packed()
+    bounded = sk.splade_pool(rows, case.weight, cu_seqlens=cu_seqlens, max_seqlen=bound, backend=backend)
+    assert torch.equal(bounded, sk.splade_pool(rows, case.weight, cu_seqlens=cu_seqlens, backend=backend))
+
+
+def test_forward_mode_raises_whatever_requires_a_gradient():
+    """It would be lost in the operator, silently where nothing does."""
+    for weight in (torch.ones(6, 4), torch.ones(6, 4, requires_grad=True)):
+        for options in ({}, {"screening": True}, {"pooling_strategy": "sum"}):
+            for transform in (torch.func.jacfwd, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
+                with pytest.raises(RuntimeError, match="splade_pool: forward-mode derivatives are not implemented"):
+                    transform(lambda x: sk.splade_pool(x, weight, **options))(torch.ones(2, 3, 4))  # noqa: B023
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(weight.detach(), torch.ones(6, 4))
+                with pytest.raises(RuntimeError, match="splade_pool: forward-mode"):
+                    sk.splade_pool(torch.ones(2, 3, 4), dual, **options)
+                sk.splade_pool(torch.ones(2, 3, 4), weight, **options)  # which has no tangent
 
 
 def test_screening_can_be_off(backend):

@@ -226,3 +226,11 @@ def test_slices_and_tiles_do_not_show(backend, widest, monkeypatch):
     assert oracle.close(output.detach(), expected)
     for ours, theirs in zip(torch.autograd.grad(output, case.parameters(), case.grad), gradients, strict=True):
         assert oracle.close(ours, theirs)
+
+
+def test_the_definition_keeps_the_graph_of_no_sequences():
+    hidden = torch.randn(0, 8, requires_grad=True)
+    output = sk.reference.splade_pool(hidden, torch.randn(40, 8), cu_seqlens=torch.tensor([0]))
+    (gradient,) = torch.autograd.grad(output.sum(), hidden)
+    assert output.shape == (0, 40)
+    assert gradient.shape == hidden.shape

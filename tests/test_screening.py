@@ -150,6 +150,16 @@ def test_ties_go_to_the_lowest_position(kernels):
     assert torch.equal(argmax.long(), torch.where(logits.amax(dim=1) > 0, first, 0))
 
 
+def test_a_maximum_of_minus_infinity_that_a_bias_makes_count_is_a_real_tokens(kernels):
+    hidden = torch.ones(1, 3, 1, requires_grad=True)
+    weight = torch.full((1, 1), -torch.inf)
+    mask = torch.tensor([[0, 1, 1]])
+    for bias in (torch.inf, torch.nan):
+        output = sk.splade_pool(hidden, weight, torch.full((1,), bias), mask, screening=True, backend="torch")
+        (gradient,) = torch.autograd.grad(output.sum(), hidden)
+        assert gradient.isnan().flatten().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("screen", [True, "auto"])
 def test_padded_packed_and_more_padded_give_the_same_bits(screen, kernels, monkeypatch):
     """Sequences of several chunks of 128 tokens, in several slices of the batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -73,12 +74,28 @@ def test_any_strides_and_detached():
     assert not sk.sparsify(embeddings.requires_grad_()).requires_grad
 
 
+def test_the_result_is_where_the_embeddings_are():
+    embeddings = make_embeddings(3, 20)
+    with torch.device("meta"):
+        ours = sk.sparsify(embeddings)
+    assert_same_csr(ours, embeddings.to_sparse_csr())
+
+
+@pytest.mark.parametrize("count", [numpy.int64(2), 2**70], ids=["NumPy's", "huge"])
+def test_counts_of_any_kind_and_size(count):
+    embeddings = make_embeddings(3, 20)
+    assert_same_csr(
+        sk.sparsify(embeddings, max_active_dims=count), sk.sparsify(embeddings, max_active_dims=int(min(count, 20)))
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "message", "embeddings", "count"),
     [
         (TypeError, "embeddings: expected a tensor", [[1.0]], None),
         (ValueError, r"embeddings: expected shape \[B, V\], got \[2, 3, 4\]", torch.zeros(2, 3, 4), None),
         (TypeError, "max_active_dims: expected an int or None, got float", torch.zeros(2, 3), 2.0),
+        (TypeError, "max_active_dims: expected an int or None, got bool", torch.zeros(2, 3), True),
         (ValueError, "max_active_dims: expected at least 1, got 0", torch.zeros(2, 3), 0),
     ],
 )

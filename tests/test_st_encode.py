@@ -61,9 +61,18 @@ def test_nothing_to_encode(model):
 def test_bad_arguments_are_named_at_the_call(model):
     with pytest.raises(ValueError, match="task: expected 'query', 'document' or None, got 'passage'"):
         encode_sparse(model, TEXTS, task="passage")
-    with pytest.raises(TypeError, match="texts: expected a sequence of texts, got a str"):
+    with pytest.raises(TypeError, match="texts: expected a sequence of texts, got str"):
         encode_sparse(model, "one text")
     with pytest.raises(ValueError, match="max_active_dims: expected at least 1, got 0"):
         encode_sparse(model, ["a"], max_active_dims=0)
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         encode_sparse(model, TEXTS, batch_size=0)
+    for wrong in ("3", None, 1.5):
+        with pytest.raises(TypeError, match=f"batch_size: expected an int, got {type(wrong).__name__}"):
+            encode_sparse(model, TEXTS, batch_size=wrong)
+    with pytest.raises(ValueError, match=r"task: expected .*, got \['query'\]"):
+        encode_sparse(model, TEXTS, task=["query"])
+    with pytest.raises(TypeError, match="texts: expected a sequence of texts, got NoneType"):
+        encode_sparse(model, None)
+    with pytest.raises(TypeError, match="convert_to_tensor: expected it left out"):
+        encode_sparse(model, TEXTS, convert_to_tensor=False)

@@ -174,6 +174,8 @@ def test_modules_that_read_only_the_embedding_are_accepted() -> None:
 def test_refuses_what_holds_no_splade_head() -> None:
     with pytest.raises(TypeError, match="expected a SparseEncoder"):
         fuse(nn.Linear(2, 3))
+    with pytest.raises(TypeError, match="model: expected a SparseEncoder .*got NoneType"):
+        fuse(None)
     base = sparse_encoder()
     static = SparseStaticEmbedding(tokenizer=base.tokenizer)
     with pytest.raises(TypeError, match="no SpladePooling"):
@@ -293,6 +295,17 @@ def test_resized_tied_embeddings_after_fuse() -> None:
     assert fused.shape[1] == vocab_size + 3
     stock = unfuse(model).encode(TEXTS, convert_to_sparse_tensor=False)
     torch.testing.assert_close(fused, stock, rtol=1e-5, atol=1e-6)
+
+
+def test_hook_around_the_decoder_after_fuse() -> None:
+    model = fuse(sparse_encoder("bert"))
+    model.transformers_model.cls.predictions.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    with pytest.raises(RuntimeError, match=r"cls\.predictions: has hooks .*added after fuse.*unfuse"):
+        model.encode(TEXTS[:2])
+    twin = copy.deepcopy(fuse(sparse_encoder("bert")))
+    twin.transformers_model.cls.register_forward_pre_hook(lambda module, inputs: None)
+    with pytest.raises(RuntimeError, match="cls: has hooks"):
+        twin.encode(TEXTS[:2])
 
 
 def test_decoder_replaced_by_an_adapter_after_fuse() -> None:

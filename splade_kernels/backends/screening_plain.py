@@ -102,9 +102,10 @@ def maximise(
         if target.argmax is None:
             continue
         wins = (dots == largest[place]) | (dots.isnan() & largest[place].isnan())
-        lowest = torch.full(largest.shape, torch.iinfo(torch.int64).max)
+        nowhere = torch.iinfo(torch.int64).max
+        lowest = torch.full(largest.shape, nowhere)
         lowest.scatter_reduce_(0, place[wins], target.positions[t[wins]], "amin")
-        lowest = torch.where(largest == -torch.inf, 0, lowest).view(sequences, -1)
+        lowest = torch.where(lowest == nowhere, 0, lowest).view(sequences, -1)
         target.argmax[:, words].index_copy_(0, target.sequences, lowest.to(target.argmax.dtype))
     return evaluated
 

@@ -2,7 +2,7 @@
 
 An entry belongs to one storage (by weak reference: a dead weight's entry is never used), one view of it and one version
 of its contents. Versions do not count every write: not those of fused optimizers, nor any through ``weight.data``,
-NumPy or a raw pointer. So every step of an optimizer empties the cache, callers :func:`forget` a weight that they see
+NumPy, a raw pointer or another process that shares the memory. So every step of an optimizer empties the cache, callers :func:`forget` a weight that they see
 trained, and a :func:`sample` of its rows is compared at every use, which sees whatever writes all of it. An uncounted
 write to a few rows between two inference calls, with none of these in between, may not be seen.
 """

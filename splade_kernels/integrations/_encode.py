@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sentence_transformers.sparse_encoder import SparseEncoder
 from torch import Tensor
 
-from ..functional import sparsify
+from ..functional import check_count, sparsify
 
 # Texts of one result, in batches: as many as are sorted by length together.
 BATCHES = 16
@@ -46,13 +46,16 @@ def encode_sparse(
         TypeError, ValueError: an argument is none of these.
     """
     methods = {None: model.encode, "query": model.encode_query, "document": model.encode_document}
-    if task not in methods:
+    if not (task is None or isinstance(task, str)) or task not in methods:
         raise ValueError(f"task: expected 'query', 'document' or None, got {task!r}")
-    if isinstance(texts, str):
-        raise TypeError("texts: expected a sequence of texts, got a str")
-    for name, value in (("batch_size", batch_size), ("max_active_dims", max_active_dims)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts: expected a sequence of texts, got {type(texts).__name__}")
+    for name in ("convert_to_tensor", "convert_to_sparse_tensor"):
+        if name in options:
+            raise TypeError(f"{name}: expected it left out, since the result is always sparse CSR")
+    batch_size = check_count("batch_size", batch_size, 1)
+    if max_active_dims is not None:
+        max_active_dims = check_count("max_active_dims", max_active_dims, 1, "an int or None")
     limit = model.max_active_dims if max_active_dims is None else max_active_dims
     # Where the model has a setting, its method would apply that one, even where more was asked for.
     options["max_active_dims"] = None if model.max_active_dims is None else limit

@@ -23,7 +23,8 @@ from sentence_transformers.sparse_encoder import losses as sparse_losses
 from sentence_transformers.sparse_encoder.modules import Router, SparseAutoEncoder, SpladePooling, Transformer
 from torch import Tensor, nn
 
-from ..functional import check_options, flops_loss, splade_pool
+from ..functional import check_options, check_threshold, flops_loss, splade_pool
+from ..modules import has_hooks
 from ._encode import encode_sparse
 from ._probe import is_sharded, probe_pooling, probe_transformer, skip_probe
 
@@ -36,7 +37,6 @@ Features = dict[str, Any]
 Model = TypeVar("Model", bound=nn.Module)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _UNFUSE_FIRST = "call unfuse(model) first, change the model, then fuse it again"
 
 
@@ -58,7 +58,7 @@ class FlopsLoss(sparse_losses.FlopsLoss):
     def __init__(
         self, model: SparseEncoder, threshold: float | None = None, process_group: ProcessGroup | None = None
     ) -> None:
-        super().__init__(model, threshold=threshold)
+        super().__init__(model, threshold=check_threshold(threshold))
         self.process_group = process_group
 
     def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
@@ -72,7 +72,8 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
     """Give every SPLADE head in ``model`` the fused forward, in place.
 
     Each fill-mask ``Transformer`` that feeds a ``SpladePooling``, directly or in a route of a ``Router``, is checked,
-    probed once on random hidden states, and changed only when all of them pass. A model that is already fused is
+    probed once on random hidden states, and changed only when all of them pass. Hooks on the decoder or on a module
+    around it, which would see logits, are refused here and, where they are added later, by the forward. A model that is already fused is
     returned as it is, but for ``screening``. Once fused, ``SpladePooling.chunk_size`` has no effect,
     ``token_embeddings`` holds hidden states instead of logits, and the embeddings are float32 under autocast.
 
@@ -88,6 +89,8 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
         ValueError: the logits are changed, watched or used elsewhere, the backend is not torch, the model carries
             adapters or is quantised, it is fused in part only, or ``screening`` is none of these.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a SparseEncoder or a module that contains one, got {type(model).__name__}")
     heads = _find_heads(model)
     poolings = [pooling for head in heads for pooling in head.poolings]
     for pooling in poolings:
@@ -139,6 +142,8 @@ class _TransformerForward:
     def __init__(self, transformer: Transformer, decoder_forward: _DecoderForward) -> None:
         self.transformer = transformer
         self.decoder_forward = decoder_forward
+        inner: Any = transformer.model
+        self.around = _around(inner, decoder_forward.decoder)
 
     def __call__(self, features: Features, **kwargs: Any) -> Features:
         decoder = self.decoder_forward.decoder
@@ -147,6 +152,12 @@ class _TransformerForward:
             raise RuntimeError(
                 f"the model's decoder is no longer the one that was fused (resized or replaced): {_UNFUSE_FIRST}"
             )
+        for name, module in self.around.items():
+            if has_hooks(module):
+                raise RuntimeError(
+                    f"{name}: has hooks that see the decoder's logits, added after fuse, which does not compute them: "
+                    f"{_UNFUSE_FIRST}"
+                )
         _check_device("input_ids", features.get("input_ids"), decoder.weight)
         hand_off = self.decoder_forward.hand_off
         before = hand_off.active
@@ -338,25 +349,30 @@ def _decoder_of(source: nn.Module | None) -> nn.Linear:
     reason = _why_not_plain(decoder)
     if reason:
         raise ValueError(f"decoder: expected a plain nn.Linear, but it {reason}")
-    for name, module in inner.named_modules():
-        if name and decoder is not module and any(child is decoder for child in module.modules()) and _hooked(module):
+    for name, module in _around(inner, decoder).items():
+        if has_hooks(module):
             raise ValueError(f"{name}: has hooks that see the decoder's logits, which a fused model does not compute")
     return decoder
+
+
+def _around(inner: nn.Module, decoder: nn.Linear) -> dict[str, nn.Module]:
+    """The modules inside of the model that contain the decoder, by name."""
+    return {
+        name: module
+        for name, module in inner.named_modules()
+        if name and module is not decoder and any(child is decoder for child in module.modules())
+    }
 
 
 def _why_not_plain(decoder: nn.Linear) -> str | None:
     if type(decoder) is not nn.Linear:
         return f"became {type(decoder).__name__}"
-    if _hooked(decoder):
+    if has_hooks(decoder):
         return "has hooks"
     weight = decoder.weight
     if weight.dtype not in _DTYPES or not (isinstance(weight, nn.Parameter) or is_sharded(weight)):
         return f"has a weight of type {type(weight).__name__}, {weight.dtype}"
     return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
 
 
 def _check_device(name: str, tensor: Any, weight: Tensor) -> None:
