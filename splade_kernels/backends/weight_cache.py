@@ -2,9 +2,10 @@
 
 An entry belongs to one storage (by weak reference: a dead weight's entry is never used), one view of it and one version
 of its contents. Versions do not count every write: not those of fused optimizers, nor any through ``weight.data``,
-NumPy, a raw pointer or another process that shares the memory. So every step of an optimizer empties the cache, callers :func:`forget` a weight that they see
-trained, and a :func:`sample` of its rows is compared at every use, which sees whatever writes all of it. An uncounted
-write to a few rows between two inference calls, with none of these in between, may not be seen.
+NumPy, a raw pointer or another process that shares the memory. So every step of an optimizer empties the cache, callers
+:func:`forget` a weight that they see trained, and a :func:`sample` of its rows is compared at every use, which sees
+whatever writes all of it. An uncounted write to a few rows between two inference calls, with none of these in between,
+may not be seen.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
 
     Each fill-mask ``Transformer`` that feeds a ``SpladePooling``, directly or in a route of a ``Router``, is checked,
     probed once on random hidden states, and changed only when all of them pass. Hooks on the decoder or on a module
-    around it, which would see logits, are refused here and, where they are added later, by the forward. A model that is already fused is
-    returned as it is, but for ``screening``. Once fused, ``SpladePooling.chunk_size`` has no effect,
+    around it, which would see logits, are refused here and, where they are added later, by the forward. A model that is
+    already fused is returned as it is, but for ``screening``. Once fused, ``SpladePooling.chunk_size`` has no effect,
     ``token_embeddings`` holds hidden states instead of logits, and the embeddings are float32 under autocast.
 
     Args:
