@@ -242,8 +242,6 @@ def check_threshold(threshold: Any) -> float | None:
 
 def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
     """Forward-mode derivatives would be lost inside the operators: silently where nothing requires a gradient."""
-    if forward_ad._current_level < 0:
-        return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(f"{name}: forward-mode derivatives are not implemented")
 
