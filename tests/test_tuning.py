@@ -252,7 +252,7 @@ def test_the_written_result_is_a_file_that_the_package_takes(monkeypatch, tmp_pa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("bench.result_file.describe", lambda: {"device": "GPU X"})
     monkeypatch.setattr(tune, "_architecture", lambda: 87)
-    monkeypatch.setattr(tune, "measure", lambda question, device: (best, [tune._row(question, best, chosen=True)]))
+    monkeypatch.setattr(tune, "measure", lambda question, *_: (best, [tune._row(question, best, chosen=True)]))
     path = tmp_path / "tuned.json"
     result = tune.main(["--output", str(path), "--kind", "maximum", "backward-hidden", "--dtype", "bfloat16", "tf32"])
     assert [row["kind"] for row in result["rows"]] == ["maximum"] * 8 + ["backward-hidden"] * 4
