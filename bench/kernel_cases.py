@@ -182,9 +182,9 @@ def _screening(make: Maker) -> Iterator[Case]:
     constants = {"BLOCK_V": config.block_v, "BLOCK_T": config.block_t, "BLOCK_K": config.block_k}
     constants |= {"GROUP_V": config.group_v, "DESCRIPTORS": config.tma}
     launch = (config.num_warps, config.num_stages)
-    yield make(screening._budget_kernel, counts, {"BLOCK_B": screening.DIVIDE_BLOCK})
+    yield make(screening._budget_kernel, counts, {"BLOCK_B": screening.BLOCK})
     yield make(screening._screen_kernel, tiles | statistics | counts, constants, *launch)
-    yield make(screening._divide_kernel, counts, {"BLOCK_G": screening.DIVIDE_BLOCK})
+    yield make(screening._divide_kernel, counts, {"BLOCK_G": screening.BLOCK})
     for keys in ("*i64", "*i32"):
         constants = {"ENTRIES": exact.ENTRIES, "BLOCK_D": exact.BLOCK_D, "stride_wd": 1}
         yield make(exact._exact_kernel, counts | {"key_ptr": keys}, constants, exact.WARPS)

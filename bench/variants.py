@@ -111,6 +111,10 @@ class Variant:
     trains: bool = True
     keeps: bool = False
 
+    def captured(self, training: bool) -> bool:
+        """Whether a CUDA graph of it computes what a call does."""
+        return training or not self.keeps
+
 
 VARIANTS: dict[str, Variant] = {
     "stock": Variant(stock),

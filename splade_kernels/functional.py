@@ -223,13 +223,11 @@ def _check_embeddings(embeddings: Tensor) -> None:
 
 def check_count(name: str, value: Any, least: int, expected: str = "an int") -> int:
     """A whole number of at least ``least``, NumPy's too; bounds beyond all sizes are as good as the largest one."""
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return min(int(value), _LARGEST)
+    return value if isinstance(value, torch.SymInt) else min(int(value), _LARGEST)  # type: ignore[return-value]
 
 
 def check_threshold(threshold: Any) -> float | None:

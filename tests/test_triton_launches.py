@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], object]], list[str]]]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], list[str]]:
     seen = Launches()
     kind = type(forward._finalise_kernel)
     launcher = kind.__getitem__
@@ -56,7 +56,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[],
             call()
         return list(seen.names)
 
-    yield count
+    return count
 
 
 @pytest.mark.parametrize(

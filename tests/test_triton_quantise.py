@@ -81,15 +81,10 @@ def test_what_the_last_tile_still_reads_is_quantised_too():
     assert len(packed.group_sequence) == 80
     quantised = quantise.quantise_packed(packed)
     scales, radii, norms = quantised.statistics.split([80 * 16, 80, 80])
-    first, end = 10, 10 + pack.TAIL_GROUPS
-    assert bool((scales[: first * 16] > 0).all())
-    for values in (
-        quantised.rows[first * 16 : end * 16],
-        scales[first * 16 : end * 16],
-        radii[first:end],
-        norms[first:end],
-    ):
-        assert not values.any()
+    groups = slice(10, 10 + pack.TAIL_GROUPS)
+    rows = slice(16 * groups.start, 16 * groups.stop)
+    assert bool((scales[: rows.start] > 0).all())
+    assert not any(values.any() for values in (quantised.rows[rows], scales[rows], radii[groups], norms[groups]))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

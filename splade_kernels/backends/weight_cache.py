@@ -81,7 +81,7 @@ def _is_for_a_graph(device: torch.device) -> bool:
         manager = trees.get_manager(device.index, create_if_none_exists=False)
         return manager is not None and bool(manager.in_warmup or manager.in_recording)
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError):
-        # Not for users: another PyTorch may have it otherwise. To quantise once more is all that it costs.
+        # Private to PyTorch, so another version may have it otherwise. To quantise once more is all that it costs.
         return True
 
 

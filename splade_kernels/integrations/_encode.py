@@ -46,7 +46,7 @@ def encode_sparse(
         TypeError, ValueError: an argument is none of these.
     """
     methods = {None: model.encode, "query": model.encode_query, "document": model.encode_document}
-    if not (task is None or isinstance(task, str)) or task not in methods:
+    if task not in tuple(methods):
         raise ValueError(f"task: expected 'query', 'document' or None, got {task!r}")
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise TypeError(f"texts: expected a sequence of texts, got {type(texts).__name__}")

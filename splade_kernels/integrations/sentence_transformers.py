@@ -89,8 +89,6 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
         ValueError: the logits are changed, watched or used elsewhere, the backend is not torch, the model carries
             adapters or is quantised, it is fused in part only, or ``screening`` is none of these.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a SparseEncoder or a module that contains one, got {type(model).__name__}")
     heads = _find_heads(model)
     poolings = [pooling for head in heads for pooling in head.poolings]
     for pooling in poolings:
@@ -271,7 +269,8 @@ class _Head:
 
 
 def _find_heads(model: nn.Module) -> list[_Head]:
-    encoders = [module for module in model.modules() if isinstance(module, SparseEncoder)]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    encoders = [module for module in modules if isinstance(module, SparseEncoder)]
     if not encoders:
         raise TypeError(f"model: expected a SparseEncoder or a module that contains one, got {type(model).__name__}")
     feeders: dict[SpladePooling, set[nn.Module | None]] = {}

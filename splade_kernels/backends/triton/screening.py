@@ -37,7 +37,7 @@ from .tuning import MatmulConfig, screening_may_pay, tiled_launch
 # cores (Hopper) to three quarters of it (Ampere), worth a few per cent of such reads on the former and more on the
 # latter. "on": what memory allows, a byte for each pair.
 SHARE = {"auto": 32, "on": 8}
-DIVIDE_BLOCK = 1024
+BLOCK = 1024
 
 
 def can_screen(call: PoolingCall, weight: Tensor, arch: int) -> bool:
@@ -97,13 +97,13 @@ def screen(
     # Groups up to the last dense one; whether there is anything for the exact kernel.
     outcome = torch.empty(2, device=weight.device, dtype=torch.int32)
 
-    _budget_kernel[(triton.cdiv(len(budget), DIVIDE_BLOCK),)](
+    _budget_kernel[(triton.cdiv(len(budget), BLOCK),)](
         packed.group_offsets,
         budget,
         entry_count,
         len(budget),
         vocab_size // share,
-        BLOCK_B=DIVIDE_BLOCK,
+        BLOCK_B=BLOCK,
         num_warps=4,
     )
     programs, matrices, options = tiled_launch(config, quantised_weight.rows, rows.rows)
@@ -131,8 +131,8 @@ def screen(
         outcome,
         groups,
         TAIL_GROUPS,
-        BLOCK_G=DIVIDE_BLOCK,
-        num_warps=DIVIDE_BLOCK // 128,
+        BLOCK_G=BLOCK,
+        num_warps=BLOCK // 128,
     )
     compute_exactly(packed, weight, bias, dense_sequence, outcome, queue, entry_count, keys)
     return dense_sequence, outcome[:1]
