@@ -1,6 +1,6 @@
 """Measure one kind of job on the device at hand and write a result file.
 
-    python -m bench.measure head|backward|flops|screening --output RESULT.json [--case dev ...] [--precision bf16 ...]
+    python -m bench.measure head|backward|flops|screening|encode --output RESULT.json [--case NAME ...]
 
 Every variant is first checked against the truth and against a second run of itself: a red one is not timed. Then all
 variants of a case are timed in interleaved rounds (:mod:`bench.timing`). Extra memory is the peak above inputs, outputs
@@ -24,15 +24,14 @@ from typing import Any
 import torch
 
 from bench import cases as shapes
-from bench import distributions, jobs, roofline, rows, screening, screening_model, timing, variants
+from bench import distributions, encode, jobs, roofline, rows, screening, screening_model, timing, variants
 from bench.cases import Precision
 from bench.environment import command, describe
 from bench.rows import Job, Row
 
 SCHEMA = 1
-KINDS = ("head", "backward", "flops", "screening")
+KINDS = ("head", "backward", "flops", "screening", "encode")
 CURVES = "curves"
-ENCODE = "encode-squad"
 # Other cases would be scaled to one of these shapes.
 CPU_CASES = (
     "dev-ragged",
@@ -65,13 +64,16 @@ def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tupl
         if scaled.scaled_from is None or key not in seen:
             seen.add(key)
             yield case.name, scaled
-    if ENCODE in names:
-        yield ENCODE, screening.Corpus()
+    for corpus in (encode.SQUAD, *encode.CORPORA.values()):
+        if corpus.name in names:
+            yield corpus.name, corpus
 
 
 def default_cases(kind: str, device: torch.device) -> list[str]:
     if kind == "screening":
-        return [*shapes.SCREENING, ENCODE]
+        return [*shapes.SCREENING, encode.SQUAD.name]
+    if kind == "encode":
+        return list(encode.CORPORA)
     if kind == "backward":
         return ["dev", "splade-v3"] if device.type == "cuda" else ["dev"]
     if device.type == "cpu":
@@ -80,6 +82,8 @@ def default_cases(kind: str, device: torch.device) -> list[str]:
 
 
 def default_variants(kind: str) -> list[str]:
+    if kind == "encode":
+        return ["stock", "ours"]
     return list(variants.SCREENING if kind == "screening" else variants.HEADS)
 
 
@@ -93,8 +97,8 @@ def groups(
     """By name, functions that make the jobs to be interleaved with each other."""
     if kind == "head":
         return {job: partial(jobs.head, subject, precision, job, device, names) for job in roofline.PASSES}
-    if isinstance(subject, screening.Corpus):
-        return {"encode": partial(screening.encode, subject, precision, device, names)}
+    if isinstance(subject, encode.Corpus):
+        return {"encode": partial(encode.jobs, subject, precision, device, names)}
     if kind == "screening":
         passes = screening.passes(subject)
         return {job: partial(screening.head, subject, precision, job, device, names) for job in passes}
@@ -106,7 +110,9 @@ def groups(
 
 def takes_model(subject: Any) -> bool:
     """Whether a subject is measured on the model on text."""
-    return isinstance(subject, screening.Corpus) or (isinstance(subject, shapes.Case) and subject.from_text)
+    if isinstance(subject, encode.Corpus):
+        return subject.size is None
+    return isinstance(subject, shapes.Case) and subject.from_text
 
 
 def why_absent(subject: Any) -> str | None:
@@ -184,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--output", type=Path, required=True)
-    known = [*shapes.CASES, CURVES, *shapes.SCREENING, ENCODE]
+    known = [*shapes.CASES, CURVES, *shapes.SCREENING, encode.SQUAD.name, *encode.CORPORA]
     parser.add_argument("--case", nargs="+", choices=known, help="default: all of the kind; 'curves': S, V and B")
     parser.add_argument("--precision", nargs="+", choices=list(shapes.PRECISIONS))
     parser.add_argument("--variant", nargs="+", choices=list(variants.VARIANTS))

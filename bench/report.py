@@ -68,7 +68,7 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
 
 
 def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
-    """Forward and backward of the named cases, stock against ours, one table a device."""
+    """Forward and backward of the named cases and whole encodes, stock against ours, one table a device."""
     parts = [BEGIN]
     if not _on_gpu(results):
         parts.append(NOT_ON_A_GPU)
@@ -82,6 +82,7 @@ def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
         ]
         header = ["forward and backward", "stock", "fused", "", f"{EXTRA_MEMORY}, stock", "fused"]
         parts += [table([header, *rows]), f"{ratios.NOTE} {caption(result)}"] if rows else []
+    parts += [part for result in results if result["kind"] == "encode" for part in (_encodes(result), caption(result))]
     parts += [_picture(figure) for figure in figures]
     return "\n\n".join([*parts, "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md).", END])
 
@@ -143,6 +144,22 @@ def flops_section(result: Result) -> str:
     return "\n\n".join([f"## FLOPS regulariser: {device(result)}", caption(result), table(rows), _checks(result)])
 
 
+def encode_section(result: Result) -> str:
+    return "\n\n".join([f"## Whole `encode`: {device(result)}", caption(result), _encodes(result), _checks(result)])
+
+
+def _encodes(result: Result) -> str:
+    """Stock and fused encodes: seconds, and what the process grew by."""
+    memory = "peak memory beyond the loaded model"
+    rows = [["sentence-transformers' `encode`", "stock", "fused", "", f"{memory}, stock", "fused"]]
+    for case, precision, _, variants in grouped(result["rows"]):
+        stock, ours = variants["stock"], variants["ours"]
+        cells = [f"{row['median']:.3g} s" if row.get("median") else cell(row) for row in (stock, ours)]
+        memories = [mebibytes(row) for row in (stock, ours)]
+        rows.append([f"{case}: {ours['shape']}, {precision}", *cells, speedup(stock, ours), *memories])
+    return table(rows)
+
+
 def resources_section(result: Result) -> str:
     """What the compiler made of the kernels for the RTX 3090's architecture."""
     rows = [["kernel", "dtype", "registers", "spilled bytes", "shared bytes", "tensor cores"]]
@@ -170,6 +187,7 @@ def plain_section(result: Result) -> str:
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "head": head_section,
+    "encode": encode_section,
     "screening": screening_tables.section,
     "margins": margins_tables.section,
     "backward": backward_section,

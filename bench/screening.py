@@ -1,42 +1,28 @@
-"""Exact screening on, left to itself and off, beside stock and the bare matmul: the head alone, inference and training,
-and a whole ``encode``.
+"""Exact screening on, left to itself and off, beside stock and the bare matmul: the head alone, inference and training.
 
-Outputs are held against the unscreened ones, and those of the head against the truth, within the band that two
-summation orders span, before anything is timed. ``encode`` runs the model of :mod:`bench.screening_model` over unseen
-passages.
+Outputs are held against the unscreened ones and against the truth, within the band that two summation orders span,
+before anything is timed. A whole ``encode``: :mod:`bench.encode`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
-import splade_kernels as sk
-from bench import roofline, screening_model, truth, variants
+from bench import roofline, truth, variants
 from bench.cases import Case, Inputs, Precision, input_sets
 from bench.jobs import head_row
-from bench.rows import Job, Row
-from bench.steps import Step, Tensors, cuda_extra_bytes, train_or_infer, unweighed, weigher
-from bench.variants import MODES, OURS, VARIANTS
+from bench.rows import Job
+from bench.steps import Step, Tensors, train_or_infer, unweighed, weigher
+from bench.variants import OURS, VARIANTS
 from splade_kernels.backends.screening import survivors
 
 FLOOR = "matmul-real"
 # Largest distances from the unscreened output and from the truth, in bands.
 BANDS = {"bands_from_unscreened": 1.0, "bands_from_truth": 1.0}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Unseen passages and how many are encoded at a time."""
-
-    texts: int = 48
-    batch_size: int = 16
 
 
 def passes(case: Case) -> Sequence[str]:
@@ -97,70 +83,3 @@ def surviving_share(inputs: Inputs, precision: Precision) -> float | None:
     hidden, weight, bias = (leaf.detach().to(precision.compute_dtype) for leaf in inputs.leaves)
     computed, pairs = survivors(hidden, weight, bias, inputs.mask)
     return computed / pairs
-
-
-class WidestBands:
-    """``splade_pool`` that notes the widest band of each word: one for all texts, which ``encode`` sorts."""
-
-    def __init__(self, precision: Precision) -> None:
-        self.precision, self.bands = precision, torch.zeros(())
-
-    def __call__(self, hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        longest = hidden.detach().double().norm(dim=-1).amax()
-        bands = truth.word_bands(longest, weight.detach(), self.precision)
-        self.bands = torch.maximum(self.bands.to(bands), bands)
-        return sk.splade_pool(hidden, weight, *arguments, **options)
-
-
-def encode(corpus: Corpus, precision: Precision, device: torch.device, names: Sequence[str]) -> list[Job]:
-    """A whole ``encode`` in batches of ``corpus.batch_size``: tokenizer, transformer, head, sparse embeddings."""
-    from splade_kernels.integrations import sentence_transformers as integration
-
-    texts = screening_model.passages()[: corpus.texts]
-    row = Row("encode-squad", f"{len(texts)} texts", precision.name, "encode", "", texts=len(texts))
-    step = partial(encode_step, texts, corpus.batch_size, precision, device)
-    modes = {"stock": None, **MODES}
-    vocab_size = screening_model.load().transformers_model.get_output_embeddings().weight.shape[0]
-
-    def dense(found: Tensors) -> Tensor:
-        (rows, words), values = found
-        return values.new_zeros(len(texts), vocab_size).index_put((rows, words), values)
-
-    def steps(name: str) -> list[Step]:
-        return [step(modes[name])]
-
-    stock = dense(steps("stock")[0]())
-    with mock.patch.object(integration, "splade_pool", WidestBands(precision)) as pool:
-        unscreened = dense(steps("unscreened")[0]())
-
-    def check(found: Tensors) -> dict[str, float]:
-        return {"output": truth.relative_distance(dense(found), stock)}
-
-    def distances(found: Tensors) -> dict[str, float]:
-        return {"bands_from_unscreened": truth.in_bands(dense(found), unscreened, pool.bands, precision)}
-
-    weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
-    jobs = []
-    for name in (name for name in names if name in modes):
-        mine = replace(row, variant=name, errors={}, active_share=float((stock > 0).double().mean()))
-        one = Job(mine, partial(steps, name), check, truth.BOUNDS[precision.name], weigh=weigh)
-        jobs.append(hold_in_bands(one, distances) if name in OURS else one)
-    return jobs
-
-
-def encode_step(
-    texts: Sequence[str], batch_size: int, precision: Precision, device: torch.device, mode: str | bool | None
-) -> Step:
-    """With the fused head and this setting of screening, or None: with the stock one. Returns indices and values."""
-    from splade_kernels.integrations.sentence_transformers import fuse
-
-    model = screening_model.load(device).to(precision.dtype)
-    if mode is not None:
-        fuse(model, screening=mode)
-
-    def step() -> Tensors:
-        with precision.forward(device):
-            embeddings: Tensor = model.encode(list(texts), batch_size=batch_size).coalesce()
-        return embeddings.indices(), embeddings.values()
-
-    return step

@@ -74,8 +74,7 @@ class SpladeHead(nn.Module):
             ValueError: it has hooks, those of pruning and of old weight normalisation among them.
         """
         if type(decoder) is not nn.Linear:
-            kind = f"{type(decoder).__module__}.{type(decoder).__qualname__}"
-            raise TypeError(f"decoder: expected an nn.Linear itself, got {kind}")
+            raise TypeError(f"decoder: expected an nn.Linear itself, got {qualified_name(type(decoder))}")
         if has_hooks(decoder):
             raise ValueError("decoder: expected an nn.Linear without hooks, which a fused head would not run")
         bias = decoder.bias is not None
@@ -132,7 +131,19 @@ class SpladeHead(nn.Module):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
+    return bool(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Functions that PyTorch calls before or after the module's forward or backward."""
+    return [hook for name in _HOOKS for hook in getattr(module, name).values()]
+
+
+def qualified_name(value: Any) -> str:
+    """Module and qualified name of a class or function, ``torch.nn.modules.linear.Linear``; the name of a builtin."""
+    holder = value if hasattr(value, "__qualname__") else type(value)
+    module = getattr(value, "__module__", holder.__module__)
+    return str(holder.__qualname__) if module == "builtins" else f"{module}.{holder.__qualname__}"
 
 
 class FlopsLoss(nn.Module):

@@ -12,7 +12,20 @@ import pytest
 import torch
 
 import splade_kernels as sk
-from bench import cases, environment, measure, report, rows, screening, screening_model, steps, timing, truth, variants
+from bench import (
+    cases,
+    encode,
+    environment,
+    measure,
+    report,
+    rows,
+    screening,
+    screening_model,
+    steps,
+    timing,
+    truth,
+    variants,
+)
 from bench.cases import PRECISIONS, SCREENING, Case
 from splade_kernels.backends import screening as screening_backend
 
@@ -204,7 +217,7 @@ def absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_without_a_trained_model_its_cases_say_so(absent, monkeypatch, tmp_path, unweighed):
-    planned = [("trained-squad", SCREENING["trained-squad"]), ("tiny", TINY), ("encode-squad", screening.Corpus())]
+    planned = [("trained-squad", SCREENING["trained-squad"]), ("tiny", TINY), ("encode-squad", encode.SQUAD)]
     monkeypatch.setattr(measure, "plan", lambda kind, names, device: iter(planned))
     monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
     monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: 1e10)
@@ -312,13 +325,13 @@ def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):
         asked.append(options["screening"])
         return sk.reference.splade_pool(*arguments, **{k: v for k, v in options.items() if k != "screening"})
 
-    jobs = screening.encode(screening.Corpus(6, 4), FLOAT32, CPU, [*variants.SCREENING, "compile"])
+    jobs = encode.jobs(encode.Corpus("encode-squad", 6, 4), FLOAT32, CPU, [*variants.SCREENING, "compile"])
     assert [job.row.variant for job in jobs] == ["stock", *variants.MODES]
     measured = rows.run(jobs, CPU, 0)
     assert [row.status for row in measured] == ["measured"] * 4
     assert {row.texts for row in measured} == {6}
     assert 0 < measured[0].active_share < 1
-    monkeypatch.setattr("splade_kernels.integrations.sentence_transformers.splade_pool", recording)
+    monkeypatch.setattr("splade_kernels.integrations._hand_off.splade_pool", recording)
     for name, value in (("unscreened", False), ("ours", "auto"), ("screened", True)):
         (step,) = next(job for job in jobs if job.row.variant == name).steps()
         asked.clear()  # what fuse probes
@@ -329,7 +342,7 @@ def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):
 
 def test_a_pair_that_encode_loses_is_red_however_small(trained):
     """Of the values beyond what summation orders explain, the smallest goes."""
-    (job,) = screening.encode(screening.Corpus(6, 4), FLOAT32, CPU, ["screened"])
+    (job,) = encode.jobs(encode.Corpus("encode-squad", 6, 4), FLOAT32, CPU, ["screened"])
     (step,) = job.steps()
     indices, values = step()
     assert job.check((indices, values))["bands_from_unscreened"] < 1

@@ -280,7 +280,7 @@ class _BaseOutput(tuple[Tensor]):
 
 
 def test_pooling_passes_the_known_longest_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    import splade_kernels.integrations.sentence_transformers as integration
+    from splade_kernels.integrations import _hand_off
 
     seen: dict[str, Any] = {}
 
@@ -289,7 +289,7 @@ def test_pooling_passes_the_known_longest_length(monkeypatch: pytest.MonkeyPatch
         return splade_kernels.splade_pool(*args, **kwargs)
 
     model = fuse(sparse_encoder())
-    monkeypatch.setattr(integration, "splade_pool", record)
+    monkeypatch.setattr(_hand_off, "splade_pool", record)
     features = flattened(model.preprocess(TEXTS[:3]))
     features["token_embeddings"] = torch.randn(1, features["input_ids"].shape[1], HIDDEN_SIZE)
     model[1](features)
@@ -299,7 +299,7 @@ def test_pooling_passes_the_known_longest_length(monkeypatch: pytest.MonkeyPatch
 
 
 def test_screening_is_passed_on_and_may_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import splade_kernels.integrations.sentence_transformers as integration
+    from splade_kernels.integrations import _hand_off
 
     seen: list[object] = []
 
@@ -309,7 +309,7 @@ def test_screening_is_passed_on_and_may_be_changed(monkeypatch: pytest.MonkeyPat
 
     model = fuse(sparse_encoder())
     decoder_forward = decoder_of(model).__dict__["forward"]
-    monkeypatch.setattr(integration, "splade_pool", record)
+    monkeypatch.setattr(_hand_off, "splade_pool", record)
     encode(model)
     for setting in (False, True):
         assert fuse(model, screening=setting) is model

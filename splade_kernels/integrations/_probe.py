@@ -15,22 +15,13 @@ import torch
 from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
 from torch import Tensor, nn
 
+from ._hand_off import is_partitioned, is_sharded
+
 logger = logging.getLogger(__name__)
-
-_SHARDED: tuple[type, ...] = ()
-if torch.distributed.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-
-    _SHARDED = (DTensor, FSDPModule)
 
 _BATCH, _LENGTH = 2, 7
 _REAL_TOKENS_OF_LAST = 4
 _LARGEST_LOGIT = 10.0
-
-
-def is_sharded(holder: Tensor | nn.Module) -> bool:
-    return isinstance(holder, _SHARDED)
 
 
 def skip_probe(modules: Iterable[nn.Module]) -> bool:
@@ -38,6 +29,7 @@ def skip_probe(modules: Iterable[nn.Module]) -> bool:
     parameters = [parameter for module in modules for parameter in module.parameters()]
     for reason, found in (
         ("on the meta device", any(parameter.is_meta for parameter in parameters)),
+        ("partitioned by DeepSpeed ZeRO-3", any(is_partitioned(parameter) for parameter in parameters)),
         ("sharded", any(is_sharded(parameter) for parameter in parameters)),
     ):
         if found:
@@ -58,10 +50,8 @@ def probe_transformer(transformer: Transformer, decoder: nn.Linear) -> None:
     token_id = 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
     # Flash attention takes no float32: such a model only ever runs under autocast.
     flash = "flash" in str(getattr(model.config, "_attn_implementation", ""))
-    autocast = torch.autocast(
-        device.type, dtype=torch.bfloat16, enabled=flash and decoder.weight.dtype is torch.float32
-    )
-    with _isolated(transformer, device):
+    autocast = flash and decoder.weight.dtype is torch.float32
+    with _isolated(transformer, transformer.parameters(), device, autocast):
         for width in (vocab_size, hidden_size):
             magnitude = torch.logspace(-2, 4, _LENGTH).unsqueeze(1)
             values = (torch.randn(_BATCH, _LENGTH, width) * magnitude).to(device, decoder.weight.dtype)
@@ -72,8 +62,7 @@ def probe_transformer(transformer: Transformer, decoder: nn.Linear) -> None:
             }
             decoder.__dict__["forward"] = stand_in
             try:
-                with autocast:
-                    returned = transformer.forward(features)["token_embeddings"]
+                returned = transformer.forward(features)["token_embeddings"]
             except Exception as error:
                 raise ValueError(
                     f"the model could not be run with its decoder's output replaced by a [{_BATCH}, {_LENGTH}, "
@@ -100,11 +89,16 @@ def probe_pooling(
     """Raise ``ValueError`` unless the fused pooling of random hidden states agrees with the stock one."""
     weight, bias = decoder.weight, decoder.bias
     dimension = pooling.embedding_dimension
-    with _isolated(pooling, weight.device):
+    parameters = [parameter for parameter in (weight, bias) if parameter is not None]
+    with _isolated(pooling, parameters, weight.device):
         hidden_states = torch.randn(_BATCH, _LENGTH, weight.shape[1]).to(weight.device, weight.dtype)
         largest = nn.functional.linear(hidden_states, weight).abs().amax().clamp(min=1e-6)
         hidden_states = hidden_states * (_LARGEST_LOGIT / largest)
-        logits = nn.functional.linear(hidden_states, weight, bias)
+        try:
+            logits = nn.functional.linear(hidden_states, weight, bias)
+        except RuntimeError as error:
+            dtypes = " and ".join(str(parameter.dtype) for parameter in parameters)
+            raise ValueError(f"decoder: PyTorch cannot multiply its weight and bias, {dtypes}: {error}") from error
         mask = _attention_mask(weight.device)
         stock = type(pooling).forward(pooling, {"token_embeddings": logits.clone(), "attention_mask": mask})
         pooling.embedding_dimension = dimension
@@ -116,14 +110,15 @@ def probe_pooling(
         # activation is 1-Lipschitz; TF32 may be on for float32 on a GPU.
         absolute = nn.functional.linear(hidden_states.abs().float(), weight.abs().float()).amax(dim=1).double()
         product_error = 2.0**-10 if weight.is_cuda else torch.finfo(torch.float32).eps
-        rounding = 4 * torch.finfo(weight.dtype).eps * (logits.abs().amax(dim=1).double() + 1)
+        eps = max(torch.finfo(weight.dtype).eps, torch.finfo(logits.dtype).eps)
+        rounding = 4 * eps * (logits.abs().amax(dim=1).double() + 1)
         bound = product_error * weight.shape[1] ** 0.5 * absolute + rounding
         if pooling.pooling_strategy == "sum":
             bound = bound * _LENGTH
-        error = (expected - actual).abs()
-        if expected.shape != actual.shape or not bool((error <= bound).all()):
+        distance = (expected - actual).abs()
+        if expected.shape != actual.shape or not bool((distance <= bound).all()):
             raise ValueError(
-                f"the fused head differs from the stock one by {error.max().item():.3g} on random hidden states, "
+                f"the fused head differs from the stock one by {distance.max().item():.3g} on random hidden states, "
                 f"more than rounding explains ({bound.max().item():.3g})"
             )
 
@@ -160,11 +155,20 @@ def _attention_mask(device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _isolated(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, evaluation mode; random state and every ``training`` flag as they were afterwards."""
+def _isolated(
+    module: nn.Module, parameters: Iterable[Tensor], device: torch.device, autocast: bool = False
+) -> Iterator[None]:
+    """No gradients, evaluation mode, one thread; random state and every ``training`` flag as they were afterwards.
+
+    Autocast is on if ``autocast`` says so, or if parameters of several dtypes can only be multiplied under it; the
+    caller's own is left out.
+    """
+    dtypes = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    low = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.bfloat16)
+    precision = torch.autocast(device.type, dtype=low, enabled=autocast or len(dtypes) > 1)
     training = {submodule: submodule.training for submodule in module.modules()}
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), precision, _one_thread():
         for submodule in training:
             submodule.training = False
         try:
@@ -172,3 +176,18 @@ def _isolated(module: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for submodule, mode in training.items():
                 submodule.training = mode
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Start no threads for PyTorch's operations: they would not survive ``os.fork``, and a child would wait for them.
+
+    Servers load a model once and fork their workers (gunicorn --preload, uwsgi). Loading starts no threads, so fusing
+    starts none either.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -11,9 +11,9 @@ is the ``nn.Linear`` it was. Fuse before ``torch.compile``.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,10 +23,19 @@ from sentence_transformers.sparse_encoder import losses as sparse_losses
 from sentence_transformers.sparse_encoder.modules import Router, SparseAutoEncoder, SpladePooling, Transformer
 from torch import Tensor, nn
 
-from ..functional import check_options, check_threshold, flops_loss, splade_pool
-from ..modules import has_hooks
+from ..functional import check_options, check_threshold, flops_loss
+from ..modules import qualified_name
 from ._encode import encode_sparse
-from ._probe import is_sharded, probe_pooling, probe_transformer, skip_probe
+from ._hand_off import (
+    UNFUSE_FIRST,
+    DecoderForward,
+    around,
+    check_decoder,
+    check_device,
+    watching_hooks,
+    weight_shape,
+)
+from ._probe import probe_pooling, probe_transformer, skip_probe
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,9 +44,6 @@ __all__ = ["FlopsLoss", "encode_sparse", "fuse", "unfuse"]
 
 Features = dict[str, Any]
 Model = TypeVar("Model", bound=nn.Module)
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_UNFUSE_FIRST = "call unfuse(model) first, change the model, then fuse it again"
 
 
 class FlopsLoss(sparse_losses.FlopsLoss):
@@ -101,62 +107,43 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
         for head in heads:
             head.install()
     for pooling in poolings:
-        pooling.__dict__["forward"].screening = screening
+        _own_forward(pooling).screening = screening
     return model
 
 
 def unfuse(model: Model) -> Model:
     """Undo :func:`fuse`, in place: every forward that ``fuse`` installed is removed, any other one is left alone."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), _FORWARDS):
+        if not isinstance(_own_forward(module), _FORWARDS):
+            continue
+        if "_hf_hook" in module.__dict__:
+            module.__dict__["_old_forward"] = MethodType(type(module).forward, module)  # what accelerate's hooks wrap
+        else:
             del module.__dict__["forward"]
     return model
 
 
-class _HandOff(threading.local):
-    """Whether the decoder hands its input through, in this thread.
-
-    Copying or pickling makes a fresh one. A ``ContextVar`` would serve as well, but ``torch.compile`` cannot trace it.
-    """
-
-    active = False
-
-    def __reduce__(self) -> tuple[type[_HandOff], tuple[()]]:
-        return _HandOff, ()
-
-
-class _DecoderForward:
-    def __init__(self, decoder: nn.Linear) -> None:
-        self.decoder = decoder
-        self.hand_off = _HandOff()
-
-    def __call__(self, input: Tensor) -> Tensor:
-        if self.hand_off.active:
-            return input
-        return type(self.decoder).forward(self.decoder, input)
-
-
 class _TransformerForward:
-    def __init__(self, transformer: Transformer, decoder_forward: _DecoderForward) -> None:
+    def __init__(self, transformer: Transformer, decoder_forward: DecoderForward) -> None:
         self.transformer = transformer
         self.decoder_forward = decoder_forward
         inner: Any = transformer.model
-        self.around = _around(inner, decoder_forward.decoder)
+        self.around = around(inner, decoder_forward.decoder)
 
     def __call__(self, features: Features, **kwargs: Any) -> Features:
         decoder = self.decoder_forward.decoder
         inner: Any = self.transformer.model
         if inner.get_output_embeddings() is not decoder:
             raise RuntimeError(
-                f"the model's decoder is no longer the one that was fused (resized or replaced): {_UNFUSE_FIRST}"
+                f"the model's decoder is no longer the one that was fused (resized or replaced): {UNFUSE_FIRST}"
             )
         for name, module in self.around.items():
-            if has_hooks(module):
+            if hooks := watching_hooks(module):
                 raise RuntimeError(
                     f"{name}: has hooks that see the decoder's logits, added after fuse, which does not compute them: "
-                    f"{_UNFUSE_FIRST}"
+                    f"{', '.join(hooks)}; {UNFUSE_FIRST}"
                 )
-        _check_device("input_ids", features.get("input_ids"), decoder.weight)
+        check_device("input_ids", features.get("input_ids"), decoder.weight)
         hand_off = self.decoder_forward.hand_off
         before = hand_off.active
         hand_off.active = True
@@ -171,49 +158,30 @@ class _PoolingForward:
         self.pooling = pooling
         self.decoder = decoder
         self.screening: str | bool = "auto"
+        # Read once: a graph of torch.compile that read what its own first call changes would be traced twice.
+        self.sets_dimension = pooling.embedding_dimension is None
 
     def __call__(self, features: Features) -> Features:
-        pooling, weight = self.pooling, self.decoder.weight
-        hidden_states = features["token_embeddings"]
-        self._check(hidden_states)
-        layout: dict[str, Any]
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError("ONNX has no operator for the fused head: call unfuse(model) before the export")
+        pooling = self.pooling
+        options: dict[str, Any] = {
+            "pooling_strategy": pooling.pooling_strategy,
+            "activation_function": pooling.activation_function,
+            "screening": self.screening,
+        }
         if "cu_seq_lens_q" in features:
-            layout = {"cu_seqlens": features["cu_seq_lens_q"], "max_seqlen": features.get("max_length_q")}
+            options |= {"cu_seqlens": features["cu_seq_lens_q"], "max_seqlen": features.get("max_length_q")}
         else:
-            layout = {"attention_mask": features["attention_mask"]}
-        features["sentence_embedding"] = splade_pool(
-            hidden_states,
-            weight,
-            self.decoder.bias,
-            pooling_strategy=pooling.pooling_strategy,
-            activation_function=pooling.activation_function,
-            screening=self.screening,
-            **layout,
-        )
-        if pooling.embedding_dimension is None:
-            pooling.embedding_dimension = weight.shape[0]
+            options |= {"attention_mask": features["attention_mask"]}
+        embeddings: Tensor = self.decoder(features["token_embeddings"], pooling=options)
+        features["sentence_embedding"] = embeddings
+        if self.sets_dimension:
+            pooling.embedding_dimension = embeddings.shape[1]
         return features
 
-    def _check(self, hidden_states: Tensor) -> None:
-        weight = self.decoder.weight
-        if is_sharded(weight) or is_sharded(self.decoder) or weight.numel() == 0:
-            raise RuntimeError(
-                "the decoder's weight is sharded on its own: shard the whole SparseEncoder (layers first, "
-                "then the SparseEncoder itself) so that its root keeps the weight gathered during forward"
-            )
-        if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[-1]:
-            raise RuntimeError(
-                f"token_embeddings: expected hidden states of width D for the decoder's weight [V, D] = "
-                f"{list(weight.shape)}, got width {hidden_states.shape[-1]}. If embeddings were resized or an adapter "
-                f"was added after fuse: {_UNFUSE_FIRST}"
-            )
-        _check_device("token_embeddings", hidden_states, weight)
-        changed = _why_not_plain(self.decoder)
-        if changed:
-            raise RuntimeError(f"the decoder was changed after fuse ({changed}): {_UNFUSE_FIRST}")
 
-
-_FORWARDS = (_DecoderForward, _TransformerForward, _PoolingForward)
+_FORWARDS = (DecoderForward, _TransformerForward, _PoolingForward)
 
 
 @dataclass
@@ -228,39 +196,50 @@ class _Head:
         return [self.decoder, *self.transformers, *self.poolings]
 
     def is_fused(self) -> bool:
-        decoder_forward = self.decoder.__dict__.get("forward")
-        transformers = [module.__dict__.get("forward") for module in self.transformers]
-        poolings = [module.__dict__.get("forward") for module in self.poolings]
+        decoder_forward = _own_forward(self.decoder)
+        transformers = [_own_forward(module) for module in self.transformers]
+        poolings = [_own_forward(module) for module in self.poolings]
         return (
-            isinstance(decoder_forward, _DecoderForward)
+            isinstance(decoder_forward, DecoderForward)
             and all(isinstance(f, _TransformerForward) and f.decoder_forward is decoder_forward for f in transformers)
             and all(isinstance(f, _PoolingForward) and f.decoder is self.decoder for f in poolings)
         )
 
     def check(self) -> None:
         for module in self.modules():
-            forward = module.__dict__.get("forward")
+            forward = _own_forward(module)
+            name = qualified_name(type(module))
             if isinstance(forward, _FORWARDS):
-                raise ValueError(f"{type(module).__name__} is fused but the rest of its head is not: {_UNFUSE_FIRST}")
+                raise ValueError(f"{name} is fused but the rest of its head is not: {UNFUSE_FIRST}")
+            if "_hf_hook" in module.__dict__:
+                raise ValueError(
+                    f"{name} carries hooks of accelerate (cpu_offload, dispatch_model, device_map): remove them with "
+                    "accelerate.hooks.remove_hook_from_module(model, recurse=True), fuse, then offload or dispatch"
+                )
             if forward is not None:
-                raise ValueError(f"{type(module).__name__} has an instance-level forward of its own: {forward!r}")
-        weight = self.decoder.weight
-        if weight.shape[0] == weight.shape[1]:
-            raise ValueError(f"vocabulary and hidden size are both {weight.shape[0]}: logits look like hidden states")
+                raise ValueError(f"{name} has an instance-level forward of its own: {forward!r}")
+        vocab_size, hidden_size = weight_shape(self.decoder)
+        if vocab_size == hidden_size:
+            raise ValueError(f"vocabulary and hidden size are both {vocab_size}: logits look like hidden states")
         for pooling in self.poolings:
             if type(pooling).forward is not SpladePooling.forward:
-                raise TypeError(f"expected a SpladePooling, got {type(pooling).__name__} with a forward of its own")
+                name = qualified_name(type(pooling))
+                raise TypeError(f"expected a SpladePooling, got {name} with a forward of its own")
 
     def probe(self) -> None:
         if skip_probe(self.modules()):
             return
         for transformer in self.transformers:
             probe_transformer(transformer, self.decoder)
-        for pooling in self.poolings:
-            probe_pooling(pooling, self.decoder, _PoolingForward(pooling, self.decoder))
+        self.decoder.__dict__["forward"] = DecoderForward(self.decoder)
+        try:
+            for pooling in self.poolings:
+                probe_pooling(pooling, self.decoder, _PoolingForward(pooling, self.decoder))
+        finally:
+            del self.decoder.__dict__["forward"]
 
     def install(self) -> None:
-        decoder_forward = _DecoderForward(self.decoder)
+        decoder_forward = DecoderForward(self.decoder)
         self.decoder.__dict__["forward"] = decoder_forward
         for transformer in self.transformers:
             transformer.__dict__["forward"] = _TransformerForward(transformer, decoder_forward)
@@ -268,11 +247,20 @@ class _Head:
             pooling.__dict__["forward"] = _PoolingForward(pooling, self.decoder)
 
 
+def _own_forward(module: nn.Module) -> Any:
+    """The forward that was set on the instance, under accelerate's hooks if there are any; None for the class's own,
+    which accelerate leaves on the instance when its hooks are removed."""
+    forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    return None if forward == MethodType(type(module).forward, module) else forward
+
+
 def _find_heads(model: nn.Module) -> list[_Head]:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     encoders = [module for module in modules if isinstance(module, SparseEncoder)]
     if not encoders:
-        raise TypeError(f"model: expected a SparseEncoder or a module that contains one, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected a SparseEncoder or a module that contains one, got {qualified_name(type(model))}"
+        )
     feeders: dict[SpladePooling, set[nn.Module | None]] = {}
     readers: list[tuple[nn.Module, nn.Module]] = []
     for path in (path for encoder in encoders for path in _paths(encoder.children())):
@@ -285,7 +273,7 @@ def _find_heads(model: nn.Module) -> list[_Head]:
             elif not _reads_sentence_embedding(module):
                 readers.append((source, module))
     if not feeders:
-        raise TypeError(f"{type(encoders[0]).__name__} has no SpladePooling: there is no SPLADE head to fuse")
+        raise TypeError(f"{qualified_name(type(encoders[0]))} has no SpladePooling: there is no SPLADE head to fuse")
 
     heads: dict[nn.Module, _Head] = {}
     for pooling, sources in feeders.items():
@@ -299,8 +287,8 @@ def _find_heads(model: nn.Module) -> list[_Head]:
     for source, reader in readers:
         if any(source in head.transformers for head in heads.values()):
             raise ValueError(
-                f"{type(reader).__name__} may read the decoder's logits (token_embeddings) beside SpladePooling: "
-                "a fused model does not compute them"
+                f"{qualified_name(type(reader))} may read the decoder's logits (token_embeddings) beside "
+                "SpladePooling: a fused model does not compute them"
             )
     return list(heads.values())
 
@@ -326,7 +314,7 @@ def _reads_sentence_embedding(module: nn.Module) -> bool:
 def _decoder_of(source: nn.Module | None) -> nn.Linear:
     """The decoder of the Transformer module ``source``, once everything about both is as ``fuse`` needs it."""
     if not isinstance(source, Transformer):
-        raise TypeError(f"SpladePooling must be fed by a Transformer module, got {type(source).__name__}")
+        raise TypeError(f"SpladePooling must be fed by a Transformer module, got {qualified_name(type(source))}")
     if source.backend != "torch":
         raise ValueError(f"backend: expected 'torch', got {source.backend!r}")
     if source.transformer_task != "fill-mask":
@@ -338,45 +326,11 @@ def _decoder_of(source: nn.Module | None) -> nn.Linear:
             f"got {source.modality_config} into {source.module_output_name!r}"
         )
     inner: Any = source.model
-    if any(getattr(module, "peft_config", None) for module in inner.modules()):
-        raise ValueError("the model carries PEFT adapters: merge them into the weights first")
-    if getattr(inner, "is_quantized", False):
-        raise ValueError("the model is quantised: fuse needs the floating-point decoder")
-    decoder = inner.get_output_embeddings()
-    if type(decoder) is not nn.Linear:
-        raise TypeError(f"decoder: expected exactly torch.nn.Linear, got {type(decoder).__name__}")
-    reason = _why_not_plain(decoder)
-    if reason:
-        raise ValueError(f"decoder: expected a plain nn.Linear, but it {reason}")
-    for name, module in _around(inner, decoder).items():
-        if has_hooks(module):
-            raise ValueError(f"{name}: has hooks that see the decoder's logits, which a fused model does not compute")
+    decoder = check_decoder(inner.get_output_embeddings())
+    for name, module in around(inner, decoder).items():
+        if hooks := watching_hooks(module):
+            raise ValueError(
+                f"{name}: has hooks that see the decoder's logits, which a fused model does not compute: "
+                f"{', '.join(hooks)}"
+            )
     return decoder
-
-
-def _around(inner: nn.Module, decoder: nn.Linear) -> dict[str, nn.Module]:
-    """The modules inside of the model that contain the decoder, by name."""
-    return {
-        name: module
-        for name, module in inner.named_modules()
-        if name and module is not decoder and any(child is decoder for child in module.modules())
-    }
-
-
-def _why_not_plain(decoder: nn.Linear) -> str | None:
-    if type(decoder) is not nn.Linear:
-        return f"became {type(decoder).__name__}"
-    if has_hooks(decoder):
-        return "has hooks"
-    weight = decoder.weight
-    if weight.dtype not in _DTYPES or not (isinstance(weight, nn.Parameter) or is_sharded(weight)):
-        return f"has a weight of type {type(weight).__name__}, {weight.dtype}"
-    return None
-
-
-def _check_device(name: str, tensor: Any, weight: Tensor) -> None:
-    if isinstance(tensor, Tensor) and tensor.device != weight.device:
-        raise RuntimeError(
-            f"{name} is on {tensor.device}, the decoder's weight on {weight.device}. torch.nn.DataParallel replicas "
-            "keep the first device's decoder: use torchrun (DistributedDataParallel), or one visible device"
-        )
