@@ -145,12 +145,12 @@ def test_a_model_compiled_cold_needs_as_few_graphs_as_a_warm_one(dynamic: bool |
 def fork_after(load: str, folder: str, path: str) -> None:
     """The program of a server with two threads that loads, forks, and encodes in the child."""
     torch.set_num_threads(2)
-    before = thread_count()
     model = SparseEncoder(folder, device="cpu")
+    loaded = thread_count()
     if load == "fused":
         fuse(model)
     assert torch.get_num_threads() == 2
-    print("threads started:", thread_count() - before)
+    print("threads started:", thread_count() - loaded)
     fork(lambda: [model.encode(batch, convert_to_sparse_tensor=False) for batch in BATCHES], Path(path))
 
 
