@@ -98,9 +98,11 @@ def search(queries: Tensor, documents: Tensor | Iterable[Tensor], k: int) -> tup
                 per_sample_weights=values,
                 include_last_offset=True,
             )
-            best, places = _largest(products.t().contiguous(), k)
-            # Both are in order and the ids of the earlier ones are smaller, so a stable sort leaves ties in order.
-            best, order = torch.cat([scores[rows].to(dtype), best], dim=1).sort(dim=1, descending=True, stable=True)
+            products = products.t().contiguous()
+            places = _largest(products, k)
+            # Equal scores are in ascending order of their ids in both parts and across them: a stable sort keeps that.
+            both = torch.cat([scores[rows].to(dtype), products.gather(1, places)], dim=1)
+            best, order = both.sort(dim=1, descending=True, stable=True)
             found.append((best[:, :k], torch.cat([ids[rows], places + searched], dim=1).gather(1, order[:, :k])))
         if found:
             scores, ids = torch.cat([best for best, _ in found]), torch.cat([places for _, places in found])
@@ -230,17 +232,14 @@ def _columns(queries: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     return dense
 
 
-def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first ``k`` of each row in a stable descending sort, and their places; sooner than by sorting all."""
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """The places of each row's ``k`` largest scores, ascending. Of equal ones the first, and NaN before all others."""
     if k >= scores.shape[1]:
-        return scores.sort(dim=1, descending=True, stable=True)
+        return torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     values, places = scores.topk(k + 1, dim=1)
+    places = places[:, :k]
     # Where k cuts through equal scores (NaN is greater than none), topk may have chosen any of them.
     tied = (~(values[:, k - 1] > values[:, k])).nonzero()[:, 0]
-    places = places[:, :k].sort(dim=1).values
-    values, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
-    places = places.gather(1, order)
     if len(tied):
-        in_order, order = scores[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], places[tied] = in_order[:, :k], order[:, :k]
-    return values, places
+        places[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return places.sort(dim=1).values
