@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from examples.demo.report import render
+from splade_kernels import csr
 from tests.st_models import sparse_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -38,9 +39,11 @@ def test_the_readme_code_for_plain_pytorch_runs():
 def test_the_code_on_search_runs(monkeypatch, capsys):
     """As printed, but for the model: a tiny one."""
     monkeypatch.setattr("sentence_transformers.SparseEncoder", lambda name: sparse_encoder())
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/search.md").read_text(), re.DOTALL):
+    page, names = (ROOT / "docs/search.md").read_text(), {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, names)
+    assert f"`[V, {csr.QUERIES}]`" in page
+    assert f"`[{csr.QUERIES}, {csr.DOCUMENTS}]`" in page
     scores, ids = names["scores"], names["ids"]
     assert capsys.readouterr().out.count("->") == len(ids) == 2
     assert torch.equal(names["streamed_scores"], scores)
