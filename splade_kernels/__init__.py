@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import integrations, reference
+from . import csr, integrations, reference
 from .backends import available_backends
 from .functional import flops_loss, sparsify, splade_pool
 from .modules import FlopsLoss, SpladeHead
@@ -13,6 +13,7 @@ __all__ = [
     "FlopsLoss",
     "SpladeHead",
     "available_backends",
+    "csr",
     "flops_loss",
     "integrations",
     "reference",

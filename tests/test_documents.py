@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples.demo.report import render
+from splade_kernels import csr
+from tests.st_models import sparse_encoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +34,24 @@ def test_the_readme_code_for_plain_pytorch_runs():
     (code,) = [block for block in blocks if "from_linear" in block]
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_code_on_search_runs(monkeypatch, capsys):
+    """As printed, but for the model: a tiny one."""
+    monkeypatch.setattr("sentence_transformers.SparseEncoder", lambda name: sparse_encoder())
+    page, names = (ROOT / "docs/search.md").read_text(), {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert f"`[V, {csr.QUERIES}]`" in page
+    assert f"`[{csr.QUERIES}, {csr.DOCUMENTS}]`" in page
+    scores, ids = names["scores"], names["ids"]
+    assert capsys.readouterr().out.count("->") == len(ids) == 2
+    assert torch.equal(names["streamed_scores"], scores)
+    assert torch.equal(names["streamed_ids"], ids)
+    assert torch.allclose(torch.from_numpy(names["all_scores"].toarray()).gather(1, ids), scores)
+    assert names["first_rows"].shape == (1, names["documents"].shape[1])
+    assert [[hit["corpus_id"] for hit in hits] for hits in names["hits"]] == ids.tolist()
+    assert torch.allclose(names["cosines"].gather(1, names["cosine_ids"]), names["cosine_scores"])
 
 
 @pytest.mark.parametrize("script", ["examples/train.py"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+
 import pytest
 import torch
 
@@ -76,3 +78,120 @@ def test_bad_arguments_are_named_at_the_call(model):
         encode_sparse(model, None)
     with pytest.raises(TypeError, match="convert_to_tensor: expected it left out"):
         encode_sparse(model, TEXTS, convert_to_tensor=False)
+
+
+class PoolInThisProcess:
+    """Stands in for the processes of a pool: what is put into its input queue is computed there and then."""
+
+    def __init__(self, model, devices):
+        self.model, self.stops, self.sizes = model, 0, []
+        self.queues = {"input": self, "output": queue.Queue(), "processes": [None] * len(devices)}
+
+    def put(self, item):
+        chunk_id, texts, options = item
+        self.sizes.append(len(texts))
+        try:
+            result = self.model._inference(texts, device="cpu", **options)
+        except Exception as error:
+            result = error
+        self.queues["output"].put([chunk_id, result])
+
+
+@pytest.fixture
+def pools(model, monkeypatch):
+    """The pools that ``model`` has started, with four batches to a result."""
+    started = []
+
+    def start(devices=None):
+        started.append(PoolInThisProcess(model, devices))
+        return started[-1].queues
+
+    def stop(queues):
+        queues["input"].stops += 1
+
+    monkeypatch.setattr(model, "start_multi_process_pool", start, raising=False)
+    monkeypatch.setattr(model, "stop_multi_process_pool", stop, raising=False)
+    monkeypatch.setattr(_encode, "BATCHES", 4)
+    return started
+
+
+@pytest.mark.parametrize("task", ["query", "document", None])
+def test_several_devices_share_one_pool(model, pools, task):
+    batches = encode_sparse(model, TEXTS, task=task, batch_size=2, device=["cpu", "cpu"])
+    assert not pools  # not before a result is asked for
+    several = dense_of(batches)
+    (pool,) = pools
+    assert pool.stops == 1
+    assert pool.sizes == [2] * (len(TEXTS) // 2)
+    assert torch.allclose(several, dense_of(encode_sparse(model, TEXTS, task=task, batch_size=2)), atol=1e-5)
+
+
+def test_one_device_and_no_texts_need_no_pool(model, pools):
+    assert list(encode_sparse(model, [], device=["cpu", "cpu"])) == []
+    assert len(list(encode_sparse(model, TEXTS, device="cpu"))) == 1
+    assert not pools
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "exception", "unknown argument"])
+def test_the_pool_is_stopped_however_the_results_end(model, pools, monkeypatch, end):
+    if end == "unknown argument":
+        with pytest.raises(ValueError, match="does not use"):
+            next(encode_sparse(model, TEXTS, batch_size=2, device=["cpu"], no_such_argument=1))
+        assert [pool.stops for pool in pools] == [1]
+        return
+    batches = encode_sparse(model, TEXTS, batch_size=2, device=["cpu", "cpu"])
+    next(batches)
+    assert [pool.stops for pool in pools] == [0]
+    if end == "close":
+        batches.close()
+    elif end == "drop":
+        del batches
+    else:
+        monkeypatch.setattr(model, "preprocess", None, raising=False)
+        with pytest.raises(TypeError):
+            next(batches)
+    assert [pool.stops for pool in pools] == [1]
+
+
+def test_a_pool_of_ones_own_keeps_running(model, pools):
+    own = PoolInThisProcess(model, ["cpu"])
+    for device in (None, ["cpu", "cpu"]):
+        ours = dense_of(encode_sparse(model, TEXTS, batch_size=2, pool=own.queues, device=device))
+        assert torch.allclose(ours, dense_of(encode_sparse(model, TEXTS)), atol=1e-5)
+    assert not pools
+    assert own.stops == 0
+    assert own.sizes == [4] * (2 * len(TEXTS) // 4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "texts", "chunk_size", "sizes"),
+    [
+        (1, 8, None, [4, 4]),
+        (2, 8, None, [2, 2, 2, 2]),
+        (5, 8, None, [2, 2, 2, 2]),
+        (2, 3, None, [2, 1]),
+        (2, 8, 3, [3, 3, 2]),
+    ],
+)
+def test_a_process_gets_whole_batches_unless_told_otherwise(model, pools, processes, texts, chunk_size, sizes):
+    list(encode_sparse(model, TEXTS[:texts], batch_size=2, device=["cpu"] * processes, chunk_size=chunk_size))
+    assert pools[0].sizes == sizes
+
+
+def test_two_processes(model, monkeypatch):
+    """Real ones: slow, since each imports everything anew."""
+    pools, start = [], type(model).start_multi_process_pool
+
+    def start_and_keep(self, devices):
+        pools.append(start(self, devices))
+        return pools[-1]
+
+    # Of the class: the processes get a copy of the model, with everything in it.
+    monkeypatch.setattr(type(model), "start_multi_process_pool", start_and_keep)
+    monkeypatch.setattr(_encode, "BATCHES", 2)
+    batches = dense_of(encode_sparse(model, TEXTS[:12], batch_size=3, device=["cpu", "cpu"]))
+    assert len(pools) == 1
+    for process in pools[0]["processes"]:
+        with pytest.raises(ValueError, match="closed"):
+            process.is_alive()
+    assert torch.allclose(batches, dense_of(encode_sparse(model, TEXTS[:12])), atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,11 @@ def encode_sparse(
 
     ``model.encode_query``, ``encode_document`` or ``encode`` compute them, so prompts, routes and batches are theirs
     (sorted by length within a result); only their detour over a COO tensor a row is left out. The result is always
-    sparse CSR; indices are int64 and ascend in each row.
+    sparse CSR; indices are int64 and ascend in each row. ``splade_kernels.csr`` joins and searches the batches.
+
+    With a list of devices, one pool of processes serves the whole call: it starts when the first result is asked for
+    and stops when the iterator is exhausted, closed, dropped or fails. A ``pool`` of your own is used as it is and
+    keeps running. Where ``chunk_size`` is left out, a process gets about two pieces of each result, in whole batches.
 
     Args:
         model: a ``SparseEncoder``, fused or not.
@@ -36,7 +41,7 @@ def encode_sparse(
         batch_size: texts that go through the model together.
         max_active_dims: keep each embedding's largest entries, at most so many. None: the model's own setting. Ties go
             to the lowest vocabulary id, unless the model has a setting: its method then chooses first, by ``topk``.
-        options: further arguments of the model's method (``prompt``, ``prompt_name``, ``device``, ...).
+        options: further arguments of the model's method (``prompt``, ``prompt_name``, ``device``, ``pool``, ...).
 
     Yields:
         ``[up to 16 · batch_size, V]`` sparse CSR, on the device that the method returns. As many dense embeddings are
@@ -59,16 +64,37 @@ def encode_sparse(
     limit = model.max_active_dims if max_active_dims is None else max_active_dims
     # Where the model has a setting, its method would apply that one, even where more was asked for.
     options["max_active_dims"] = None if model.max_active_dims is None else limit
-    return _batches(methods[task], list(texts), batch_size, limit, options)
+    return _batches(model, methods[task], list(texts), batch_size, limit, options)
 
 
-def _batches(method: Any, texts: list[str], batch_size: int, limit: int | None, options: Any) -> Iterator[Tensor]:
-    for first in range(0, len(texts), BATCHES * batch_size):
-        dense = method(
-            texts[first : first + BATCHES * batch_size],
-            batch_size=batch_size,
-            convert_to_tensor=True,
-            convert_to_sparse_tensor=False,
-            **options,
-        )
-        yield sparsify(dense, max_active_dims=limit)
+def _batches(
+    model: SparseEncoder, method: Any, texts: list[str], batch_size: int, limit: int | None, options: dict[str, Any]
+) -> Iterator[Tensor]:
+    devices, own_pool = options.get("device"), None
+    # What the model's method counts as several devices. It would start a pool at each call, once for each result.
+    if texts and options.get("pool") is None and isinstance(devices, list) and devices:
+        own_pool = model.start_multi_process_pool(devices)
+        options = {**options, "pool": own_pool}
+    try:
+        for first in range(0, len(texts), BATCHES * batch_size):
+            part = texts[first : first + BATCHES * batch_size]
+            dense = method(
+                part,
+                batch_size=batch_size,
+                convert_to_tensor=True,
+                convert_to_sparse_tensor=False,
+                **_with_chunk_size(options, len(part), batch_size),
+            )
+            yield sparsify(dense, max_active_dims=limit)
+    finally:
+        if own_pool is not None:
+            model.stop_multi_process_pool(own_pool)
+
+
+def _with_chunk_size(options: dict[str, Any], texts: int, batch_size: int) -> dict[str, Any]:
+    """The method's own default, a tenth of a process's share, would cut batches apart: a result is only 16 of them."""
+    pool = options.get("pool")
+    if pool is None or options.get("chunk_size") is not None:
+        return options
+    batches = math.ceil(texts / batch_size)
+    return {**options, "chunk_size": batch_size * math.ceil(batches / (2 * len(pool["processes"])))}
