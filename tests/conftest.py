@@ -28,6 +28,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """
     if request.param == "torch-device":
         monkeypatch.setattr(torch_backend, "_on_host", lambda tensor: False)
+        monkeypatch.setattr(torch_backend, "_may_wait", lambda tensor: False)
     elif request.param == "triton":
         reason = sk.available_backends()["triton"]
         if reason != "available":
