@@ -3,8 +3,8 @@
 ``torch.segment_reduce`` has no kernel on MPS (pytorch#197880), and a scatter with atomics is not repeatable for sums.
 Here rows are reduced a small group at a time, with ``amax``, ``amin`` or ``sum`` over one dimension of a
 ``[groups, members, columns]`` tensor, until one row of each segment is left. Padded input is one group a sequence, and
-takes one reduction. The number of steps for packed input follows from a bound on the length that the host knows, so that
-nothing is read back from the device; however uneven the lengths, ``GROUP`` rows a segment come on top of the rows.
+takes one reduction. The number of steps for packed input follows from a bound on the length that the host knows, so
+nothing is read back from the device; however uneven the lengths, at most ``GROUP`` rows a segment come on top.
 """
 
 from __future__ import annotations
