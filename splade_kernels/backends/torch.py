@@ -370,8 +370,8 @@ def _bag_sum(index: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> 
     if len(index) == 0:
         return table.new_zeros(bags, table.shape[1])
     if not _may_wait(table):
-        # The kernel for CUDA does not look at the last offset: the last bag would get all that no bag has, one after
-        # the other and times zero. It is left to short bags that nobody reads.
+        # PyTorch's CUDA kernel may not look at the last offset (pytorch#178614): the last bag would get all entries
+        # that are left, one after the other and times zero. They go into short bags that nobody reads.
         ends = torch.arange(1, len(index) // SPARE_BAG + 2, device=offsets.device, dtype=torch.int32) * SPARE_BAG
         offsets = torch.cat([offsets, (offsets[-1:] + ends).clamp_max(len(index))])
     sums = F.embedding_bag(
