@@ -142,7 +142,8 @@ def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tenso
             and NaN counts as the largest. None: all non-zeros.
 
     Returns:
-        ``[B, V]`` sparse CSR with int64 indices, vocabulary ids ascending in each row, in the dtype of ``embeddings``.
+        ``[B, V]`` sparse CSR with int64 indices, vocabulary ids ascending in each row, in the dtype of ``embeddings``
+        and on their device, or on the CPU where PyTorch has no CSR tensors for it (MPS).
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
@@ -152,7 +153,11 @@ def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tenso
         max_active_dims = check_count("max_active_dims", max_active_dims, 1, "an int or None")
     crow, col, values = ops.sparsify(embeddings.detach(), max_active_dims)
     size, device = embeddings.shape, embeddings.device
-    return torch.sparse_csr_tensor(crow, col, values, size=size, device=device, check_invariants=False)
+    try:
+        return torch.sparse_csr_tensor(crow, col, values, size=size, device=device, check_invariants=False)
+    except NotImplementedError:  # MPS: pytorch#196192
+        crow, col, values = crow.cpu(), col.cpu(), values.cpu()
+        return torch.sparse_csr_tensor(crow, col, values, size=size, device="cpu", check_invariants=False)
 
 
 def _check_sequences(

@@ -11,6 +11,7 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
 from splade_kernels.backends import screening, screening_plain
+from tests.other_devices import other_device
 from tests.screening_cases import COMPILED, NOT_COMPILED
 
 # PyTorch's matmuls are deterministic on a GPU only with a fixed workspace, and raise without one in the tests.
@@ -20,14 +21,27 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 ACCELERATOR = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
 
-@pytest.fixture(params=["torch", "torch-device", "triton"])
+# Tests that look at the operators from outside, slowly: they are the same for each route inside the torch backend.
+OUTSIDE = ("test_opcheck", "test_compiled_without_graph_breaks_equals_eager_bit_for_bit")
+
+
+@pytest.fixture(params=["torch", "torch-device", "torch-other", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Name to pass as ``backend=``. ``torch-device``: the torch backend without host syncs, as accelerators run it.
+    """Name to pass as ``backend=``. ``torch-device``: the torch backend without host syncs, as it runs on CUDA;
+    ``torch-other``: as it runs on MPS and others, without the operations that PyTorch lacks there.
 
     The default device is the one that the backend is tested on, so tensors that a test makes are there.
     """
+    if request.param == "torch-other":
+        if request.node.originalname in OUTSIDE:
+            pytest.skip("torch-device is tested")
+        monkeypatch.setenv("SPLADE_KERNELS_BACKEND", "torch")
+        with other_device(monkeypatch):
+            yield "torch"
+        return
     if request.param == "torch-device":
         monkeypatch.setattr(torch_backend, "_on_host", lambda tensor: False)
+        monkeypatch.setattr(torch_backend, "_may_wait", lambda tensor: False)
     elif request.param == "triton":
         reason = sk.available_backends()["triton"]
         if reason != "available":

@@ -1,8 +1,11 @@
-"""Vocabulary tiles on a device whose data the host must not read: segments are reduced in place, nothing is packed.
+"""Vocabulary tiles on a device whose data the host does not look at: nothing is packed.
 
-Used by the torch backend for accelerators (float64 on CUDA, or where Triton cannot run). ``torch.segment_reduce`` walks
-each segment in order, which keeps maxima and sums bitwise repeatable without atomics. Since nothing is packed, a matmul
-sees the padding too, and may round a row differently when there is more of it.
+Used by the torch backend for all devices but CPUs: float64 on CUDA, GPUs that Triton does not serve, MPS, XPU and
+others. Each sequence is reduced by plain ``amax``, ``amin`` and ``sum`` (:mod:`.segments`), which keeps maxima and sums
+bitwise repeatable without atomics and needs no operation that a device may lack. One route serves them all, rather than
+``torch.segment_reduce`` where there is one and this where there is none: on CPU tensors it took about as long (padded
+maxima less, packed short sequences more), and its memory does not grow with the length of the longest sequence. Since
+nothing is packed, a matmul sees the padding too, and may round a row differently when there is more of it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .pooling import PoolingCall, activate, activation_gradient
+from . import segments
+from .pooling import PoolingCall, activation_gradient, log1p
 
 # Elements of one [N, tile] tile of dots: 256 MiB of float32.
 TILE_ELEMENTS = 64 << 20
@@ -23,26 +27,19 @@ def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor
     vocab_size = weight.shape[0]
     output = hidden.new_zeros(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size).zero_()
-    if hidden.shape[0] == 0:
+    if hidden.shape[0] == 0 or call.batch_size == 0:
         return output, argmax
-    offsets, sequence, position, real = _segments(call, hidden)
-    occupied = torch.segment_reduce(real.to(torch.float32), "sum", offsets=offsets, unsafe=True) > 0
+    sequences = segments.of_call(call, hidden)
     dtype = call.accumulation_dtype
-    for columns, dots in _tiles(call, hidden, weight):
+    for columns, dots in _tiles(call, hidden, weight, sequences.rows):
         offset = 0 if bias is None else bias[columns].to(dtype)
         if call.pooling_strategy == "max":
-            dots = torch.where(real[:, None], dots, -torch.inf)
-            largest = torch.segment_reduce(dots, "max", offsets=offsets, unsafe=True)
-            values = torch.where(occupied[:, None], activate(largest + offset, call.activation_function), 0)
-            if call.need_argmax:
-                attained = largest.index_select(0, sequence)
-                attains = real[:, None] & ((dots == attained) | (dots.isnan() & attained.isnan()))
-                candidates = torch.where(attains, position[:, None], torch.inf)
-                first = torch.segment_reduce(candidates, "min", offsets=offsets, unsafe=True)
-                argmax[:, columns] = torch.where(values <= 0, 0, first).nan_to_num(posinf=0).to(argmax.dtype)
+            largest, position = sequences.maximum(dots, call.need_argmax)
+            values = torch.where(sequences.occupied[:, None], _activate(largest + offset, call), 0)
+            if position is not None:
+                argmax[:, columns] = torch.where(values <= 0, 0, position).to(argmax.dtype)
         else:
-            tokens = torch.where(real[:, None], activate(dots + offset, call.activation_function), 0)
-            values = torch.segment_reduce(tokens, "sum", offsets=offsets, unsafe=True)
+            values = sequences.sum(_activate(dots + offset, call))
         output[:, columns] = values.to(call.out_dtype)
     return output, argmax
 
@@ -52,15 +49,15 @@ def sum_pool_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As :func:`splade_kernels.backends.torch.sum_pool_backward`."""
     dtype = call.accumulation_dtype
-    _, sequence, _, real = _segments(call, hidden)
+    sequence, real = _rows(call, hidden)
     exact = torch.where(real[:, None], hidden, 0).to(dtype)
     grad_hidden = torch.zeros_like(exact)
     grad_weight = torch.empty_like(weight, dtype=dtype)
     grad_bias = weight.new_empty(weight.shape[0], dtype=dtype)
-    for columns, dots in _tiles(call, hidden, weight):
+    for columns, dots in _tiles(call, hidden, weight, hidden.shape[0]):
         logits = dots if bias is None else dots + bias[columns].to(dtype)
         grad_tokens = grad[:, columns].index_select(0, sequence)
-        grad_logits = activation_gradient(grad_tokens, activate(logits, call.activation_function), call)
+        grad_logits = activation_gradient(grad_tokens, _activate(logits, call), call)
         grad_logits = torch.where(real[:, None], grad_logits, 0)
         grad_bias[columns] = grad_logits.sum(dim=0)
         grad_weight[columns] = grad_logits.t() @ exact
@@ -72,24 +69,28 @@ def sum_pool_backward(
     )
 
 
-def _segments(call: PoolingCall, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``offsets [B + 1]``; per row its sequence, its position there (float32: exact to 2^24), whether it is real."""
+def _rows(call: PoolingCall, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row its sequence, and whether it is real."""
     rows = torch.arange(hidden.shape[0], device=hidden.device)
-    offsets = call.edges(hidden).to(torch.int64)
-    real = rows < offsets[-1] if call.attention_mask is None else call.attention_mask.reshape(-1) != 0
-    sequence = torch.searchsorted(offsets[1:], rows, right=True).clamp_max(max(call.batch_size - 1, 0))
-    position = (rows - offsets[sequence]).to(torch.float32)
-    return offsets, sequence, position, real
+    edges = call.edges(hidden).to(torch.int64)
+    real = rows < edges[-1] if call.attention_mask is None else call.attention_mask.reshape(-1) != 0
+    return torch.searchsorted(edges[1:], rows, right=True).clamp_max(max(call.batch_size - 1, 0)), real
 
 
-def _tiles(call: PoolingCall, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(columns, dots [N, columns])`` in the accumulation dtype."""
+def _activate(logits: Tensor, call: PoolingCall) -> Tensor:
+    """As :func:`.pooling.activate`, without ``relu``: on MPS it made zeros of NaN until 2026 (pytorch#183571)."""
+    return log1p(torch.where(logits <= 0, 0, logits), call.activation_function)
+
+
+def _tiles(call: PoolingCall, hidden: Tensor, weight: Tensor, most_rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(columns, dots [N, columns])`` in the accumulation dtype; ``most_rows`` are made of the N at a time."""
     rows = hidden.to(call.compute_dtype)
-    wide_output = rows.is_cuda and call.compute_dtype != call.accumulation_dtype
+    # Products of half precision with a wider result: PyTorch's CUDA kernels, not those of all its builds for HIP.
+    wide_output = rows.is_cuda and torch.version.hip is None and call.compute_dtype != call.accumulation_dtype
     if not wide_output:
         rows = rows.to(call.accumulation_dtype)
     vocab_size = weight.shape[0]
-    width = max(1, min(vocab_size, TILE_ELEMENTS // max(len(rows), 1)))
+    width = max(1, min(vocab_size, TILE_ELEMENTS // max(len(rows), most_rows, 1)))
     for first in range(0, vocab_size, width):
         columns = slice(first, min(first + width, vocab_size))
         tile = weight[columns].to(call.compute_dtype).t()

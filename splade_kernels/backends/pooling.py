@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import dispatch
+
 
 @dataclass(frozen=True)
 class PoolingCall:
@@ -48,8 +50,12 @@ class PoolingCall:
         """
         if self.cu_seqlens is None:
             return torch.arange(self.batch_size + 1, device=hidden.device, dtype=torch.int32) * self.max_seqlen
-        edges = self.cu_seqlens.clamp(0, hidden.shape[0]).to(torch.int32)
-        return F.pad(edges[1:].cummax(0).values, (1, 0))
+        edges = self.cu_seqlens.clamp(0, hidden.shape[0]).to(torch.int32)[1:]
+        if dispatch.has_kernel("_cummax_helper", edges.device.type):
+            edges = edges.cummax(0).values
+        else:  # valid edges ascend, so that sorting them changes no more
+            edges = edges.sort().values
+        return F.pad(edges, (1, 0))
 
     def real_rows(self) -> tuple[Tensor, Tensor]:
         """Flat rows of the real tokens in order, and ``[B]`` real tokens per sequence (syncs: for a CPU)."""
@@ -69,7 +75,12 @@ def argmax_dtype(max_seqlen: int) -> torch.dtype:
 
 def activate(logits: Tensor, activation_function: str) -> Tensor:
     """``log1p(relu(x))`` or ``log1p(log1p(relu(x)))``; may overwrite its input."""
-    values = logits.relu_().log1p_()
+    return log1p(logits.relu_(), activation_function)
+
+
+def log1p(values: Tensor, activation_function: str) -> Tensor:
+    """What follows relu: ``log1p`` once or twice, in place."""
+    values = values.log1p_()
     return values.log1p_() if activation_function == "log1p_relu" else values
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import compaction, screening
+from . import compaction, dispatch, screening, segments
 from . import device as device_tiles
 from .pooling import PoolingCall, activate, activation_gradient
 
@@ -40,6 +40,8 @@ MAXIMUM_GROUP = 8
 MAXIMUM_FILL = 1.07
 # Entries [sequence, vocabulary] of one block of the backward: bounds its index, about 60 bytes an entry.
 BACKWARD_ENTRIES = 1 << 20
+# Entries of one bag of what no bag has (see _bag_sum).
+SPARE_BAG = 64
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def max_pool_backward(
                 words, weights, offsets = _bucket(argmax[:, columns], gradient, edges, rows)
             else:
                 words = entries.div(call.batch_size, rounding_mode="floor").to(torch.int32)
-                if not _on_host(hidden):
+                if not _may_wait(hidden):
                     in_use = torch.arange(len(entries), device=hidden.device) < active.sum()
                     token = torch.where(in_use, token, rows)
                 token, order = torch.sort(token, stable=True)
@@ -224,6 +226,12 @@ def flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Ten
 def _on_host(tensor: Tensor) -> bool:
     """Whether reading the data of ``tensor`` costs the host no sync."""
     return tensor.device.type == "cpu"
+
+
+def _may_wait(tensor: Tensor) -> bool:
+    """Whether the host may wait for a count on the device of ``tensor``: everywhere but on CUDA, whose work is queued
+    far ahead of the GPU and may be captured into a graph."""
+    return tensor.device.type != "cuda"
 
 
 def _slices(call: PoolingCall, hidden: Tensor) -> Iterator[Slice]:
@@ -335,7 +343,7 @@ def _spread(values: Tensor, part: Slice) -> Tensor:
 
 def _active_entries(active: Tensor) -> Tensor:
     """Flat indices of the true entries, ascending; where counting them would sync, all others follow behind."""
-    if _on_host(active):
+    if _may_wait(active):
         return active.view(-1).nonzero().squeeze(1)
     return torch.argsort(active.view(-1).logical_not(), stable=True)
 
@@ -355,7 +363,18 @@ def _bucket(argmax: Tensor, gradient: Tensor, edges: Tensor, rows: int) -> tuple
 
 
 def _bag_sum(index: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """``out[i] = Σ weights[j] · table[index[j]]`` over ``offsets[i] <= j < offsets[i + 1]``, in that order."""
-    return F.embedding_bag(
+    """``out[i] = Σ weights[j] · table[index[j]]`` over ``offsets[i] <= j < offsets[i + 1]``, in a fixed order."""
+    if not dispatch.has_kernel("_embedding_bag_forward_only", table.device.type):
+        return segments.bag_sum(index, table, offsets, weights)
+    bags = len(offsets) - 1
+    if len(index) == 0:
+        return table.new_zeros(bags, table.shape[1])
+    if not _may_wait(table):
+        # PyTorch's CUDA kernel may not look at the last offset (pytorch#178614): the last bag would get all entries
+        # that are left, one after the other and times zero. They go into short bags that nobody reads.
+        ends = torch.arange(1, len(index) // SPARE_BAG + 2, device=offsets.device, dtype=torch.int32) * SPARE_BAG
+        offsets = torch.cat([offsets, (offsets[-1:] + ends).clamp_max(len(index))])
+    sums = F.embedding_bag(
         index.to(torch.int32), table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
+    return sums[:bags]

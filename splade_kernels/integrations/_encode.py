@@ -44,8 +44,8 @@ def encode_sparse(
         options: further arguments of the model's method (``prompt``, ``prompt_name``, ``device``, ``pool``, ...).
 
     Yields:
-        ``[up to 16 · batch_size, V]`` sparse CSR, on the device that the method returns. As many dense embeddings are
-        held at a time.
+        ``[up to 16 · batch_size, V]`` sparse CSR, on the device that the method returns, or on the CPU where PyTorch
+        has no CSR tensors for it (MPS). As many dense embeddings are held at a time.
 
     Raises:
         TypeError, ValueError: an argument is none of these.
