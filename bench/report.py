@@ -154,7 +154,7 @@ def _encodes(result: Result) -> str:
     rows = [["sentence-transformers' `encode`", "stock", "fused", "", f"{memory}, stock", "fused"]]
     for case, precision, _, variants in grouped(result["rows"]):
         stock, ours = variants["stock"], variants["ours"]
-        cells = [f"{row['median']:.3g} s" if row.get("median") else cell(row) for row in (stock, ours)]
+        cells = [f"{row['median']:.3g} s" if row["median"] else cell(row) for row in (stock, ours)]
         memories = [mebibytes(row) for row in (stock, ours)]
         rows.append([f"{case}: {ours['shape']}, {precision}", *cells, speedup(stock, ours), *memories])
     return table(rows)

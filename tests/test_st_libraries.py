@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -189,10 +190,14 @@ def test_dtypes_that_cannot_be_multiplied_are_named() -> None:
         fuse(model)
 
 
-def test_offloading_after_fuse() -> None:
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+def test_offloading_after_fuse(to: str, tmp_path: Path) -> None:
     model = sparse_encoder()
     stock = embed(model)
-    accelerate.cpu_offload(fuse(model), execution_device=CPU)
+    if to == "cpu":
+        accelerate.cpu_offload(fuse(model), execution_device=CPU)
+    else:
+        accelerate.disk_offload(fuse(model), str(tmp_path), execution_device=CPU)
     assert decoder_of(model).weight.is_meta
     assert_same(model, stock, embed)
     assert decoder_of(model).weight.is_meta
