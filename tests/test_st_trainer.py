@@ -206,3 +206,14 @@ def test_router_with_a_static_query_side_trains_as_stock(tmp_path: Path) -> None
     stock = losses_of(router_model())
     assert_learns(stock)
     assert largest_relative_difference(losses_of(fuse(router_model())), stock) <= RELATIVE_LOSS_DIFFERENCE
+
+
+def test_the_trainer_compiles_a_model_that_has_not_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 3}
+    stock = train(sparse_encoder(), tmp_path, **options)
+    torch.compiler.reset()
+    compiled = train(
+        fuse(sparse_encoder()), tmp_path, torch_compile=True, torch_compile_backend="eager", fused_flops=True, **options
+    )
+    torch.compiler.reset()
+    assert largest_relative_difference(compiled, stock) <= RELATIVE_LOSS_DIFFERENCE
