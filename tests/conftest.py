@@ -11,13 +11,27 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
 from splade_kernels.backends import screening, screening_plain
-from tests.screening_cases import COMPILED, NOT_COMPILED
+from tests import cpus
+from tests.screening_cases import need_compiled
 
 # PyTorch's matmuls are deterministic on a GPU only with a fixed workspace, and raise without one in the tests.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Where there is a GPU, the backends made for one run on its tensors: the same tests on another device.
 ACCELERATOR = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in cpus.KINDS.items())
+    parser.addoption("--cpu", action="append", choices=cpus.KINDS, default=[], help=f"CPU to simulate; {kinds}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module is imported, which may ask what there is."""
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    for kind in config.getoption("cpu"):
+        cpus.simulate(kind, patch)
 
 
 @pytest.fixture(params=["torch", "torch-device", "triton"])
@@ -72,9 +86,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(screening, "_isa", lambda: 0)
         # Right on many CPUs on which it is too slow to be used.
         monkeypatch.setattr(screening_plain, "int_mm_is_fast", screening_plain.int_mm_is_right)
-    elif not COMPILED:
-        pytest.skip(NOT_COMPILED)
     else:
+        need_compiled()
         assert screening._isa() > 0, "the self-test refused the compiled kernels"
     return str(request.param)
 

@@ -1,0 +1,56 @@
+"""Other kinds of CPU than this one, for ``pytest --cpu KIND``: what the package asks of a CPU gets that kind's answers.
+
+Programs that a test starts see the machine as it is.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from splade_kernels.backends import compaction
+
+# Kinds add up: `--cpu vnni --cpu bf16 --cpu plain` is a Zen 4 without a compiler.
+KINDS = {
+    "vnni": "AVX-512 VNNI: torch._int_mm multiplies int8 rows, and the compiled kernels are asked for AVX-512",
+    "bf16": "AVX-512 BF16: bfloat16 rows are multiplied as they are, and their dots rounded",
+    "plain": "no compiled operators",
+}
+
+
+def simulate(kind: str, patch: pytest.MonkeyPatch) -> None:
+    if kind == "vnni":
+        patch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+        patch.setattr(torch, "_int_mm", int_mm_with_vnni)
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        if compaction.is_compiled(torch.device("cpu")):
+            _ask_for_avx512(patch)
+    elif kind == "bf16":
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    elif kind == "plain":
+        patch.setattr(compaction, "_load", lambda name: f"{name}.so was not built, says --cpu plain")
+
+
+def int_mm_with_vnni(a: Tensor, b: Tensor) -> Tensor:
+    """``torch._int_mm`` on a CPU with VNNI: exact, and unwritten where oneDNN refuses a leading dimension."""
+    product = (a.to(torch.float64) @ b.to(torch.float64)).to(torch.int32)
+    for matrix in (a, b):
+        rows_follow = matrix.stride(1) == 1
+        leading, least = (matrix.stride(0), matrix.shape[1]) if rows_follow else (matrix.stride(1), matrix.shape[0])
+        if leading < least:
+            return product.fill_(torch.iinfo(torch.int32).max)
+    return product
+
+
+def _ask_for_avx512(patch: pytest.MonkeyPatch) -> None:
+    """Instruction set 2, AVX-512 VNNI, is chosen; the kernels that run are the best that this CPU has."""
+    operators = torch.ops.splade_kernels_csrc
+    best = operators.screening_isa()
+
+    def within_reach(operator):
+        return lambda *arguments: operator(*arguments[:-1], min(arguments[-1], best))
+
+    patch.setattr(operators, "screening_isa", lambda: 2 if best else 0)
+    for name in ("quantise_words", "screened_maximum"):
+        patch.setattr(operators, name, within_reach(getattr(operators, name)))
