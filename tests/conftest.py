@@ -24,6 +24,8 @@ ACCELERATOR = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INT
 def pytest_addoption(parser: pytest.Parser) -> None:
     kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in cpus.KINDS.items())
     parser.addoption("--cpu", action="append", choices=cpus.KINDS, default=[], help=f"CPU to simulate; {kinds}")
+    count = "how many random cases of each kind the compiled screening kernels are tested with; the plain ones: 30%%"
+    parser.addoption("--hostile-cases", type=int, default=1000, help=count)
 
 
 def pytest_configure(config: pytest.Config) -> None:

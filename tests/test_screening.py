@@ -70,8 +70,9 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_active_pair_is_lost(kind, kernels):
-    for seed in range(1000 if kernels == "compiled" else 300):
+def test_no_active_pair_is_lost(kind, kernels, pytestconfig):
+    count = pytestconfig.getoption("hostile_cases")
+    for seed in range(count if kernels == "compiled" else count * 3 // 10):
         case = hostile_case(kind, seed)
         screened = pool(case, True).double()
         if kind in ("nan", "inf"):
