@@ -71,10 +71,11 @@ def test_the_quantised_weight_is_kept_for_inference_and_follows_the_weight(kerne
     assert len(made) == kept
 
 
-def test_kernels_that_are_wrong_are_not_used(monkeypatch):
+@pytest.mark.parametrize("largest_wrong", [1, 64, 4096])
+def test_kernels_that_are_wrong_are_not_used(largest_wrong):
     def wrong(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, target: screening.Target) -> int:
         evaluated = real.maximise(rows, offsets, weight, bias, target)
-        target.largest[1] += 0.1
+        target.largest[1] += 0.1 if weight.shape[1] <= largest_wrong else 0
         return evaluated
 
     real = screening.PLAIN
