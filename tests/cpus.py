@@ -5,11 +5,13 @@ Programs that a test starts see the machine as it is.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from splade_kernels.backends import compaction
+from splade_kernels.backends import compaction, screening
 
 # Kinds add up: `--cpu vnni --cpu bf16 --cpu plain` is a Zen 4 without a compiler.
 KINDS = {
@@ -45,12 +47,10 @@ def int_mm_with_vnni(a: Tensor, b: Tensor) -> Tensor:
 
 def _ask_for_avx512(patch: pytest.MonkeyPatch) -> None:
     """Instruction set 2, AVX-512 VNNI, is chosen; the kernels that run are the best that this CPU has."""
-    operators = torch.ops.splade_kernels_csrc
-    best = operators.screening_isa()
+    best, compiled_for = screening._best_isa(), screening._compiled_for
 
-    def within_reach(operator):
-        return lambda *arguments: operator(*arguments[:-1], min(arguments[-1], best))
+    def within_reach(isa: int) -> screening.Kernels:
+        return replace(compiled_for(min(isa, best)), name=f"compiled {isa}")
 
-    patch.setattr(operators, "screening_isa", lambda: 2 if best else 0)
-    for name in ("quantise_words", "screened_maximum"):
-        patch.setattr(operators, name, within_reach(getattr(operators, name)))
+    patch.setattr(screening, "_best_isa", lambda: 2 if best else 0)
+    patch.setattr(screening, "_compiled_for", within_reach)

@@ -155,9 +155,8 @@ def _isa() -> int:
     """
     if not compaction.is_compiled(torch.device("cpu")):
         return 0
-    isa: int = torch.ops.splade_kernels_csrc.screening_isa()
     capability = torch.backends.cpu.get_cpu_capability()
-    isa = min(isa, 2 if capability.startswith("AVX512") else 1 if capability.startswith("AVX2") else 0)
+    isa = min(_best_isa(), 2 if capability.startswith("AVX512") else 1 if capability.startswith("AVX2") else 0)
     if isa > 0 and not _agrees(_compiled_for(isa)):
         warnings.warn(
             f"splade_kernels: the screening kernels for this CPU (number {isa}) fail their self-test and are not used, "
@@ -166,6 +165,12 @@ def _isa() -> int:
         )
         return 0
     return isa
+
+
+def _best_isa() -> int:
+    """Of the compiled kernels, the instruction set that this CPU has, whatever PyTorch is limited to."""
+    best: int = torch.ops.splade_kernels_csrc.screening_isa()
+    return best
 
 
 def _compiled_for(isa: int) -> Kernels:
