@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from splade_kernels.backends import compaction, screening
+from splade_kernels.backends import compaction, screening, screening_plain
 
 # Kinds add up: `--cpu vnni --cpu bf16 --cpu plain` is a Zen 4 without a compiler.
 KINDS = {
@@ -32,6 +32,12 @@ def simulate(kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     elif kind == "plain":
         patch.setattr(compaction, "_load", lambda name: f"{name}.so was not built, says --cpu plain")
+
+
+def forget_answers() -> None:
+    """What the package asks once a process is asked again."""
+    for answer in (screening._isa, screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
+        answer.cache_clear()
 
 
 def int_mm_with_vnni(a: Tensor, b: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from splade_kernels.backends import screening, screening_plain, weight_cache
 from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
+from tests.cpus import forget_answers
 from tests.oracle import Case, make_case
 from tests.screening_cases import assert_within_band, hopeless_case, need_compiled, pool, sparse_case, tail
 
@@ -87,7 +88,7 @@ def test_compiled_kernels_that_are_wrong_are_left_out_with_a_warning(monkeypatch
     need_compiled()
     case = sparse_case()
     monkeypatch.setattr(screening, "_agrees", lambda kernels: False)
-    screening._isa.cache_clear()
+    forget_answers()
     try:
         with pytest.warns(UserWarning, match="fail their self-test and are not used"):
             output = pool(case, "auto")
@@ -95,7 +96,7 @@ def test_compiled_kernels_that_are_wrong_are_left_out_with_a_warning(monkeypatch
         assert_within_band(output, case)
         assert screening._isa() == 0
     finally:
-        screening._isa.cache_clear()
+        forget_answers()
 
 
 HELD_BACK = [{"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from splade_kernels.backends import screening, screening_plain
-from tests.cpus import int_mm_with_vnni
+from tests.cpus import forget_answers, int_mm_with_vnni
 from tests.oracle import make_case
 from tests.screening_cases import assert_within_band, pool
 
@@ -17,20 +18,16 @@ from tests.screening_cases import assert_within_band, pool
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Tensor, Tensor], Tensor]], None]]:
     """Makes this a CPU with VNNI and without compiled operators, whose ``torch._int_mm`` is the one given."""
-    answers = screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast
-
-    def forget() -> None:
-        for answer in answers:
-            answer.cache_clear()
 
     def with_int_mm(int_mm: Callable[[Tensor, Tensor], Tensor]) -> None:
         monkeypatch.setattr(torch, "_int_mm", int_mm)
-        forget()
+        forget_answers()
 
-    monkeypatch.setattr(screening, "_isa", lambda: 0)
+    monkeypatch.setattr(screening, "_isa", functools.cache(lambda: 0))
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     yield with_int_mm
-    forget()
+    monkeypatch.undo()
+    forget_answers()
 
 
 def exact(a: Tensor, b: Tensor) -> Tensor:
