@@ -27,13 +27,15 @@ test: $(VENV)/.ready extension
 
 # The tests that depend on the kind of CPU, on the other kinds that this CPU can pass for (tests/cpus.py): held back, and
 # simulated. Programs that tests start are not held back further, so those tests are left to `make test`.
-CPU_TESTS := tests/test_screening.py tests/test_screening_auto.py tests/test_screening_int_mm.py
+CPU_TESTS := $(addprefix tests/test_,cpus.py screening.py screening_auto.py screening_int_mm.py compaction.py sparsify.py \
+	pool_values.py::test_small_whole_numbers_are_exact)
 test-cpus: $(VENV)/.ready extension
 	@failed=; \
 	for kind in ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 "PYTEST_ADDOPTS=--cpu plain" "PYTEST_ADDOPTS=--cpu vnni" \
 		"PYTEST_ADDOPTS=--cpu vnni --cpu bf16 --cpu plain"; do \
 		echo "make test-cpus: $$kind"; \
-		env "$$kind" TRITON_INTERPRET=1 $(RUN) -m pytest -q -k "not held_back" --hostile-cases 100 $(CPU_TESTS) || \
+		env "$$kind" TRITON_INTERPRET=1 $(RUN) -m pytest -q --hostile-cases 100 \
+			-k "not held_back and not triton" $(CPU_TESTS) || \
 			failed="$$failed [$$kind]"; \
 	done; \
 	if [ "$$failed" ]; then echo "make test-cpus: failed with$$failed" >&2; exit 1; fi
