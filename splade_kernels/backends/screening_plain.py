@@ -28,7 +28,7 @@ INT_MM_MULTIPLE = 16
 SELF_TEST_ROWS = (1, 2, 33)
 SELF_TEST_HIDDEN_SIZES = (1, 2, 15, 33, 768, 776)
 # Elements of a tile of bounds, and of the rows gathered for exact dots at a time.
-TILE_ELEMENTS = 1 << 20
+TILE_ELEMENTS = 1 << 19
 
 
 def int_mm(tokens: Tensor, words: Tensor) -> Tensor:
@@ -106,15 +106,19 @@ def maximise(
     for first in range(0, vocab_size, width):
         words = slice(first, min(first + width, vocab_size))
         near = _multiply(tokens, quantised[words]).mul_(scale[words]).mul_(token_scale)
-        far = token_radius * (norm + radius)[words] + token_norm * radius[words]
+        far = token_radius * (norm + radius)[words]
+        far += token_norm * radius[words]
         lower = (near - far).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
         nothing = lower.new_full(lower.shape[1:], -torch.inf)
         # [n, words]
         attained = torch.stack([x.amax(dim=0) if len(x) else nothing for x in lower.split(sizes)])
-        upper = near + far
+        # Of [R, words] as little at a time as can be: what is freed here is taken up again below.
+        del lower
+        upper = near.add_(far)
+        del far
         threshold = 0 if bias is None else -bias[words]
         # Written so that NaN passes.
-        candidates = ~((upper <= threshold) | (upper < attained.index_select(0, sequence)))
+        candidates = ((upper <= threshold) | (upper < attained.index_select(0, sequence))).logical_not_()
         t, v = candidates.nonzero(as_tuple=True)
         evaluated += len(t)
         dots = _dots(rows, weight[words], t, v)
