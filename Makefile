@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 RUN := $(VENV)/bin/python
 OUT ?= outputs/gpu
 
-.PHONY: demo test gpu gpu-training lint format types extension clean
+.PHONY: demo test test-cpus gpu gpu-training lint format types extension clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready extension
@@ -17,8 +17,28 @@ demo: $(VENV)/.ready extension
 # and nothing can be compiled where it is on.
 APART := tests/test_resources.py tests/test_triton_specialization.py tests/test_tune.py
 test: $(VENV)/.ready extension
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(APART:%=--ignore=%)
-	$(RUN) -m pytest $(APART)
+	@interpreted=0; others=0; \
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(APART:%=--ignore=%) || interpreted=$$?; \
+	$(RUN) -m pytest $(APART) || others=$$?; \
+	if [ $$interpreted != 0 ] || [ $$others != 0 ]; then \
+		echo "make test: pytest ended with $$interpreted under Triton's interpreter, and with $$others for $(APART)" >&2; \
+		exit 1; \
+	fi
+
+# The tests that depend on the kind of CPU, on the other kinds that this CPU can pass for (tests/cpus.py): held back, and
+# simulated. Programs that tests start are not held back further, so those tests are left to `make test`.
+CPU_TESTS := $(addprefix tests/test_,cpus.py screening.py screening_auto.py screening_int_mm.py compaction.py sparsify.py \
+	pool_values.py::test_small_whole_numbers_are_exact)
+test-cpus: $(VENV)/.ready extension
+	@failed=; \
+	for kind in ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 "PYTEST_ADDOPTS=--cpu plain" "PYTEST_ADDOPTS=--cpu vnni" \
+		"PYTEST_ADDOPTS=--cpu vnni --cpu bf16 --cpu plain"; do \
+		echo "make test-cpus: $$kind"; \
+		env "$$kind" TRITON_INTERPRET=1 $(RUN) -m pytest -q --hostile-cases 100 \
+			-k "not held_back and not triton" $(CPU_TESTS) || \
+			failed="$$failed [$$kind]"; \
+	done; \
+	if [ "$$failed" ]; then echo "make test-cpus: failed with$$failed" >&2; exit 1; fi
 
 # On a GPU, each within nine minutes, into $(OUT): tests, sanitizer and benchmarks; training steps, largest batch and
 # tuner. Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.

@@ -11,8 +11,9 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
 from splade_kernels.backends import screening, screening_plain
+from tests import cpus
 from tests.other_devices import other_device
-from tests.screening_cases import COMPILED, NOT_COMPILED
+from tests.screening_cases import need_compiled
 
 # PyTorch's matmuls are deterministic on a GPU only with a fixed workspace, and raise without one in the tests.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -20,9 +21,23 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Where there is a GPU, the backends made for one run on its tensors: the same tests on another device.
 ACCELERATOR = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
-
 # Tests that look at the operators from outside, slowly: they are the same for each route inside the torch backend.
 OUTSIDE = ("test_opcheck", "test_compiled_without_graph_breaks_equals_eager_bit_for_bit")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in cpus.KINDS.items())
+    parser.addoption("--cpu", action="append", choices=cpus.KINDS, default=[], help=f"CPU to simulate; {kinds}")
+    count = "how many random cases of each kind the compiled screening kernels are tested with; the plain ones: 30%%"
+    parser.addoption("--hostile-cases", type=int, default=1000, help=count)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module is imported, which may ask what there is."""
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    for kind in config.getoption("cpu"):
+        cpus.simulate(kind, patch)
 
 
 @pytest.fixture(params=["torch", "torch-device", "torch-other", "triton"])
@@ -86,9 +101,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(screening, "_isa", lambda: 0)
         # Right on many CPUs on which it is too slow to be used.
         monkeypatch.setattr(screening_plain, "int_mm_is_fast", screening_plain.int_mm_is_right)
-    elif not COMPILED:
-        pytest.skip(NOT_COMPILED)
     else:
+        need_compiled()
         assert screening._isa() > 0, "the self-test refused the compiled kernels"
     return str(request.param)
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 import splade_kernels as sk
+from splade_kernels.backends import compaction
 from tests.oracle import Case, make_case
 
-COMPILED = sk.available_backends()["csrc"] == "available" and torch.cpu._is_avx2_supported()
-NOT_COMPILED = "the compiled operators were not built, or this CPU has no AVX2"
+
+def need_compiled() -> None:
+    """Skips a test of the compiled kernels where there are none."""
+    if not compaction.is_compiled(torch.device("cpu")):
+        pytest.skip(f"csrc: {compaction.why_not_compiled()}")
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("this CPU, or what ATEN_CPU_CAPABILITY leaves of it, has no AVX2")
 
 
 def pool(case: Case, screen: str | bool, **options: str) -> Tensor:
@@ -35,3 +42,27 @@ def hopeless_case() -> Case:
         case.hidden[:] = case.hidden[:, :1] + 1e-4 * torch.randn(case.hidden.shape, generator=generator)
         case.bias.fill_(3)
     return case
+
+
+def logits_and_band(case: Case) -> tuple[Tensor, Tensor]:
+    """``[B, V]`` largest logit in float64, and how far two float32 sums of the same products can be from it."""
+    hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
+    dots = hidden @ weight.t()
+    norms = hidden.norm(dim=2)[:, :, None] * weight.norm(dim=1)
+    real = (case.mask != 0)[:, :, None]
+    largest = dots.masked_fill(~real, -torch.inf).amax(dim=1)
+    band = 2.0**-24 * hidden.shape[2] * norms.masked_fill(~real, 0).amax(dim=1) + 2.0**-126
+    return largest + (0 if case.bias is None else case.bias.detach().double()), band
+
+
+def assert_within_band(output: Tensor, case: Case, name: object = None) -> None:
+    """Whichever way the dots were summed: no active pair is lost, none is made up, and the values are exact."""
+    output = output.detach().double()
+    logit, band = logits_and_band(case)
+    logit = torch.where((case.mask != 0).any(dim=1)[:, None], logit, -torch.inf)
+    assert ((output > 0) | (logit <= band)).all(), name
+    assert ((output == 0) | (logit >= -band)).all(), name
+    exact = logit.clamp_min(0).log1p()
+    bias = 0 if case.bias is None else case.bias.detach().abs()
+    rounding = 2.0**-22 * (exact + bias + 2.0**-20)
+    assert ((output - exact).abs() <= band + rounding).all(), name

@@ -73,7 +73,8 @@ def sparsify(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, T
         return crow, *torch.ops.splade_kernels_csrc.gather_active(embeddings, crow, mask, int(crow[-1]))
     kept = _kept(embeddings, count)
     rows, columns = kept.nonzero(as_tuple=True)
-    return _row_pointers(kept.sum(dim=1)), columns, embeddings[rows, columns]
+    # A view into all the indices: operators promise tensors of their own.
+    return _row_pointers(kept.sum(dim=1)), columns.clone(), embeddings[rows, columns]
 
 
 def sparsify_bounded(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -155,9 +155,8 @@ def _isa() -> int:
     """
     if not compaction.is_compiled(torch.device("cpu")):
         return 0
-    isa: int = torch.ops.splade_kernels_csrc.screening_isa()
     capability = torch.backends.cpu.get_cpu_capability()
-    isa = min(isa, 2 if capability.startswith("AVX512") else 1 if capability.startswith("AVX2") else 0)
+    isa = min(_best_isa(), 2 if capability.startswith("AVX512") else 1 if capability.startswith("AVX2") else 0)
     if isa > 0 and not _agrees(_compiled_for(isa)):
         warnings.warn(
             f"splade_kernels: the screening kernels for this CPU (number {isa}) fail their self-test and are not used, "
@@ -166,6 +165,12 @@ def _isa() -> int:
         )
         return 0
     return isa
+
+
+def _best_isa() -> int:
+    """Of the compiled kernels, the instruction set that this CPU has, whatever PyTorch is limited to."""
+    best: int = torch.ops.splade_kernels_csrc.screening_isa()
+    return best
 
 
 def _compiled_for(isa: int) -> Kernels:
@@ -187,9 +192,13 @@ def _compiled_for(isa: int) -> Kernels:
 
 
 def _agrees(kernels: Kernels) -> bool:
-    """Whether kernels give the maxima of a small product in float64: run once, before they are trusted."""
+    """Whether kernels give the maxima of small products in float64: run once, before they are trusted."""
+    return all(_agrees_for(kernels, hidden_size) for hidden_size in (1, 30, 333))
+
+
+def _agrees_for(kernels: Kernels, hidden_size: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    rows, weight = (torch.randn(size, 333, generator=generator, dtype=torch.float32) for size in (37, 101))
+    rows, weight = (torch.randn(size, hidden_size, generator=generator, dtype=torch.float32) for size in (37, 101))
     rows[:9] = rows[:9].sign()  # every element at the last level
     weight[::7] = weight[::7].abs().ceil()
     offsets = torch.tensor([0, 9, 10, 37])

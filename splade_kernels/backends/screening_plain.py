@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from .screening import Target
@@ -20,24 +22,45 @@ MAX_HIDDEN_SIZE = 1 << 16
 TINY, HUGE = 2.0**-40, 2.0**40
 UNIT = 2.0**-23
 LEVELS = 127
+# Hidden dimensions of int8 rows are filled up to a multiple of this for ``torch._int_mm``, and the sizes that its
+# self-test asks: rows of either side, and hidden dimensions.
+INT_MM_MULTIPLE = 16
+SELF_TEST_ROWS = (1, 2, 33)
+SELF_TEST_HIDDEN_SIZES = (1, 2, 15, 33, 768, 776)
 # Elements of a tile of bounds, and of the rows gathered for exact dots at a time.
-TILE_ELEMENTS = 1 << 20
+TILE_ELEMENTS = 1 << 19
+
+
+def int_mm(tokens: Tensor, words: Tensor) -> Tensor:
+    """``[R, words]`` int32 products of int8 rows by ``torch._int_mm``.
+
+    With one hidden dimension the words, transposed, have a stride of 1 from row to row, which oneDNN refuses as a
+    leading dimension, and PyTorch returns the result unwritten. So the hidden dimension is filled up with zeros.
+    """
+    missing = -tokens.shape[1] % INT_MM_MULTIPLE
+    if missing:
+        tokens, words = (F.pad(rows, (0, missing)) for rows in (tokens, words))
+    return torch._int_mm(tokens, words.t())
 
 
 @functools.cache
 def int_mm_is_right() -> bool:
-    """Whether ``torch._int_mm`` is right: without VNNI or AMX oneDNN may add pairs of products in saturating int16."""
+    """Whether :func:`int_mm` is right, asked at small, odd and common sizes.
+
+    Without VNNI or AMX oneDNN may add pairs of products in saturating int16.
+    """
     generator = torch.Generator().manual_seed(0)
-    full = torch.full((33, 776), LEVELS, dtype=torch.int8)
-    mixed = torch.randint(-LEVELS, LEVELS + 1, (33, 776), generator=generator, dtype=torch.int8)
-    try:
-        return all(
-            torch.equal(torch._int_mm(a, b.t()).to(torch.float64), a.to(torch.float64) @ b.to(torch.float64).t())
-            for a in (full, mixed)
-            for b in (full, mixed)
-        )
-    except RuntimeError:
-        return False
+    for tokens, words, size in itertools.product(SELF_TEST_ROWS, SELF_TEST_ROWS, SELF_TEST_HIDDEN_SIZES):
+        shapes = (tokens, size), (words, size)
+        full = [torch.full(shape, LEVELS, dtype=torch.int8) for shape in shapes]
+        mixed = [torch.randint(-LEVELS, LEVELS + 1, shape, generator=generator, dtype=torch.int8) for shape in shapes]
+        try:
+            for a, b in itertools.product((full[0], mixed[0]), (full[1], mixed[1])):
+                if not torch.equal(int_mm(a, b).to(torch.float64), a.to(torch.float64) @ b.to(torch.float64).t()):
+                    return False
+        except RuntimeError:
+            return False
+    return True
 
 
 @functools.cache
@@ -83,15 +106,19 @@ def maximise(
     for first in range(0, vocab_size, width):
         words = slice(first, min(first + width, vocab_size))
         near = _multiply(tokens, quantised[words]).mul_(scale[words]).mul_(token_scale)
-        far = token_radius * (norm + radius)[words] + token_norm * radius[words]
+        far = token_radius * (norm + radius)[words]
+        far += token_norm * radius[words]
         lower = (near - far).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
         nothing = lower.new_full(lower.shape[1:], -torch.inf)
         # [n, words]
         attained = torch.stack([x.amax(dim=0) if len(x) else nothing for x in lower.split(sizes)])
-        upper = near + far
+        # Of [R, words] as little at a time as can be: what is freed here is taken up again below.
+        del lower
+        upper = near.add_(far)
+        del far
         threshold = 0 if bias is None else -bias[words]
         # Written so that NaN passes.
-        candidates = ~((upper <= threshold) | (upper < attained.index_select(0, sequence)))
+        candidates = ((upper <= threshold) | (upper < attained.index_select(0, sequence))).logical_not_()
         t, v = candidates.nonzero(as_tuple=True)
         evaluated += len(t)
         dots = _dots(rows, weight[words], t, v)
@@ -113,7 +140,7 @@ def maximise(
 def _multiply(tokens: Tensor, words: Tensor) -> Tensor:
     """``[R, words]`` float32 products of int8 rows, summed exactly."""
     if int_mm_is_fast():
-        return torch._int_mm(tokens, words.t()).to(torch.float32)
+        return int_mm(tokens, words).to(torch.float32)
     return (tokens.to(torch.float64) @ words.to(torch.float64).t()).to(torch.float32)
 
 

@@ -1,0 +1,64 @@
+"""Other kinds of CPU than this one, for ``pytest --cpu KIND``: what the package asks of a CPU gets that kind's answers.
+
+Programs that a test starts see the machine as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from splade_kernels.backends import compaction, screening, screening_plain
+
+# Kinds add up: `--cpu vnni --cpu bf16 --cpu plain` is a Zen 4 without a compiler.
+KINDS = {
+    "vnni": "AVX-512 VNNI: torch._int_mm multiplies int8 rows, and the compiled kernels are asked for AVX-512",
+    "bf16": "AVX-512 BF16: bfloat16 rows are multiplied as they are, and their dots rounded",
+    "plain": "no compiled operators",
+}
+
+
+def simulate(kind: str, patch: pytest.MonkeyPatch) -> None:
+    if kind == "vnni":
+        patch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+        patch.setattr(torch, "_int_mm", int_mm_with_vnni)
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        if compaction.is_compiled(torch.device("cpu")):
+            _ask_for_avx512(patch)
+    elif kind == "bf16":
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    elif kind == "plain":
+        patch.setattr(compaction, "_load", lambda name: f"{name}.so was not built, says --cpu plain")
+
+
+def forget_answers() -> None:
+    """What the package asks once a process is asked again."""
+    for answer in (screening._isa, screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
+        answer.cache_clear()
+
+
+def int_mm_with_vnni(a: Tensor, b: Tensor) -> Tensor:
+    """``torch._int_mm`` on a CPU with VNNI: exact, and unwritten where oneDNN refuses a leading dimension."""
+    # Sums of 1024 products, 1024 · 128² = 2^24, are exact in float32, which takes less memory.
+    dtype = torch.float32 if a.shape[1] <= 1024 else torch.float64
+    product = (a.to(dtype) @ b.to(dtype)).to(torch.int32)
+    for matrix in (a, b):
+        rows_follow = matrix.stride(1) == 1
+        leading, least = (matrix.stride(0), matrix.shape[1]) if rows_follow else (matrix.stride(1), matrix.shape[0])
+        if leading < least:
+            return product.fill_(torch.iinfo(torch.int32).max)
+    return product
+
+
+def _ask_for_avx512(patch: pytest.MonkeyPatch) -> None:
+    """Instruction set 2, AVX-512 VNNI, is chosen; the kernels that run are the best that this CPU has."""
+    best, compiled_for = screening._best_isa(), screening._compiled_for
+
+    def within_reach(isa: int) -> screening.Kernels:
+        return replace(compiled_for(min(isa, best)), name=f"compiled {isa}")
+
+    patch.setattr(screening, "_best_isa", lambda: 2 if best else 0)
+    patch.setattr(screening, "_compiled_for", within_reach)
