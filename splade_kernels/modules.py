@@ -75,8 +75,11 @@ class SpladeHead(nn.Module):
         """
         if type(decoder) is not nn.Linear:
             raise TypeError(f"decoder: expected an nn.Linear itself, got {qualified_name(type(decoder))}")
-        if has_hooks(decoder):
-            raise ValueError("decoder: expected an nn.Linear without hooks, which a fused head would not run")
+        if hooks := [qualified_name(hook) for hook in hooks_of(decoder)]:
+            names = ", ".join(hooks)
+            raise ValueError(
+                f"decoder: expected an nn.Linear without hooks, which a fused head would not run, got {names}"
+            )
         bias = decoder.bias is not None
         head = cls(decoder.in_features, decoder.out_features, bias, device="meta", **options)
         head.weight = cast(nn.Parameter, decoder.weight)
@@ -128,10 +131,6 @@ class SpladeHead(nn.Module):
             f"pooling_strategy={self.pooling_strategy!r}, activation_function={self.activation_function!r}, "
             f"screening={self.screening!r}, backend={self.backend!r}"
         )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(hooks_of(module))
 
 
 def hooks_of(module: nn.Module) -> list[Any]:

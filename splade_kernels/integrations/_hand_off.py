@@ -156,9 +156,10 @@ def weight_shape(decoder: nn.Linear) -> tuple[int, ...]:
 def check_device(name: str, tensor: Any, weight: Tensor) -> None:
     """Raise where a replica of ``nn.DataParallel`` meets the parameters of the first one.
 
-    A weight on the meta device has been offloaded, and is loaded for the decoder's own call.
+    An offloaded weight, on the meta device, and an empty, partitioned one are there only for the decoder's own call.
     """
-    if isinstance(tensor, Tensor) and tensor.device != weight.device and not weight.is_meta:
+    elsewhere = weight.is_meta or weight.numel() == 0
+    if isinstance(tensor, Tensor) and tensor.device != weight.device and not elsewhere:
         raise RuntimeError(
             f"{name} is on {tensor.device}, the decoder's weight on {weight.device}. torch.nn.DataParallel replicas "
             "keep the first device's decoder: use torchrun (DistributedDataParallel), or one visible device"

@@ -183,7 +183,8 @@ def _one_thread() -> Iterator[None]:
     """Start no threads for PyTorch's operations: they would not survive ``os.fork``, and a child would wait for them.
 
     Servers load a model once and fork their workers (gunicorn --preload, uwsgi). Loading starts no threads, so fusing
-    starts none either.
+    starts none either. The setting is that of the process: a thread that computes for the first time meanwhile takes it
+    over and keeps it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

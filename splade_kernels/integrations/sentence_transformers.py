@@ -4,9 +4,9 @@
 
 ``fuse`` replaces three ``forward`` methods on the instances and nothing else: classes, parameters, ``state_dict`` and
 configuration stay, so what is saved loads without this package. While the Transformer module runs, its decoder hands
-the hidden states through; the pooling then applies the decoder's weight and bias with
-:func:`splade_kernels.splade_pool`, and ``[batch, seq, vocab]`` logits never exist. Called any other way, the decoder
-is the ``nn.Linear`` it was. Fuse before ``torch.compile``.
+the hidden states through; the pooling then has the decoder compute :func:`splade_kernels.splade_pool` of them, and
+``[batch, seq, vocab]`` logits never exist. Called any other way, the decoder is the ``nn.Linear`` it was. Fuse before
+``torch.compile``. Beside other tools: docs/sentence-transformers.md.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
     probed once on random hidden states, and changed only when all of them pass. Hooks on the decoder or on a module
     around it, which would see logits, are refused here and, where they are added later, by the forward. A model that is
     already fused is returned as it is, but for ``screening``. Once fused, ``SpladePooling.chunk_size`` has no effect,
-    ``token_embeddings`` holds hidden states instead of logits, and the embeddings are float32 under autocast.
+    ``token_embeddings`` holds hidden states instead of logits, and the embeddings are float32 under autocast. The probe
+    runs on one thread, so that the process may still be forked: fuse before other threads compute.
 
     Args:
         model: a ``SparseEncoder``, or a module that contains one (a loss, a wrapper).
@@ -91,9 +92,10 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
         ``model`` itself.
 
     Raises:
-        TypeError: no ``SparseEncoder`` or ``SpladePooling`` in it, or the decoder is not a plain ``nn.Linear``.
-        ValueError: the logits are changed, watched or used elsewhere, the backend is not torch, the model carries
-            adapters or is quantised, it is fused in part only, or ``screening`` is none of these.
+        TypeError: no ``SparseEncoder`` or ``SpladePooling`` in it, or the decoder is not a plain ``nn.Linear``, such as
+            one that carries an adapter or is quantised.
+        ValueError: the logits are changed, watched or used elsewhere, the backend is not torch, the model has been
+            offloaded by accelerate, it is fused in part only, or ``screening`` is none of these.
     """
     heads = _find_heads(model)
     poolings = [pooling for head in heads for pooling in head.poolings]
