@@ -175,6 +175,7 @@ def _blocks(documents: Tensor | Iterable[Tensor], queries: Tensor) -> Iterator[T
         _check("documents", documents, (torch.sparse_csr,), _DTYPES)
         documents = [documents]
     held: list[Tensor] = []
+    rows = 0
     for batch in _checked("documents", documents):
         if batch.shape[1] != queries.shape[1]:
             raise ValueError(f"documents: expected width {queries.shape[1]} like queries, got {batch.shape[1]}")
@@ -182,10 +183,11 @@ def _blocks(documents: Tensor | Iterable[Tensor], queries: Tensor) -> Iterator[T
             raise ValueError(f"documents: expected on {queries.device} like queries, got {batch.device}")
         for first in range(0, batch.shape[0], DOCUMENTS):
             part = _rows(batch, slice(first, min(first + DOCUMENTS, batch.shape[0])))
-            if sum(len(other) for other in held) + len(part) > DOCUMENTS:
+            if rows + part.shape[0] > DOCUMENTS:
                 yield held[0] if len(held) == 1 else _join(held)
-                held = []
+                held, rows = [], 0
             held.append(part)
+            rows += part.shape[0]
     if held:
         yield held[0] if len(held) == 1 else _join(held)
 

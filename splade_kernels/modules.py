@@ -141,7 +141,7 @@ def hooks_of(module: nn.Module) -> list[Any]:
 def qualified_name(value: Any) -> str:
     """Module and qualified name of a class or function, ``torch.nn.modules.linear.Linear``; the name of a builtin."""
     holder = value if hasattr(value, "__qualname__") else type(value)
-    module = getattr(value, "__module__", holder.__module__)
+    module = getattr(value, "__module__", None) or type(value).__module__
     return str(holder.__qualname__) if module == "builtins" else f"{module}.{holder.__qualname__}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def test_stock_and_fused_are_checked_timed_and_weighed(monkeypatch: pytest.Monke
     assert line[4:] == ["7 MiB", "7 MiB"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 def test_the_logits_of_a_batch_are_in_the_memory_of_stock_and_not_in_ours() -> None:
     """5 texts of 128 tokens and 30,000 words: 73 MiB of logits."""
     corpus = encode.Corpus("encode-wide", 5, 5, Size("distilbert", 1, 64, 30_000))

@@ -329,3 +329,17 @@ def test_to_scipy_without_scipy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.sparse", None)
     with pytest.raises(ImportError, match="to_scipy needs SciPy: pip install scipy"):
         csr.to_scipy(sparse(2, 3))
+
+
+def test_many_small_batches_are_each_looked_at_once(monkeypatch):
+    """The rows that wait for a block to fill up are counted as they come, not again for each batch."""
+    asked = []
+    length = torch.Tensor.__len__
+    monkeypatch.setattr(torch.Tensor, "__len__", lambda tensor: asked.append(1) or length(tensor))
+
+    def asked_for(batches: int) -> int:
+        asked.clear()
+        csr.search(torch.ones(1, 4), (torch.eye(1, 4).to_sparse_csr() for _ in range(batches)), 1)
+        return len(asked)
+
+    assert asked_for(80) <= 8 * asked_for(10) + 8

@@ -12,11 +12,12 @@ import accelerate
 import peft
 import pytest
 import torch
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from sentence_transformers import SparseEncoder
 from torch import Tensor, nn
 from transformers.integrations import peft as transformers_peft
 
+from splade_kernels.integrations import _hand_off
 from splade_kernels.integrations.sentence_transformers import fuse, unfuse
 from tests.st_models import TEXTS, decoder_of, gradients, sparse_encoder
 
@@ -32,7 +33,6 @@ def tensors(model: SparseEncoder) -> dict[str, Tensor]:
 
 
 def embed(model: SparseEncoder) -> Tensor:
-    """Without ``encode``, which moves the model to a device: not what an offloaded model is for."""
     with torch.no_grad():
         return model.eval()(tensors(model))["sentence_embedding"]
 
@@ -109,13 +109,20 @@ def test_a_peft_model_around_the_inner_one() -> None:
             {"target_modules": ["q_lin"], "modules_to_save": ["vocab_projector"]},
             "peft.utils.other.ModulesToSaveWrapper",
         ),
+        (
+            {"target_modules": ["q_lin"], "trainable_token_indices": {"word_embeddings": [5]}},
+            "peft.utils.other.TrainableTokensWrapper",
+        ),
     ],
-    ids=["target", "saved"],
+    ids=["target", "saved", "tokens"],
 )
 def test_adapters_on_the_decoder_are_refused_with_the_remedy(options: dict[str, Any], kind: str) -> None:
     model = sparse_encoder()
     model.add_adapter(peft.LoraConfig(r=4, **options))
-    with pytest.raises(TypeError, match=f"got {kind}: a PEFT adapter is on it.*target_modules.*merge_and_unload"):
+    with pytest.raises(
+        TypeError,
+        match=f"got {kind}: a PEFT adapter is on it.*target_modules.*trainable_token_indices.*merge_and_unload",
+    ):
         fuse(model)
 
 
@@ -200,6 +207,9 @@ def test_offloading_after_fuse(to: str, tmp_path: Path) -> None:
         accelerate.disk_offload(fuse(model), str(tmp_path), execution_device=CPU)
     assert decoder_of(model).weight.is_meta
     assert_same(model, stock, embed)
+    if hasattr(model, "clear_placement_cache"):  # of sentence-transformers 6.2, which is to be told of the hooks
+        model.clear_placement_cache()
+        assert_same(model, stock, lambda model: encode(model)[:4])
     assert decoder_of(model).weight.is_meta
     forward = model[1].__dict__["forward"]
     assert fuse(model, screening=False) is model
@@ -215,11 +225,23 @@ def test_offloading_before_fuse_names_accelerate_and_the_order_that_works() -> N
     model = sparse_encoder()
     stock = embed(model)
     accelerate.cpu_offload(model, execution_device=CPU)
-    with pytest.raises(ValueError, match=r"torch\.nn.*Linear carries hooks of accelerate .*fuse, then offload"):
+    with pytest.raises(
+        ValueError,
+        match=r"torch\.nn.*Linear carries hooks of accelerate: .*remove_hook_from_module.*; fuse, then offload",
+    ):
         fuse(model)
     remove_hook_from_module(model, recurse=True)
     accelerate.cpu_offload(fuse(model), execution_device=CPU)
     assert_same(model, stock, embed)
+
+
+def test_inputs_on_another_device_are_left_to_the_hooks_of_accelerate() -> None:
+    """It brings them to the decoder's device for the decoder's own call; without it they are a replica's."""
+    decoder, elsewhere = nn.Linear(2, 3), torch.empty(1, device="meta")
+    with pytest.raises(RuntimeError, match="input_ids is on meta.*torchrun"):
+        _hand_off.check_device("input_ids", elsewhere, decoder)
+    add_hook_to_module(decoder, ModelHook())
+    _hand_off.check_device("input_ids", elsewhere, decoder)
 
 
 def partition(model: nn.Module) -> None:

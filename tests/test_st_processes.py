@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -68,9 +69,12 @@ def fork(work: Callable[[], Any], path: Path) -> None:
         signal.alarm(SECONDS)
         try:
             torch.save(work(), path)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0 if path.exists() else 1)
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    print(f"the child ended with {os.waitstatus_to_exitcode(status)}, {path.name}")
 
 
 def fork_every_cell(folder: str) -> None:
@@ -150,7 +154,8 @@ def fork_after(load: str, folder: str, path: str) -> None:
     if load == "fused":
         fuse(model)
     assert torch.get_num_threads() == 2
-    print("threads started:", thread_count() - loaded)
+    # Threads that loaded weights may still be ending.
+    assert thread_count() <= loaded
     fork(lambda: [model.encode(batch, convert_to_sparse_tensor=False) for batch in BATCHES], Path(path))
 
 
@@ -170,6 +175,5 @@ def test_fusing_before_a_fork_is_as_harmless_as_loading(load: str, tmp_path: Pat
     expected = [model.encode(batch, convert_to_sparse_tensor=False) for batch in BATCHES]
     program = "import sys; from tests import test_st_processes; test_st_processes.fork_after(*sys.argv[1:])"
     arguments = [sys.executable, "-c", program, load, folder, tmp_path / "result"]
-    run = subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=SECONDS)
+    subprocess.run(arguments, check=True, timeout=SECONDS)
     torch.testing.assert_close(torch.load(tmp_path / "result"), expected, rtol=1e-5, atol=1e-6)
-    assert "threads started: 0" in run.stdout

@@ -30,8 +30,9 @@ UNFUSE_FIRST = "call unfuse(model) first, change the model, then fuse it again"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What to do about a decoder of another class, by the package that the class comes from.
 _REMEDIES = {
-    "peft": "a PEFT adapter is on it. Leave the decoder out of target_modules and modules_to_save, or load the adapter "
-    "with peft.PeftModel and put what its merge_and_unload() returns in place of the model",
+    "peft": "a PEFT adapter is on it. Leave the decoder out of target_modules and modules_to_save, and embeddings that "
+    "are its weight out of trainable_token_indices, or load the adapter with peft.PeftModel and put what its "
+    "merge_and_unload() returns in place of the model",
     "bitsandbytes": "quantise the layers of the encoder only (llm_int8_skip_modules)",
     "torchao": "quantise the layers of the encoder only (filter_fn)",
     "torch.ao": "quantise the layers of the encoder only, not the decoder",
@@ -86,7 +87,7 @@ class DecoderForward:
                 f"{list(weight.shape)}, got width {hidden_states.shape[-1]}. If embeddings were resized or an adapter "
                 f"was added after fuse: {UNFUSE_FIRST}"
             )
-        check_device("token_embeddings", hidden_states, weight)
+        check_device("token_embeddings", hidden_states, self.decoder)
         changed = why_not_plain(self.decoder)
         if changed:
             raise RuntimeError(f"the decoder was changed after fuse (it {changed}): {UNFUSE_FIRST}")
@@ -153,13 +154,14 @@ def weight_shape(decoder: nn.Linear) -> tuple[int, ...]:
     return tuple(getattr(decoder.weight, "ds_shape", decoder.weight.shape))
 
 
-def check_device(name: str, tensor: Any, weight: Tensor) -> None:
+def check_device(name: str, tensor: Any, decoder: nn.Linear) -> None:
     """Raise where a replica of ``nn.DataParallel`` meets the parameters of the first one.
 
-    An offloaded weight, on the meta device, and an empty, partitioned one are there only for the decoder's own call.
+    accelerate's hooks and ZeRO-3's bring parameters and inputs together for the decoder's own call.
     """
-    elsewhere = weight.is_meta or weight.numel() == 0
-    if isinstance(tensor, Tensor) and tensor.device != weight.device and not elsewhere:
+    weight = decoder.weight
+    brought = "_hf_hook" in decoder.__dict__ or is_partitioned(weight)
+    if isinstance(tensor, Tensor) and tensor.device != weight.device and not brought:
         raise RuntimeError(
             f"{name} is on {tensor.device}, the decoder's weight on {weight.device}. torch.nn.DataParallel replicas "
             "keep the first device's decoder: use torchrun (DistributedDataParallel), or one visible device"

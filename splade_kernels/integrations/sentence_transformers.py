@@ -145,7 +145,7 @@ class _TransformerForward:
                     f"{name}: has hooks that see the decoder's logits, added after fuse, which does not compute them: "
                     f"{', '.join(hooks)}; {UNFUSE_FIRST}"
                 )
-        check_device("input_ids", features.get("input_ids"), decoder.weight)
+        check_device("input_ids", features.get("input_ids"), decoder)
         hand_off = self.decoder_forward.hand_off
         before = hand_off.active
         hand_off.active = True
@@ -215,8 +215,8 @@ class _Head:
                 raise ValueError(f"{name} is fused but the rest of its head is not: {UNFUSE_FIRST}")
             if "_hf_hook" in module.__dict__:
                 raise ValueError(
-                    f"{name} carries hooks of accelerate (cpu_offload, dispatch_model, device_map): remove them with "
-                    "accelerate.hooks.remove_hook_from_module(model, recurse=True), fuse, then offload or dispatch"
+                    f"{name} carries hooks of accelerate: load the model without device_map, or remove hooks that were "
+                    "added later with accelerate.hooks.remove_hook_from_module(model, recurse=True); fuse, then offload"
                 )
             if forward is not None:
                 raise ValueError(f"{name} has an instance-level forward of its own: {forward!r}")
