@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -21,6 +20,7 @@ from splade_kernels.integrations import _hand_off
 from splade_kernels.integrations.sentence_transformers import fuse, unfuse
 from tests.st_models import TEXTS, decoder_of, gradients, sparse_encoder
 
+peft: Any = pytest.importorskip("peft")
 CPU = torch.device("cpu")
 
 
