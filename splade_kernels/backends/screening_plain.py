@@ -112,7 +112,7 @@ def maximise(
         nothing = lower.new_full(lower.shape[1:], -torch.inf)
         # [n, words]
         attained = torch.stack([x.amax(dim=0) if len(x) else nothing for x in lower.split(sizes)])
-        # Of [R, words] as little at a time as can be: what is freed here is taken up again below.
+        # Keep few [R, words] tensors alive: the allocator reuses what is freed here for those below.
         del lower
         upper = near.add_(far)
         del far

@@ -42,7 +42,7 @@ class Segments:
 
     @property
     def rows(self) -> int:
-        """Rows that exist at a time when a reduction begins."""
+        """Rows that the first reduction gathers, absent members included."""
         return self.position.numel()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Segments:
 
 
 def of_call(call: PoolingCall, hidden: Tensor) -> Segments:
-    """The sequences of a call. ``hidden`` has rows, and there are sequences."""
+    """The sequences of a call, of which there is at least one; ``hidden`` is not empty."""
     if call.cu_seqlens is not None:
         return of_edges(call.edges(hidden), hidden.shape[0], call.max_seqlen)
     shape = call.batch_size, call.max_seqlen
@@ -90,7 +90,7 @@ def _steps(edges: Tensor, rows: int, longest: int) -> Iterator[tuple[Step, Tenso
         else:
             counts = ((edges[1:] - edges[:-1] + size - 1) // size).clamp_min(1)
             bounds = F.pad(counts.cumsum(0), (1, 0))
-            # No more groups are possible. Those that there are not begin behind the last segment, and have no member.
+            # An upper bound on the number of groups. Surplus groups begin behind the last segment and have no members.
             groups = torch.arange(rows // size + segments, device=edges.device)
             owner = torch.searchsorted(bounds[1:], groups, right=True).clamp_max(segments - 1)
             offset = (groups - bounds[owner]) * size
@@ -104,7 +104,7 @@ def _steps(edges: Tensor, rows: int, longest: int) -> Iterator[tuple[Step, Tenso
 
 
 def _members(values: Tensor, step: Step, absent: float) -> Tensor:
-    """``[G, L, columns]``, with ``absent`` in place of members that there are not."""
+    """``[G, L, columns]``, with the value ``absent`` in place of absent members."""
     if step.index is not None:
         values = values.index_select(0, step.index.view(-1))
     return torch.where(step.real[..., None], values.view(*step.real.shape, values.shape[1]), absent)

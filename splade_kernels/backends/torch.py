@@ -40,7 +40,7 @@ MAXIMUM_GROUP = 8
 MAXIMUM_FILL = 1.07
 # Entries [sequence, vocabulary] of one block of the backward: bounds its index, about 60 bytes an entry.
 BACKWARD_ENTRIES = 1 << 20
-# Entries of one bag of what no bag has (see _bag_sum).
+# Inactive entries of one of the spare bags that keep them out of the last bag (see _bag_sum).
 SPARE_BAG = 64
 
 
@@ -370,8 +370,8 @@ def _bag_sum(index: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> 
     if len(index) == 0:
         return table.new_zeros(bags, table.shape[1])
     if not _may_wait(table):
-        # PyTorch's CUDA kernel may not look at the last offset (pytorch#178614): the last bag would get all entries
-        # that are left, one after the other and times zero. They go into short bags that nobody reads.
+        # PyTorch's CUDA kernel may ignore the last offset (pytorch#178614). The last bag would then also sum all the
+        # inactive entries behind it, one after the other. They get short spare bags, whose sums are dropped.
         ends = torch.arange(1, len(index) // SPARE_BAG + 2, device=offsets.device, dtype=torch.int32) * SPARE_BAG
         offsets = torch.cat([offsets, (offsets[-1:] + ends).clamp_max(len(index))])
     sums = F.embedding_bag(
