@@ -83,7 +83,10 @@ def _activate(logits: Tensor, call: PoolingCall) -> Tensor:
 
 
 def _tiles(call: PoolingCall, hidden: Tensor, weight: Tensor, most_rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(columns, dots [N, columns])`` in the accumulation dtype; a reduction expands N to at most ``most_rows``."""
+    """Yield ``(columns, dots [N, columns])`` in the accumulation dtype; a reduction expands N to ``most_rows`` at most.
+
+    Tiles are as wide as memory for that many rows allows.
+    """
     rows = hidden.to(call.compute_dtype)
     # Products of half precision with a wider result: PyTorch's CUDA kernels, not those of all its builds for HIP.
     wide_output = rows.is_cuda and torch.version.hip is None and call.compute_dtype != call.accumulation_dtype
