@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 RUN := $(VENV)/bin/python
 OUT ?= outputs/gpu
 
-.PHONY: demo test test-cpus gpu gpu-training lint format types extension clean
+.PHONY: demo test test-cpus gpu gpu-check gpu-tune gpu-bench lint format types extension clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready extension
@@ -40,16 +40,15 @@ test-cpus: $(VENV)/.ready extension
 	done; \
 	if [ "$$failed" ]; then echo "make test-cpus: failed with$$failed" >&2; exit 1; fi
 
-# On a GPU, each within nine minutes, into $(OUT): tests, sanitizer and benchmarks; training steps, largest batch and
-# tuner. Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.
-gpu-training: GPU_OPTIONS := --training
-gpu gpu-training:
+# On a GPU, into $(OUT): what runs and what it costs (3.5 minutes), the tuner (3), the benchmarks (4), or all. docs/gpu.md.
+# Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.
+gpu gpu-check gpu-tune gpu-bench:
 	@for python in $(PYTHON) $(RUN); do \
 		if $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-			exec $$python -m bench.gpu --output $(OUT) $(GPU_OPTIONS); \
+			exec $$python -m bench.gpu --output $(OUT) $(if $(filter gpu,$@),check tune bench,$(@:gpu-%=%)); \
 		fi; \
 	done; \
-	echo "make gpu: no PyTorch that sees a CUDA device, neither in $(PYTHON) nor in $(RUN)" >&2; exit 1
+	echo "make $@: no PyTorch that sees a CUDA device, neither in $(PYTHON) nor in $(RUN)" >&2; exit 1
 
 # Optional: without a compiler this says so and succeeds, and everything runs on PyTorch's own operations.
 extension: $(VENV)/.ready

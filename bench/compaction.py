@@ -1,6 +1,6 @@
 """The compaction operators against PyTorch's: ``to_sparse_csr``, ``topk``, ``sort``.
 
-    python -m bench.compaction [--device cpu] [--rows 1024 --vocab-size 30522 --active 200] [--output RESULT.json]
+    python -m bench.compaction [--device cpu|cuda] [--rows 1024 --vocab-size 30522 --active 200] [--output RESULT.json]
 
 Compiled and PyTorch's results are checked against each other, bit for bit, before anything is timed. Times are medians
 of interleaved runs. ``read`` is the sum of the embeddings: their one trip through memory.
@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.environment import command, describe
+from bench.environment import command, describe, not_here
 from bench.timing import copy_rate
 from splade_kernels.backends import compaction
 
@@ -95,9 +95,14 @@ def check(args: argparse.Namespace) -> None:
         raise SystemExit("the compiled operators and PyTorch's disagree")
 
 
-def median_seconds(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
+def median_seconds(
+    functions: dict[str, Callable[[], Any]], rounds: int, device: str, budget: float = float("inf")
+) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds + 1):
+    end = time.monotonic() + budget
+    for number in range(rounds + 1):
+        if number > 1 and time.monotonic() > end:
+            break
         for name, function in functions.items():
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -111,20 +116,22 @@ def median_seconds(functions: dict[str, Callable[[], Any]], rounds: int, device:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    present = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=present, help="default: a GPU where there is one")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--vocab-size", type=int, default=30522)
     parser.add_argument("--active", type=int, default=200, help="entries of a row")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="rounds after it are not begun")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     args = parser.parse_args()
     if not compaction.is_compiled(torch.device(args.device)):
-        raise SystemExit(f"not compiled for {args.device}: {compaction.why_not_compiled()}")
+        not_here(f"not compiled for {args.device}: {compaction.why_not_compiled()}")
 
     check(args)
-    seconds = median_seconds(steps(args), args.rounds, args.device)
+    seconds = median_seconds(steps(args), args.rounds, args.device, args.budget_seconds)
     rows = [
         {"operation": name, "milliseconds": 1e3 * value, "against": rival, "ratio": rival and seconds[rival] / value}
         for name, value in seconds.items()
@@ -133,7 +140,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "kind": "compaction",
         "command": command("bench.compaction"),
-        "case": {key: value for key, value in vars(args).items() if key != "output"},
+        "case": {key: value for key, value in vars(args).items() if key not in ("output", "budget_seconds")},
         "environment": describe(),
         "rows": rows,
     }

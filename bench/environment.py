@@ -8,11 +8,14 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 # What measuring writes, which says nothing about the code that is measured.
 _WRITTEN = ("bench/results", "bench/RESULTS.md", "docs/bench", "docs/screening.md", "README.md")
+# The exit status of a command that cannot do here what it is for; automake's tests have the same.
+NOT_HERE = 77
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers")
 
 
@@ -27,6 +30,12 @@ def describe() -> dict[str, object]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
     }
+
+
+def not_here(reason: str) -> NoReturn:
+    """End the command: what it needs is not here. Its last line says what."""
+    print(f"not here: {reason}", flush=True)
+    raise SystemExit(NOT_HERE)
 
 
 def _device() -> dict[str, object]:

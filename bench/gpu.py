@@ -1,10 +1,12 @@
-"""All that needs a GPU, in one go and within nine minutes: tests, sanitizer, benchmarks, report. ``make gpu``.
+"""Proof and numbers of a GPU in minutes: ``make gpu-check``, ``gpu-tune``, ``gpu-bench``, or ``make gpu`` for all.
 
-``make gpu-training`` takes as long again for whole training steps, the largest batch and the tuner.
+    python -m bench.gpu check [tune] [bench] [--output outputs/gpu] [--seconds N]
 
-Every stage has a budget of seconds, a log of its own and results that survive its end by timeout; what a stage leaves
-of its time goes to the next. Nothing is downloaded. The status of each stage is in ``status.json``; the exit status is
-1 when a stage failed.
+Each command is a list of stages in the order of their worth, each a process of its own with a budget of seconds; what a
+stage leaves of its time goes to the next. The plan is printed first. After every stage the status, ``SUMMARY.md`` and
+one archive of everything are written anew, so that whatever crashes, hangs or is killed leaves what was there before
+it. Nothing is downloaded. The exit status is 1 when a stage failed or ran out of its time. docs/gpu.md says what each
+command proves.
 """
 
 from __future__ import annotations
@@ -14,203 +16,208 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from bench import summary
+from bench.environment import NOT_HERE
+
 ROOT = Path(__file__).parents[1]
-# What runs on the GPU, in this order.
+PYTHON = [sys.executable]
+# What of a stage's time a command may plan with, so that it ends by itself, its last row written.
+PLANNED = 0.85
+# With less than this nothing is begun.
+LEAST_SECONDS = 3
+# The tests that run on the GPU's tensors, as many processes side by side as find this much of its memory.
 KERNEL_TESTS = ("triton", "pool", "autograd", "compaction", "sparsify", "flops", "modules")
-# Test processes side by side, most of whose time goes into compiling: where pytest-xdist is installed, and so many that
-# each finds this much of the GPU's memory.
-TEST_PROCESSES, TEST_BYTES = 8, 16 << 30
-# Test files that import a package which a machine without network may lack.
-TEST_NEEDS = {
-    "datasets": ("test_train_example.py", "test_st_trainer.py"),
-    "bm25s": ("test_demo_corpus.py", "test_demo_run.py", "test_demo_vocabulary.py"),
-}
-# What the trainer needs beside PyTorch.
-TRAINING_NEEDS = ("sentence_transformers", "accelerate", "datasets")
-# Seconds of each.
-SANITIZERS = {"memcheck": 40, "racecheck": 20, "initcheck": 20}
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+TEST_PROCESSES, TEST_BYTES = 8, 2 << 30
 # cuBLAS is deterministic only with a fixed workspace, which PyTorch demands in the tests.
-DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stage:
-    """One command with the seconds it may take; ``needs`` is why it cannot run here, if so."""
+    """One command with its budget of seconds, the rows it measures by name, the packages without which it cannot run.
+
+    A module of bench writes ``NAME.json`` and is told how long it may take; other command lines stand as they are.
+    """
 
     name: str
-    command: list[str]
     seconds: float
-    needs: str | None = None
-    environment: dict[str, str] = field(default_factory=dict)
+    command: str
+    rows: str = ""
+    needs: tuple[str, ...] = ()
 
 
 @dataclass
 class Outcome:
+    """``status``: "passed", "failed", "timeout", "killed", "not here: …" or "left out: …"."""
+
     name: str
-    # "passed", "failed", "timeout" or "not here: …".
     status: str
     seconds: float
     exit_status: int | None = None
 
 
-def stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
-    """In the order of their worth: a later one may not get its turn."""
-    pytest = None if importlib.util.find_spec("pytest") else "not here: pytest is not installed"
-    missing = [name for name in TEST_NEEDS if importlib.util.find_spec(name) is None]
-    left_out = {file for name in missing for file in TEST_NEEDS[name]}
-    files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py") if path.name not in left_out)
-    subjects = {name: name.split("_")[1].removesuffix(".py") for name in files}
-    first = [name for one in KERNEL_TESTS for name in files if subjects[name] == one]
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    processes = min(TEST_PROCESSES, os.cpu_count() or 1, gpu.total_memory // TEST_BYTES if gpu else TEST_PROCESSES)
-    parallel = ["-n", str(processes)] if importlib.util.find_spec("xdist") and processes > 1 else []
-    own = {"TORCH_CUDA_ARCH_LIST": f"{gpu.major}.{gpu.minor}"} if gpu else {}
-
-    def tests(name: str, chosen: Sequence[str], seconds: float) -> Stage:
-        paths = [f"tests/{file}" for file in chosen]
-        command = [
-            python,
-            "-m",
-            "pytest",
-            "-v",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={output}/{name}.xml",
-            *parallel,
-        ]
-        return Stage(name, command + paths, seconds, pytest, DETERMINISTIC)
-
-    def measure(kind: str, name: str, seconds: float, *options: str) -> Stage:
-        command = [python, "-m", "bench.measure", kind, f"--output={output}/{name}.json", "--seconds=0.5"]
-        return Stage(name, [*command, f"--budget={0.8 * seconds:.0f}", *options], seconds)
-
-    yield Stage("extension", [python, "setup.py", "-q", "build_ext", "--inplace"], 30, environment=own)
-    yield tests("tests-kernels", first, 110)
-    # Compiles the kernels that the tests did not, which under a sanitizer takes many times as long.
-    yield Stage("unsanitized", [python, "-m", "bench.sanitize"], 40)
-    for tool, seconds in SANITIZERS.items():
-        yield _sanitizer(tool, seconds, python)
-    two = ("--case", "splade-v3", "dev")
-    yield measure("head", "head-gpu", 95, "--variant", "stock", "sparton", "rival", "ours", "--precision", "bf16")
-    yield measure("backward", "backward-gpu", 30, "--precision", "bf16")
-    yield measure("flops", "flops-gpu", 10, "--precision", "bf16", "bf16-autocast")
-    shares = ("--case", "sparse-normal", "dense", "share-0.1", "share-5", "share-50")
-    yield measure("screening", "screening-gpu", 40, "--precision", "bf16", *shares)
-    all_active = "--rows=420 --vocab-size=250002 --active=250002 --rounds=5".split()
-    compaction = [python, "-m", "bench.compaction", "--device=cuda", *all_active]
-    yield Stage("compaction-gpu", [*compaction, f"--output={output}/compaction-gpu.json"], 10)
-    rivals = ("--variant", "stock", "compile", "tiled", "ours", "--precision", "bf16", *two)
-    yield measure("head", "head-gpu-rivals", 30, *rivals)
-    yield measure("head", "head-gpu-precisions", 25, "--precision", "bf16-autocast", "tf32", "float32", *two)
-    # The integrations' models are built on the CPU, where a trainer that sees a GPU would not leave them.
-    others = tests("tests-others", [name for name in files if name not in first], 40)
-    yield replace(others, environment=DETERMINISTIC | {"CUDA_VISIBLE_DEVICES": ""})
+_TRAINER = ("sentence_transformers", "accelerate", "datasets")
+_TWO = "--precision bf16 --case dev splade-v3 --variant"
+_SHAPES = "gooaq-question gooaq-answer xlmr-64 qwen long query"
+_SHARES = "sparse-normal share-0.1 share-5 dense"
+# Built in moments where it is up to date.
+_EXTENSION = Stage("extension", 25, "setup.py -q build_ext --inplace --parallel=2")
+# fmt: off
+STAGES: dict[str, tuple[Stage, ...]] = {
+    "check": (
+        _EXTENSION,
+        Stage("smoke", 40, "bench.smoke"),
+        Stage("headline", 60, f"bench.measure head {_TWO} stock ours unscreened screened", "dev splade-v3"),
+        Stage("tests", 55, "-m pytest -v --tb=short -p no:cacheprovider {tests}", needs=("pytest",)),
+        Stage("memcheck", 30, "-m bench.sanitize --tool=memcheck"),
+    ),
+    "tune": (
+        _EXTENSION,
+        Stage("tuning", 110, "bench.tune --kind maximum --dtype bfloat16 --size 768x30522 768x250002 1024x151936"),
+        Stage("headline-tuned", 45, f"bench.measure head {_TWO} unscreened", "dev splade-v3"),
+    ),
+    "bench": (
+        _EXTENSION,
+        # Kernels that compute wrongly are not worth timing; and it compiles them, on all cores.
+        Stage("smoke", 25, "bench.smoke"),
+        Stage("head", 35, f"bench.measure head --precision bf16 --case {_SHAPES} --variant stock ours", _SHAPES),
+        Stage("training", 30, "bench.training --model distilbert --case gooaq full --timed-steps 10",
+              "step-gooaq step-full", _TRAINER),
+        Stage("backward", 15, "bench.measure backward --precision bf16 --case splade-v3", "uniform zipf hot trained"),
+        Stage("screening", 20, f"bench.measure screening --precision bf16 --case {_SHARES} --variant stock unscreened "
+              "screened", "active-1.5% active-0.1% active-5% active-100%"),
+        Stage("rivals", 40, f"bench.measure head {_TWO} ours rival sparton compile",
+              "compile-dev compile-splade-v3 rival sparton"),
+        Stage("precisions", 10, "bench.measure head --precision tf32 bf16-autocast --case dev --variant stock ours",
+              "dev-tf32 dev-autocast"),
+        Stage("flops", 5, "bench.measure flops --precision bf16 --case B4096-V30522", "flops-B4096"),
+        Stage("compaction", 5, "bench.compaction --rows=420 --vocab-size=250002 --active=250002", "bucket-B420"),
+        Stage("limits", 15, "bench.limits --model distilbert --no-checkpointing --resolution=0.2",
+              "largest-256 largest-512", _TRAINER),
+        Stage("short-sequences", 15, "bench.short_sequences --length 14 60 --share 0.05 1.0",
+              "short-14-5% short-14-100% short-60-5% short-60-100%"),
+    ),
+}
+# fmt: on
+SECONDS = {"check": 210, "tune": 180, "bench": 240}
 
 
-def training_stages(output: Path, python: str = sys.executable) -> Iterator[Stage]:
-    """Whole training steps, the largest batch in 24 GiB, and the tuner: what takes minutes of its own."""
-    missing = [name for name in TRAINING_NEEDS if importlib.util.find_spec(name) is None]
-    needs = f"not here: {', '.join(missing)} not installed" if missing else None
-    tune = ("bench.tune", ("--kind", "maximum", "--dtype", "bfloat16"), None)
-    for name, module, options, needed, seconds in (
-        ("training-gpu", "bench.training", (), needs, 200),
-        ("limits-gpu", "bench.limits", (), needs, 160),
-        ("tuning-gpu", *tune, 150),
-    ):
-        command = [python, "-m", module, f"--output={output}/{name}.json", f"--budget-seconds={0.8 * seconds:.0f}"]
-        yield Stage(name, [*command, *options], seconds, needed)
+def arguments(stage: Stage, output: Path, seconds: float) -> list[str]:
+    """The command line of a stage that has so many seconds."""
+    files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    chosen = [f"tests/{file}" for file in files if file.removesuffix(".py").split("_")[1] in KERNEL_TESTS]
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else TEST_BYTES
+    processes = min(TEST_PROCESSES, os.cpu_count() or 1, memory // TEST_BYTES)
+    if importlib.util.find_spec("xdist") and processes > 1:
+        chosen += ["-n", str(processes)]
+    words = stage.command.format(tests=" ".join(chosen)).split()
+    if words[0].startswith("bench."):
+        words = ["-m", *words, f"--output={output}/{stage.name}.json", f"--budget-seconds={PLANNED * seconds:.0f}"]
+    return [*PYTHON, *words]
 
 
-def report_stage(output: Path, python: str = sys.executable) -> Stage:
-    results = [str(path) for path in sorted(output.glob("*.json")) if path.name != "status.json"]
-    command = [python, "-m", "bench.report", *results, f"--output={output}/RESULTS.md"]
-    if importlib.util.find_spec("matplotlib"):
-        command.append(f"--figures={output}")
-    return Stage("report", command, 20, None if results else "not here: no result to report")
+def missing(stage: Stage) -> str | None:
+    absent = [name for name in stage.needs if importlib.util.find_spec(name) is None]
+    return f"not here: {', '.join(absent)} not installed" if absent else None
 
 
-def run_stage(stage: Stage, logs: Path, seconds: float) -> Outcome:
+def plan(stages: Sequence[Stage], seconds: float) -> Iterator[str]:
+    """What fits into so many seconds, and what does not: that gets the time which others leave."""
+    begin = 0.0
+    for stage in stages:
+        fits = begin + stage.seconds <= seconds
+        verdict = missing(stage) or ("" if fits else "does not fit: only in time that others leave")
+        begin += 0 if missing(stage) else stage.seconds
+        yield f"{stage.name:16} {stage.seconds:4.0f} s  {verdict}{'  ' if verdict and stage.rows else ''}{stage.rows}"
+
+
+def run_stage(stage: Stage, output: Path, seconds: float, environment: dict[str, str]) -> Outcome:
     """Run one command in a process group of its own, which ends with it; its log is ``logs/NAME.log``."""
-    if stage.needs:
-        return Outcome(stage.name, stage.needs, 0.0)
-    logs.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    with open(logs / f"{stage.name}.log", "w") as log:
-        print("$", *stage.command, file=log, flush=True)
+    absent = missing(stage) or ("left out: no time" if seconds < LEAST_SECONDS else None)
+    if absent:
+        return Outcome(stage.name, absent, 0.0)
+    log = output / "logs" / f"{stage.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command, begin = arguments(stage, output, seconds), time.monotonic()
+    status, code = "killed", None
+    with open(log, "w") as lines:
+        print("$", *command, file=lines, flush=True)
+        variables = {**os.environ, **ENVIRONMENT, **environment}
         process = subprocess.Popen(
-            stage.command,
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **ENVIRONMENT, **stage.environment},
-            start_new_session=True,
+            command, cwd=ROOT, env=variables, stdout=lines, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            status = "passed" if process.wait(timeout=seconds) == 0 else "failed"
+            code = process.wait(timeout=seconds)
+            status = {0: "passed", NOT_HERE: "not here"}.get(code, "failed")
         except subprocess.TimeoutExpired:
             status = "timeout"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    code = None if status == "timeout" else process.returncode
+    if status == "not here":
+        status = log.read_text().rstrip().rsplit("\n", 1)[-1]
     return Outcome(stage.name, status, time.monotonic() - begin, code)
 
 
-def run_all(plan: Sequence[Stage], output: Path, seconds: float) -> list[Outcome]:
-    """Run the stages in order; unused time is passed on, and ``status.json`` is written after each."""
+def run(name: str, stages: Sequence[Stage], output: Path, seconds: float) -> list[Outcome]:
+    """One command, into ``output/NAME`` and ``output/gpu-NAME.tar.gz``."""
+    folder = output / name
+    if folder.exists():
+        folder.rename(folder.with_name(f"{name}-until-{time.strftime('%Y%m%d-%H%M%S')}"))
+    folder.mkdir(parents=True)
+    environment: dict[str, str] = {}
+    if torch.cuda.is_available():
+        environment["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    lines = [f"gpu-{name}: {seconds:.0f} s on {summary.machine()}", *plan(stages, seconds)]
+    print("\n".join(lines), flush=True)
+    (folder / "plan.txt").write_text("\n".join(lines) + "\n")
     outcomes: list[Outcome] = []
-    end = time.monotonic() + seconds
-    saved = 0.0
-    for stage in plan:
+    end, saved = time.monotonic() + seconds, 0.0
+    for stage in stages:
         granted = min(stage.seconds + saved, end - time.monotonic())
-        outcome = run_stage(stage, output / "logs", granted) if granted > 0 else Outcome(stage.name, "timeout", 0.0)
-        saved = max(0.0, granted - outcome.seconds)
+        outcome = Outcome(stage.name, "killed", 0.0)
         outcomes.append(outcome)
-        (output / "status.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
-        print(f"{outcome.name:20} {outcome.status:10} {outcome.seconds:6.1f} s", flush=True)
+        try:
+            outcome = outcomes[-1] = run_stage(stage, folder, granted, environment)
+        finally:
+            (folder / "status.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
+            summary.write(name, folder)
+            summary.archive(folder, output / f"gpu-{name}.tar.gz")
+        tuned = folder / "tuning.json"
+        if tuned.exists() and json.loads(tuned.read_text())["table"]:
+            environment["SPLADE_KERNELS_CONFIG"] = str(tuned)
+        saved = max(0.0, granted - outcome.seconds)
+        print(f"{outcome.name:16} {outcome.status:10} {outcome.seconds:6.1f} s", flush=True)
+    print((folder / "SUMMARY.md").read_text(), flush=True)
     return outcomes
 
 
-def _sanitizer(tool: str, seconds: float, python: str) -> Stage:
-    places = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
-    found = shutil.which("compute-sanitizer") or (str(places[-1]) if places else None)
-    command = [found or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "bench.sanitize"]
-    # With PyTorch's cache of memory, a read past the end of one tensor lands in another and is not seen.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Stage(tool, command, seconds, None if found else "not here: compute-sanitizer is not installed", environment)
-
-
-def main() -> None:
+def main(options: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="+", choices=list(STAGES))
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu"))
-    parser.add_argument("--seconds", type=float, default=535)
-    parser.add_argument("--training", action="store_true", help="training steps, largest batch, tuner instead")
-    args = parser.parse_args()
+    parser.add_argument("--seconds", type=float, help=f"for each command; default: {SECONDS}")
+    args = parser.parse_args(options)
     if not torch.cuda.is_available():
-        raise SystemExit("make gpu: expected a CUDA device, found none")
-    output = args.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    reserve = 20.0
-    plan = list(training_stages(output) if args.training else stages(output))
-    outcomes = run_all(plan, output, args.seconds - reserve)
-    reported = run_stage(report_stage(output), output / "logs", reserve)
-    bad = [f"{one.name}: {one.status}" for one in [*outcomes, reported] if one.status in ("failed", "timeout")]
+        raise SystemExit("bench.gpu: expected a CUDA device, found none")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    bad = []
+    for name in args.commands:
+        outcomes = run(name, STAGES[name], args.output.resolve(), args.seconds or SECONDS[name])
+        bad += [f"{name} {one.name}: {one.status}" for one in outcomes if one.status in ("failed", "timeout")]
     if bad:
-        raise SystemExit("\n".join([*bad, f"logs: {output / 'logs'}"]))
+        raise SystemExit("\n".join([*bad, f"logs: {args.output.resolve()}/*/logs"]))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
         mine = replace(row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
         make = variants.VARIANTS[name].make
         weigh = weigher(case, precision, name, training, device)
-        one = Job(mine, partial(steps, make), check, truth.BOUNDS[precision.name], name == "ours", weigh)
+        one = Job(mine, partial(steps, make), check, truth.BOUNDS[precision.name], name in variants.OURS, weigh)
         one.captured = variants.VARIANTS[name].captured(training)
         jobs.append(one)
     for name in () if training else variants.MATMULS:

@@ -4,8 +4,8 @@
 
 Every variant is first checked against the truth and against a second run of itself: a red one is not timed. Then all
 variants of a case are timed in interleaved rounds (:mod:`bench.timing`). Extra memory is the peak above inputs, outputs
-and gradients. Running out of memory is a result. The file is rewritten after every case, so that what was measured
-survives an end by timeout.
+and gradients. Running out of memory is a result. The file is rewritten after every job of a case, so that what was
+measured survives an end by timeout.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from bench.rows import Job, Row
 SCHEMA = 1
 KINDS = ("head", "backward", "flops", "screening", "encode")
 CURVES = "curves"
+FLOPS_CASES = [f"B{rows}-V{columns}" for rows, columns in shapes.FLOPS_SHAPES]
 # Other cases would be scaled to one of these shapes.
 CPU_CASES = (
     "dev-ragged",
@@ -51,8 +52,9 @@ def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tupl
     if kind == "flops":
         limit = shapes.CPU_FLOPS_ELEMENTS if device.type == "cpu" else None
         for rows, columns in shapes.FLOPS_SHAPES:
-            if limit is None or rows * columns <= limit:
-                yield f"B{rows}-V{columns}", (rows, columns)
+            name = f"B{rows}-V{columns}"
+            if name in names and (limit is None or rows * columns <= limit):
+                yield name, (rows, columns)
         return
     curves = [case for axis in shapes.CURVES for case in shapes.curve_points(axis, device)] if CURVES in names else []
     known = shapes.CASES | shapes.SCREENING
@@ -74,6 +76,8 @@ def default_cases(kind: str, device: torch.device) -> list[str]:
         return [*shapes.SCREENING, encode.SQUAD.name]
     if kind == "encode":
         return list(encode.CORPORA)
+    if kind == "flops":
+        return FLOPS_CASES
     if kind == "backward":
         return ["dev", "splade-v3"] if device.type == "cuda" else ["dev"]
     if device.type == "cpu":
@@ -158,7 +162,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def measure_all(result: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
-    """Add the rows of every case in every precision, and what was left out; the file is rewritten after each case."""
+    """Add the rows of every case in every precision, and what was left out; the file is rewritten after each job."""
     names = args.case or default_cases(args.kind, device)
     chosen = args.variant or default_variants(args.kind)
     begin = time.monotonic()
@@ -174,15 +178,18 @@ def measure_all(result: dict[str, Any], args: argparse.Namespace, device: torch.
             if takes_model(subject):
                 result["trained_model"] = screening_model.training_record()
             for job, make in groups(args.kind, subject, precision, device, chosen).items():
+                if time.monotonic() - begin > args.budget:
+                    result["left_out"].append(f"{name} {precision.name} {job}")
+                    continue
                 try:
                     measured = measure(make, precision, device, args.seconds)
                 except Exception as error:  # the inputs themselves may not fit
                     result["left_out"].append(f"{name} {precision.name} {job}: {rows.reason(error)}")
                     continue
                 result["rows"] += [asdict(row) for row in measured]
+                write(args.output, result)
                 for row in measured:
                     print(_line(row), flush=True)
-            write(args.output, result)
     write(args.output, result)
 
 
@@ -190,13 +197,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--output", type=Path, required=True)
-    known = [*shapes.CASES, CURVES, *shapes.SCREENING, encode.SQUAD.name, *encode.CORPORA]
+    known = [*shapes.CASES, CURVES, *shapes.SCREENING, *FLOPS_CASES, encode.SQUAD.name, *encode.CORPORA]
     parser.add_argument("--case", nargs="+", choices=known, help="default: all of the kind; 'curves': S, V and B")
     parser.add_argument("--precision", nargs="+", choices=list(shapes.PRECISIONS))
     parser.add_argument("--variant", nargs="+", choices=list(variants.VARIANTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on the rounds of one group")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
+    until = "seconds after which no job is begun"
+    parser.add_argument("--budget-seconds", "--budget", dest="budget", type=float, default=float("inf"), help=until)
     args = parser.parse_args()
     device = torch.device(args.device)
     precisions = args.precision or default_precisions(device)

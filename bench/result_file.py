@@ -36,7 +36,10 @@ class Budget:
 
 
 class Result:
-    """A result file that is complete after every :meth:`write`. ``load_average`` tells a busy machine's times apart."""
+    """A result file that is whole at any time, and complete after every :meth:`write`.
+
+    ``load_average`` tells a busy machine's times apart.
+    """
 
     def __init__(self, kind: str, module: str, path: Path | None, **more: Any) -> None:
         self.path = path
@@ -62,4 +65,6 @@ class Result:
     def write(self) -> None:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.content, indent=2) + "\n")
+            draft = self.path.with_suffix(".part")
+            draft.write_text(json.dumps(self.content, indent=2) + "\n")
+            os.replace(draft, self.path)

@@ -1,25 +1,39 @@
-"""Every kernel once on small odd shapes: what ``compute-sanitizer`` runs.
+"""Every kernel once on small odd shapes, which a sanitizer watches.
 
-compute-sanitizer --tool memcheck python -m bench.sanitize
+    python -m bench.sanitize --tool memcheck|racecheck|initcheck     # the sanitizer, over the next line
+    python -m bench.sanitize
+
+The sanitizer needs a GPU that lets it in. One that it refuses, and a machine without it, end with "not here" and exit
+status 77, since that says nothing about the kernels.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
 import splade_kernels as sk
+from bench.environment import not_here
 
 # (batch, length, hidden size, vocabulary): no power of two, one token, one sequence, a row stride no TMA can take.
 SHAPES = ((3, 37, 40, 203), (1, 1, 33, 17), (5, 19, 72, 131))
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TOOLS = ("memcheck", "racecheck", "initcheck")
+ERRORS_FOUND = 9
 
 
-def exercise(device: torch.device) -> int:
+def exercise(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> int:
     """Forward and backward of both poolings, padded and packed, FLOPS and sparsify; inference with few active words,
     which screening leaves to the exact kernel. Returns how many ran."""
     count = 0
-    dtypes = (torch.float32, torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     for shape, dtype, pooling in itertools.product(SHAPES, dtypes, ("max", "sum")):
         batch, length, hidden_size, vocab_size = shape
         generator = torch.Generator().manual_seed(0)
@@ -52,5 +66,54 @@ def exercise(device: torch.device) -> int:
     return count
 
 
+def exercise_unwatched() -> None:
+    """Compiles what is to be watched, which under a sanitizer takes many times as long."""
+    subprocess.run([sys.executable, "-m", "bench.sanitize"], check=True)
+
+
+def sanitize(tool: str) -> None:
+    """This module under the sanitizer, its output as it comes.
+
+    Raises:
+        SystemExit: 77 where the sanitizer is not installed or is refused by the device; its own status, or
+            ``ERRORS_FOUND``, where it found something.
+    """
+    places = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
+    found = shutil.which("compute-sanitizer") or (str(places[-1]) if places else None)
+    if found is None:
+        not_here("compute-sanitizer is not installed")
+    exercise_unwatched()
+    # With PyTorch's cache of memory, a read past the end of one tensor lands in another and is not seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [found, "--tool", tool, "--error-exitcode", str(ERRORS_FOUND), sys.executable, "-m", "bench.sanitize"]
+    lines = []
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    output = "".join(lines)
+    # Its own lines, not the program's.
+    refused = re.search(r"^=+ .*(?:not supported|[Ff]ailed to initialize).*", output, re.MULTILINE)
+    if refused:
+        not_here(f"the device refuses compute-sanitizer: {refused.group()}")
+    if "ERROR SUMMARY" not in output and process.returncode == 0:
+        raise SystemExit(f"{tool}: expected a line with ERROR SUMMARY, found none")
+    raise SystemExit(process.returncode)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tool", choices=TOOLS)
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16; on a CPU float32")
+    args = parser.parse_args()
+    if args.tool:
+        sanitize(args.tool)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = args.dtype or (["bfloat16"] if device.type == "cuda" else ["float32"])
+    print(exercise(device, tuple(DTYPES[name] for name in names)), "outputs and their gradients")
+
+
 if __name__ == "__main__":
-    print(exercise(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "outputs and their gradients")
+    main()

@@ -1,6 +1,6 @@
 """Whole training steps through ``SparseEncoderTrainer``, stock and fused: time, GPU time and peak memory of a step.
 
-    python -m bench.training --output RESULT.json [--model distilbert] [--budget-seconds 300]
+    python -m bench.training --output RESULT.json [--model distilbert] [--case gooaq full] [--budget-seconds 300]
 
 Models have random weights and the size of DistilBERT (6 layers, V 30522) and of XLM-R base (12 layers, V 250002). Texts
 have the lengths of GooAQ's, or ``max-length`` tokens each. Before anything is timed, the losses of stock and fused must
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -40,11 +40,18 @@ GPU_DEFAULTS = {"layers": None, "hidden_size": None, "batch_size": 32, "max_leng
 CPU_DEFAULTS = {"layers": 2, "hidden_size": 128, "batch_size": 4, "max_length": 64, "timed_steps": 3}
 
 
-def cases(job: Job) -> Iterator[Job]:
-    """Most telling first, since a budget may cut the list: each is measured with both heads."""
-    for lengths, terms in (("gooaq", SPARSE_TERMS), ("full", None), ("gooaq", None)):
-        yield replace(job, lengths=lengths, active_terms=terms)
-    yield replace(job, lengths="full", active_terms=None, gradient_checkpointing=True)
+# What a job is changed to, by name. Most telling first, since a budget may cut the list; both heads are measured.
+CASES: dict[str, dict[str, Any]] = {
+    "gooaq": {"lengths": "gooaq", "active_terms": SPARSE_TERMS},
+    "full": {"lengths": "full", "active_terms": None},
+    "gooaq-all-active": {"lengths": "gooaq", "active_terms": None},
+    "full-checkpointing": {"lengths": "full", "active_terms": None, "gradient_checkpointing": True},
+}
+
+
+def cases(job: Job, names: Sequence[str] = tuple(CASES)) -> Iterator[Job]:
+    for name in names:
+        yield replace(job, **CASES[name])
 
 
 def check(job: Job) -> dict[str, Any]:
@@ -121,6 +128,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
+    parser.add_argument("--case", nargs="+", choices=[*CASES], default=[*CASES])
     parser.add_argument("--layers", type=int, help="default: the model's own; 2 on a CPU")
     parser.add_argument("--hidden-size", type=int, help="default: the model's own; 128 on a CPU")
     parser.add_argument("--vocab-size", type=int, help="default: the model's own")
@@ -162,7 +170,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 result.content["left_out"].append({"model": name})
                 continue
             result.content["checks"][name] = budget.run(check, job)
-            for case in cases(job):
+            for case in cases(job, args.case):
                 for head in HEADS:
                     described = {"model": name, **vars(size)}
                     if not budget.has_room():

@@ -1,11 +1,14 @@
 """Measure kernel configurations on the GPU at hand and say which lines the table of tuning.py should have for it.
 
-    python -m bench.tune --output RESULT.json [--kind maximum sum] [--dtype bfloat16] [--budget-seconds 480]
+    python -m bench.tune --output RESULT.json [--kind maximum sum] [--dtype bfloat16] [--size 768x30522]
+                         [--budget-seconds 480]
     python -m bench.tune --dry-run --arch 86        # no GPU: what the compiler says of every candidate
 
 The result also serves as it is: ``SPLADE_KERNELS_CONFIG=RESULT.json`` makes the package read its ``table``. Candidates
-that spill, exceed the shared memory or do not compile are dropped first. The others must give what the shipped
-configuration gives, and are then timed in interleaved rounds: 3 for all, 9 for the best dozen, 25 for the best four.
+that spill, exceed the shared memory or do not compile are dropped first; the others must give what the shipped
+configuration gives. Both is found out side by side, in processes that a faulty candidate may take down. What is left is
+timed in interleaved rounds: 3 for all, 9 for the best dozen, 25 for the best four. The file is rewritten after each of
+these steps, and its ``table`` then holds the best configuration so far.
 A configuration has to beat the shipped one by ``MARGIN`` to replace it. Forward and backward of sum pooling run with
 the configuration of the maximum, and the tiles of the backward are chosen by the hidden size alone, so for those kinds
 the result holds the measurements and no entry.
@@ -17,11 +20,8 @@ import argparse
 import dataclasses
 import importlib
 import itertools
-import multiprocessing
-import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bench.result_file import Budget, Result
+from bench.side_by_side import side_by_side
 from bench.tune_candidates import DTYPES, KINDS, Config, Question, candidates, examine, refinements, shipped
 from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.triton.tuning import ARCHITECTURES, Shape
@@ -179,27 +180,34 @@ def choose(times: dict[Config, list[float]], first: Config) -> tuple[Config, flo
     return (best, ratio) if ratio <= 1 - MARGIN else (first, 1.0)
 
 
-def measure(
-    question: Question, device: str, has_time: Callable[[], bool] = lambda: True
-) -> tuple[Config, list[dict[str, Any]]]:
-    """The configuration to take, and a row for every candidate: dropped and why, or its milliseconds.
+def verdict(question: Question, config: Config, device: str) -> list[str]:
+    """Why a candidate is out before it is timed: what the compiler says of it, or another result than the shipped
+    configuration's. What it compiles here is what is timed, from Triton's cache."""
+    _, problems = examine(question, config)
+    difference = None if problems else disagreement(question, config, device)
+    return problems if difference is None else [difference]
 
-    Candidates are admitted, which compiles them one after another, for as long as ``has_time()``.
+
+def measure(
+    question: Question, device: str, keep: Callable[[Config, list[dict[str, Any]]], None] = lambda best, rows: None
+) -> tuple[Config, list[dict[str, Any]]]:
+    """The configuration to take, and a row for every candidate: dropped and why, or its time over the shipped one's.
+
+    ``keep(best, rows)`` is called with what is known so far, which a later call replaces.
     """
     first = shipped(question)
-    rows: list[dict[str, Any]] = []
-    entrants = []
-    for config, problems in _examined(question, candidates(question)):
-        if not problems and config != first and not has_time():
-            problems = ["no time left to try it"]
-        difference = None if problems else disagreement(question, config, device)
-        dropped = problems if difference is None else [difference]
+    dropped_rows: list[dict[str, Any]] = []
+    configs, entrants = candidates(question), []
+    tasks = [(question, config, device) for config in configs]
+    for config, found in zip(configs, side_by_side(verdict, tasks), strict=True):
+        dropped = [found] if isinstance(found, str) else found
         if dropped and config == first:
             raise SystemExit(f"the shipped configuration {first} of {question} is unusable: {dropped}")
         if dropped:
-            rows.append(_row(question, config, dropped=dropped))
+            dropped_rows.append(_row(question, config, dropped=dropped))
         else:
             entrants.append(config)
+    keep(first, dropped_rows)
     runs = [step(question, load, device) for load in loads(question).values()]
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
     single = {run: statistics.median(_milliseconds(run, first, flush) for _ in range(5)) for run in runs}
@@ -212,17 +220,25 @@ def measure(
         relative(config)  # compiles
     times = tournament(entrants, first, relative, ROUNDS)
     best, _ = choose(times, first)
+    keep(best, dropped_rows + _timed(question, times, first))
     refined = refinements(best)
     if len(refined) > 1:
         again = tournament(list(dict.fromkeys([first, *refined])), first, relative, ((25, 1),))
         times |= again
         best, _ = choose(again, first)
+    rows = dropped_rows + _timed(question, times, first)
     shipped_milliseconds = dict(zip(loads(question), single.values(), strict=True))
-    for config, samples in times.items():
-        relative_time = statistics.median(samples) / statistics.median(times[first])
-        rows.append(_row(question, config, time_over_shipped=relative_time, rounds=len(samples)))
     rows.append(_row(question, best, chosen=True, shipped_milliseconds=shipped_milliseconds))
+    keep(best, rows)
     return best, rows
+
+
+def _timed(question: Question, times: dict[Config, list[float]], first: Config) -> list[dict[str, Any]]:
+    shipped_time = statistics.median(times[first])
+    return [
+        _row(question, config, time_over_shipped=statistics.median(samples) / shipped_time, rounds=len(samples))
+        for config, samples in times.items()
+    ]
 
 
 def _row(question: Question, config: Config, **more: Any) -> dict[str, Any]:
@@ -241,18 +257,6 @@ def _milliseconds(run: Callable[[Config], Results], config: Config, flush: Tenso
     return float(start.elapsed_time(end))
 
 
-def _examined(question: Question, configs: Sequence[Config]) -> Iterator[tuple[Config, list[str]]]:
-    """Problems of every candidate, compiled side by side in processes that have no device open."""
-    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for config, (_, problems) in zip(configs, pool.map(examine, *_repeat(question, configs)), strict=True):
-            yield config, problems
-
-
-def _repeat(question: Question, configs: Sequence[Config]) -> tuple[list[Question], list[Config]]:
-    return [question] * len(configs), list(configs)
-
-
 def source_line(question: Question, config: Config) -> str:
     """The line for ``TUNED`` in tuning.py; for the backward what its function of the hidden size should return."""
     if question.kind == "maximum":
@@ -263,8 +267,8 @@ def source_line(question: Question, config: Config) -> str:
 
 def questions(args: argparse.Namespace, arch: int) -> Iterator[Question]:
     """In the order of their use; the backward asks for D alone."""
-    for kind, dtype, (hidden_size, vocab_size) in itertools.product(args.kind, args.dtype, SIZES):
-        if not (kind.startswith("backward") and vocab_size != SIZES[0][1]):
+    for kind, dtype, (hidden_size, vocab_size) in itertools.product(args.kind, args.dtype, args.size):
+        if not (kind.startswith("backward") and vocab_size != args.size[0][1]):
             yield Question(kind, arch, dtype, hidden_size, vocab_size)
 
 
@@ -274,8 +278,8 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
     for question in questions(args, arch):
         kept = 0
         # Kernels are compiled once for all sizes; only the tiles of the backward follow D.
-        if question.vocab_size == SIZES[0][1] and (
-            question.kind.startswith("backward") or question.hidden_size == SIZES[0][0]
+        if question.vocab_size == args.size[0][1] and (
+            question.kind.startswith("backward") or question.hidden_size == args.size[0][0]
         ):
             for config in candidates(question)[: args.limit]:
                 compiled, problems = examine(question, config)
@@ -309,6 +313,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write the result as JSON, rewritten after every shape")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
+    parser.add_argument("--size", type=_size, nargs="+", default=[*SIZES], metavar="DxV", help="hidden and vocabulary")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))
     parser.add_argument("--dry-run", action="store_true", help="compile only; needs no GPU")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="for --dry-run; default: the GPU at hand")
@@ -321,13 +326,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _size(text: str) -> tuple[int, int]:
+    hidden_size, vocab_size = map(int, text.split("x"))
+    if hidden_size < 1 or vocab_size < 1:
+        raise ValueError(f"--size: expected positive sizes such as 768x30522, got {text}")
+    return hidden_size, vocab_size
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(arguments)
     if args.dry_run:
         arch = args.arch or _architecture()
         return {"architecture": arch, "rows": dry_run(args, arch)}
     arch = _architecture()
-    budget, half = Budget(args.budget_seconds), Budget(args.budget_seconds / 2)
+    budget = Budget(args.budget_seconds)
     result = Result("tuning", "bench.tune", args.output, architecture=arch, table=[])
     # TF32 has to be allowed for the package to take it: the choice is between its configurations.
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -336,13 +348,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if not budget.has_room():
             result.content["left_out"].append(dataclasses.asdict(question))
             continue
-        best, rows = budget.run(measure, question, "cuda", half.has_time)
+        before = len(result.rows), len(result.content["table"])
+
+        def keep(best: Config, rows: list[dict[str, Any]], question: Question = question, before: Any = before) -> None:
+            result.rows[before[0] :] = rows
+            if question.kind == "maximum":
+                shape = Shape(arch, question.dtype, question.hidden_size, question.vocab_size)
+                result.content["table"][before[1] :] = [{**shape._asdict(), "config": dataclasses.asdict(best)}]
+            result.write()
+
+        best, _ = budget.run(measure, question, "cuda", keep)
         lines.append(source_line(question, best))
-        if question.kind == "maximum":
-            shape = Shape(arch, question.dtype, question.hidden_size, question.vocab_size)
-            result.content["table"].append({**shape._asdict(), "config": dataclasses.asdict(best)})
-        result.rows.extend(rows)
-        result.write()
     result.write()
     print("\n".join(lines))
     return result.content

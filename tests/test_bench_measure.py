@@ -1,4 +1,4 @@
-"""The measuring core on tiny shapes: lengths, distributions, floors, checks that bite, clocks; the runner's stages."""
+"""The measuring core on tiny shapes: lengths, distributions, floors, checks that bite, clocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, distributions, gpu, jobs, measure, roofline, rows, sanitize, steps, timing, truth, variants
+from bench import cases, distributions, jobs, measure, roofline, rows, sanitize, steps, timing, truth, variants
 from bench.cases import PRECISIONS, Case
 from bench.roofline import Machine, Work
 from bench.rows import Job, Row
@@ -279,43 +279,5 @@ def test_the_command_writes_a_result_file(tmp_path, monkeypatch, unweighed):
     }
 
 
-def test_stages_fail_time_out_and_leave_their_logs(tmp_path):
-    def stage(name: str, code: str, seconds: float, **more: str) -> gpu.Stage:
-        return gpu.Stage(name, [sys.executable, "-c", code], seconds, **more)
-
-    plan = [
-        stage("good", "print('fine')", 60),
-        stage("bad", "raise SystemExit(3)", 60),
-        stage("absent", "", 60, needs="not here: no such tool"),
-        stage("slow", "print('half', flush=True); import time; time.sleep(300)", 3),
-    ]
-    # Unused time is passed on, which "slow" must not have here.
-    outcomes = [gpu.run_stage(one, tmp_path / "logs", one.seconds) for one in plan]
-    assert [one.status for one in outcomes] == ["passed", "failed", "not here: no such tool", "timeout"]
-    assert outcomes[1].exit_status == 3
-    assert 3 <= outcomes[3].seconds < 200
-    assert "half" in (tmp_path / "logs/slow.log").read_text()
-    gpu.run_all(plan[:3], tmp_path, 180)
-    assert [one["status"] for one in json.loads((tmp_path / "status.json").read_text())][:2] == ["passed", "failed"]
-    assert gpu.run_all(plan[:1], tmp_path, 0)[0].status == "timeout"
-
-
-def test_the_stages_of_the_runner_are_within_nine_minutes_and_name_files_that_exist(tmp_path):
-    plan = list(gpu.stages(tmp_path))
-    assert sum(stage.seconds for stage in plan) <= 540
-    tests = [word for stage in plan for word in stage.command if word.startswith("tests/")]
-    assert len(tests) == len(set(tests))
-    present = {f"tests/{path.name}" for path in (gpu.ROOT / "tests").glob("test_*.py")}
-    needs = {f"tests/{file}" for files in gpu.TEST_NEEDS.values() for file in files}
-    assert needs <= present
-    assert present - needs <= set(tests) <= present
-
-
-def test_training_has_nine_minutes_of_its_own(tmp_path):
-    plan = list(gpu.training_stages(tmp_path))
-    assert sum(stage.seconds for stage in plan) <= 540
-    assert [stage.command[2] for stage in plan] == ["bench.training", "bench.limits", "bench.tune"]
-
-
 def test_what_the_sanitizer_runs_computes():
-    assert sanitize.exercise(CPU) == 18
+    assert sanitize.exercise(CPU, (torch.float32,)) == 18

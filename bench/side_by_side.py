@@ -1,0 +1,82 @@
+"""One function on many arguments, in processes side by side, of which an argument may take one down."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+# A process has a context of CUDA of its own, about half a GiB of the GPU's memory.
+PROCESSES = 16
+
+
+def side_by_side(work: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) -> list[Result | str]:
+    """``work(*task)`` of every task, in their order; in place of a result why there is none.
+
+    An error of CUDA stays with its process, and what crashes a process takes its pool down. So a task that met neither
+    its own error nor a result is tried again in new processes, and alone once a whole round brought no result.
+    """
+    found: dict[int, Result | str] = {}
+    while len(found) < len(tasks):
+        left = [number for number in range(len(tasks)) if number not in found]
+        decided = _round(work, tasks, left, found, min(PROCESSES, _processors(), len(left)))
+        if not decided:
+            _round(work, tasks, left[:1], found, 1)
+            found.setdefault(left[0], "failed: it took its process down")
+    return [found[number] for number in range(len(tasks))]
+
+
+def _round(
+    work: Callable[..., Result],
+    tasks: Sequence[Any],
+    numbers: Sequence[int],
+    found: dict[int, Result | str],
+    count: int,
+) -> bool:
+    """Whether any task was decided in one pool of processes."""
+    before = len(found)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        futures: dict[int, Future[Result | str | None]] = {n: pool.submit(_try, work, tasks[n]) for n in numbers}
+        for number, future in futures.items():
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                continue
+            if result is not None:
+                found[number] = result
+    return len(found) > before
+
+
+_usable = True
+
+
+def _try(work: Callable[..., Result], task: tuple[Any, ...]) -> Result | str | None:
+    """None where an earlier task left this process without a working device."""
+    global _usable
+    if not _usable:
+        return None
+    try:
+        return work(*task)
+    except Exception as error:
+        _usable = _device_works()
+        return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _device_works() -> bool:
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.ones(1, device="cuda").sum().item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
