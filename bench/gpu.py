@@ -35,9 +35,9 @@ PYTHON = [sys.executable]
 PLANNED = 0.85
 # With less than this nothing is begun.
 LEAST_SECONDS = 3
-# The tests that run on the GPU's tensors, as many processes side by side as find this much of its memory.
+# The tests that run on the GPU's tensors, and the most processes that share it.
 KERNEL_TESTS = ("triton", "pool", "autograd", "compaction", "sparsify", "flops", "modules")
-TEST_PROCESSES, TEST_BYTES = 8, 2 << 30
+TEST_PROCESSES = 8
 # cuBLAS is deterministic only with a fixed workspace, which PyTorch demands in the tests.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
@@ -90,21 +90,21 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         _EXTENSION,
         # Kernels that compute wrongly are not worth timing; and it compiles them, on all cores.
         Stage("smoke", 25, "bench.smoke"),
-        Stage("head", 35, f"bench.measure head --precision bf16 --case {_SHAPES} --variant stock ours", _SHAPES),
-        Stage("training", 30, "bench.training --model distilbert --case gooaq full --timed-steps 10",
+        Stage("head", 30, f"bench.measure head --precision bf16 --case {_SHAPES} --variant stock ours", _SHAPES),
+        Stage("training", 40, "bench.training --model distilbert --case gooaq full --timed-steps 10",
               "step-gooaq step-full", _TRAINER),
-        Stage("backward", 15, "bench.measure backward --precision bf16 --case splade-v3", "uniform zipf hot trained"),
-        Stage("screening", 20, f"bench.measure screening --precision bf16 --case {_SHARES} --variant stock unscreened "
+        Stage("backward", 12, "bench.measure backward --precision bf16 --case splade-v3", "uniform zipf hot trained"),
+        Stage("screening", 18, f"bench.measure screening --precision bf16 --case {_SHARES} --variant stock unscreened "
               "screened", "active-1.5% active-0.1% active-5% active-100%"),
-        Stage("rivals", 40, f"bench.measure head {_TWO} ours rival sparton compile",
+        Stage("rivals", 35, f"bench.measure head {_TWO} ours rival sparton compile",
               "compile-dev compile-splade-v3 rival sparton"),
-        Stage("precisions", 10, "bench.measure head --precision tf32 bf16-autocast --case dev --variant stock ours",
+        Stage("precisions", 8, "bench.measure head --precision tf32 bf16-autocast --case dev --variant stock ours",
               "dev-tf32 dev-autocast"),
         Stage("flops", 5, "bench.measure flops --precision bf16 --case B4096-V30522", "flops-B4096"),
         Stage("compaction", 5, "bench.compaction --rows=420 --vocab-size=250002 --active=250002", "bucket-B420"),
-        Stage("limits", 15, "bench.limits --model distilbert --no-checkpointing --resolution=0.2",
+        Stage("limits", 25, "bench.limits --model distilbert --no-checkpointing --resolution=0.2 --start=64",
               "largest-256 largest-512", _TRAINER),
-        Stage("short-sequences", 15, "bench.short_sequences --length 14 60 --share 0.05 1.0",
+        Stage("short-sequences", 12, "bench.short_sequences --length 14 60 --share 0.05 1.0",
               "short-14-5% short-14-100% short-60-5% short-60-100%"),
     ),
 }
@@ -116,10 +116,8 @@ def arguments(stage: Stage, output: Path, seconds: float) -> list[str]:
     """The command line of a stage that has so many seconds."""
     files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
     chosen = [f"tests/{file}" for file in files if file.removesuffix(".py").split("_")[1] in KERNEL_TESTS]
-    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else TEST_BYTES
-    processes = min(TEST_PROCESSES, os.cpu_count() or 1, memory // TEST_BYTES)
-    if importlib.util.find_spec("xdist") and processes > 1:
-        chosen += ["-n", str(processes)]
+    if importlib.util.find_spec("xdist"):
+        chosen += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     words = stage.command.format(tests=" ".join(chosen)).split()
     if words[0].startswith("bench."):
         words = ["-m", *words, f"--output={output}/{stage.name}.json", f"--budget-seconds={PLANNED * seconds:.0f}"]
@@ -138,7 +136,7 @@ def plan(stages: Sequence[Stage], seconds: float) -> Iterator[str]:
         fits = begin + stage.seconds <= seconds
         verdict = missing(stage) or ("" if fits else "does not fit: only in time that others leave")
         begin += 0 if missing(stage) else stage.seconds
-        yield f"{stage.name:16} {stage.seconds:4.0f} s  {verdict}{'  ' if verdict and stage.rows else ''}{stage.rows}"
+        yield f"{stage.name:16} {stage.seconds:4.0f} s  {stage.rows}{verdict and f' [{verdict}]'}"
 
 
 def run_stage(stage: Stage, output: Path, seconds: float, environment: dict[str, str]) -> Outcome:
@@ -153,9 +151,7 @@ def run_stage(stage: Stage, output: Path, seconds: float, environment: dict[str,
     with open(log, "w") as lines:
         print("$", *command, file=lines, flush=True)
         variables = {**os.environ, **ENVIRONMENT, **environment}
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=lines, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=lines, stderr=lines, start_new_session=True)
         try:
             code = process.wait(timeout=seconds)
             status = {0: "passed", NOT_HERE: "not here"}.get(code, "failed")
@@ -176,20 +172,17 @@ def run(name: str, stages: Sequence[Stage], output: Path, seconds: float) -> lis
     if folder.exists():
         folder.rename(folder.with_name(f"{name}-until-{time.strftime('%Y%m%d-%H%M%S')}"))
     folder.mkdir(parents=True)
-    environment: dict[str, str] = {}
-    if torch.cuda.is_available():
-        environment["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, torch.cuda.get_device_capability()))
-    lines = [f"gpu-{name}: {seconds:.0f} s on {summary.machine()}", *plan(stages, seconds)]
-    print("\n".join(lines), flush=True)
-    (folder / "plan.txt").write_text("\n".join(lines) + "\n")
+    environment = {"TORCH_CUDA_ARCH_LIST": ".".join(map(str, torch.cuda.get_device_capability()))}
+    planned = "\n".join([f"gpu-{name}: {seconds:.0f} s on {summary.machine()}", *plan(stages, seconds)])
+    print(planned, flush=True)
+    (folder / "plan.txt").write_text(planned + "\n")
     outcomes: list[Outcome] = []
     end, saved = time.monotonic() + seconds, 0.0
     for stage in stages:
         granted = min(stage.seconds + saved, end - time.monotonic())
-        outcome = Outcome(stage.name, "killed", 0.0)
-        outcomes.append(outcome)
+        outcomes.append(Outcome(stage.name, "killed", 0.0))
         try:
-            outcome = outcomes[-1] = run_stage(stage, folder, granted, environment)
+            outcomes[-1] = outcome = run_stage(stage, folder, granted, environment)
         finally:
             (folder / "status.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
             summary.write(name, folder)

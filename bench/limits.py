@@ -112,6 +112,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
     parser.add_argument("--max-length", type=int, nargs="+", default=[256, 512], help="tokens of every text")
+    parser.add_argument("--start", type=int, default=START, help="pairs that the search begins with")
     parser.add_argument("--no-checkpointing", action="store_true", help="leave gradient checkpointing out")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--resolution", type=float, default=0.03, help="largest gap to a size that failed, relative")
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             args.max_length, args.model, (False,) if args.no_checkpointing else (False, True), HEADS
         ):
             job = Job(
-                str(Path(root) / name), head, START, max_length, "full", args.precision, "cuda",
+                str(Path(root) / name), head, args.start, max_length, "full", args.precision, "cuda",
                 gradient_checkpointing=checkpointing,
             )  # fmt: skip
             described = {

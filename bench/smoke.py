@@ -59,11 +59,11 @@ def draw(dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE, lengths: Sequence[i
 
 def pooled(inputs: dict[str, Tensor], training: bool, function: Callable[..., Tensor], **options: Any) -> list[Tensor]:
     """The output, and in training the gradients of hidden states, weight and bias."""
-    leaves = [inputs[name].detach().requires_grad_(training) for name in ("hidden_states", "weight", "bias")]
+    if not training:
+        return [function(**inputs, **options)]
+    leaves = [inputs[name].detach().requires_grad_() for name in ("hidden_states", "weight", "bias")]
     rest = {name: value for name, value in inputs.items() if name not in ("hidden_states", "weight", "bias")}
     output = function(*leaves, **rest, **options)
-    if not training:
-        return [output]
     grad = torch.linspace(-1, 1, output.numel(), device=DEVICE).view_as(output).to(torch.bfloat16).to(output.dtype)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
