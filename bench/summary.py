@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -49,7 +50,8 @@ def archive(folder: Path, path: Path) -> None:
     while True:
         with tarfile.open(draft, "w:gz") as tar:
             for file in files:
-                tar.add(file, arcname=str(file.relative_to(folder.parent)))
+                with contextlib.suppress(FileNotFoundError):  # a draft that has got its name meanwhile
+                    tar.add(file, arcname=str(file.relative_to(folder.parent)))
             if left_out:
                 names = "\n".join(left_out).encode() + b"\n"
                 entry = tarfile.TarInfo(f"{folder.name}/LEFT_OUT.txt")
@@ -90,7 +92,7 @@ def _result(path: Path) -> Iterator[str]:
     try:
         result = json.loads(path.read_text())
         yield from SECTIONS.get(result["kind"], _plain)(result)
-    except (ValueError, KeyError, TypeError) as error:  # a summary of nine files must not fail on the tenth
+    except Exception as error:  # the summary of nine files, and the stages to come, must not fail on the tenth
         yield f"- {path.name}: cannot be summarised: {type(error).__name__}: {error}"
         return
     left_out = result.get("left_out") or []
