@@ -53,7 +53,7 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
         make = variants.VARIANTS[name].make
         weigh = weigher(case, precision, name, training, device)
         one = Job(mine, partial(steps, make), check, truth.BOUNDS[precision.name], name == "ours", weigh)
-        one.captured = variants.VARIANTS[name].captured(training)
+        one.captured = variants.VARIANTS[name].captured(training, device)
         jobs.append(one)
     for name in () if training else variants.MATMULS:
         rows = variants.tokens(case, padded=name == "matmul-padded")
