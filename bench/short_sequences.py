@@ -15,6 +15,7 @@ import argparse
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def group(case: Case, share: float, precision: Precision, device: torch.device) 
     def check(found: Tensors) -> dict[str, float]:
         return gradient_errors(found, exact)
 
-    def job(variant: str, operations: int, checked: bool, strict: bool, make: Callable[..., Step]) -> Job:
+    def job(variant: str, operations: int, make: Callable[..., Step], *, checked: bool, strict: bool = False) -> Job:
         mine = replace(row, variant=variant, errors={}, operations=operations)
 
         def steps() -> list[Step]:
@@ -124,23 +125,14 @@ def group(case: Case, share: float, precision: Precision, device: torch.device) 
         bound = BOUNDS[precision.name] * (1 if strict else 2)
         return Job(mine, steps, check if checked else None, bound, strict, weigh if checked else unweighed)
 
-    def gathered(inputs: Inputs, tensors: distributions.Draw) -> Step:
-        return backward_operator(case, precision, inputs, tensors)
-
-    def scattered(inputs: Inputs, tensors: distributions.Draw) -> Step:
-        return scatter_step(precision, inputs, tensors)
-
-    def multiplied(inputs: Inputs, tensors: distributions.Draw) -> Step:
-        return products_step(precision, inputs, tensors)
-
-    def unscreened(inputs: Inputs, tensors: distributions.Draw) -> Step:
+    def unscreened(inputs: Inputs, _: distributions.Draw) -> Step:
         return training_forward(precision, inputs, screening=False)
 
     return [
-        job("gather", gather.operations, True, True, gathered),
-        job("scatter", 2 * forward.operations, True, False, scattered),
-        job("products", 2 * forward.operations, False, False, multiplied),
-        job("training-forward", forward.operations, False, False, unscreened),
+        job("gather", gather.operations, partial(backward_operator, case, precision), checked=True, strict=True),
+        job("scatter", 2 * forward.operations, partial(scatter_step, precision), checked=True),
+        job("products", 2 * forward.operations, partial(products_step, precision), checked=False),
+        job("training-forward", forward.operations, unscreened, checked=False),
     ]
 
 
