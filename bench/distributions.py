@@ -18,6 +18,8 @@ HOT_SHARE = 0.46
 TRAINED_TERMS = 200
 
 Draw = tuple[Tensor, Tensor, Tensor]
+# Of lengths [B] and the size of the vocabulary: the winners and which entries are active, both [B, V].
+Generate = Callable[[Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def uniform(lengths: Tensor, vocab_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,17 @@ def trained(lengths: Tensor, vocab_size: int, generator: torch.Generator) -> tup
     return position, torch.zeros_like(position, dtype=torch.bool).scatter_(1, terms, True)
 
 
-DISTRIBUTIONS: dict[str, Callable[[Tensor, int, torch.Generator], tuple[Tensor, Tensor]]] = {
+def at_share(share: float) -> Generate:
+    """This share of the entries active, at random; every real token wins equally often."""
+
+    def generate(lengths: Tensor, vocab_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        position, _ = uniform(lengths, vocab_size, generator)
+        return position, torch.rand(position.shape, generator=generator, device=lengths.device) < share
+
+    return generate
+
+
+DISTRIBUTIONS: dict[str, Generate] = {
     "uniform": uniform,
     "zipf": zipf,
     "hot": hot,
@@ -58,10 +70,15 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor, int, torch.Generator], tuple[Tensor, 
 
 
 def draw(name: str, case: Case, precision: Precision, device: torch.device, seed: int = 0) -> Draw:
+    """``(output, argmax, grad)`` of a named distribution."""
+    return draw_from(DISTRIBUTIONS[name], case, precision, device, seed)
+
+
+def draw_from(generate: Generate, case: Case, precision: Precision, device: torch.device, seed: int = 0) -> Draw:
     """``(output, argmax, grad)``: as the forward would have left them, inactive entries with output 0 and argmax 0."""
     generator = torch.Generator(device).manual_seed(seed)
     lengths = case.draw_lengths().to(device)
-    position, active = DISTRIBUTIONS[name](lengths, case.vocab_size, generator)
+    position, active = generate(lengths, case.vocab_size, generator)
     values = torch.rand(position.shape, generator=generator, device=device) * 1.5 + 0.01
     grad = torch.randn(position.shape, generator=generator, device=device)
     dtype = torch.int16 if case.length <= torch.iinfo(torch.int16).max else torch.int32

@@ -53,13 +53,60 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
         make = variants.VARIANTS[name].make
         weigh = weigher(case, precision, name, training, device)
         one = Job(mine, partial(steps, make), check, truth.BOUNDS[precision.name], name in variants.OURS, weigh)
-        one.captured = variants.VARIANTS[name].captured(training)
+        one.captured = variants.VARIANTS[name].captured(training, device)
         jobs.append(one)
     for name in () if training else variants.MATMULS:
         rows = variants.tokens(case, padded=name == "matmul-padded")
         mine = replace(row, variant=name, errors={}, real_tokens=rows)
         jobs.append(Job(mine, partial(floors, name)))
     return jobs
+
+
+def backward_operator(case: Case, precision: Precision, inputs: Inputs, drawn: distributions.Draw) -> Step:
+    """The package's backward operator alone: gradients of hidden states, weight and bias."""
+    output, argmax, grad = drawn
+
+    def gradients() -> Tensors:
+        hidden, weight, bias = (leaf.detach() for leaf in inputs.leaves)
+        found: Tensors = torch.ops.splade_kernels.pool_backward(
+            grad=grad,
+            output=output,
+            argmax=argmax,
+            hidden_states=hidden,
+            weight=weight,
+            bias=bias,
+            attention_mask=inputs.mask,
+            cu_seqlens=None,
+            max_seqlen=case.length,
+            pooling_strategy="max",
+            activation_function="relu",
+            compute_dtype=precision.compute_dtype,
+            out_dtype=precision.out_dtype,
+            screening="off",
+            backend="auto",
+            need_hidden=True,
+            need_weight=True,
+            need_bias=True,
+        )
+        return found
+
+    return gradients
+
+
+def training_forward(precision: Precision, inputs: Inputs, screening: str | bool = "auto") -> Step:
+    """The forward that keeps what the backward needs."""
+
+    def step() -> Tensors:
+        with precision.forward(inputs.hidden.device):
+            return (sk.splade_pool(*inputs.leaves, inputs.mask, screening=screening).detach(),)
+
+    return step
+
+
+def gradient_errors(found: Tensors, exact: Tensors) -> dict[str, float]:
+    """Relative distance of the gradients of hidden states, weight and bias, by name."""
+    names = ("grad_hidden", "grad_weight", "grad_bias")
+    return {name: truth.relative_distance(*pair) for name, *pair in zip(names, found, exact, strict=True)}
 
 
 def backward(case: Case, precision: Precision, distribution: str, device: torch.device) -> list[Job]:
@@ -71,53 +118,14 @@ def backward(case: Case, precision: Precision, distribution: str, device: torch.
     row = Row(case.name, case.shape, precision.name, f"backward-{distribution}", "ours", scaled_from=case.scaled_from)
     row = replace(row, real_tokens=real, active_share=active / drawn[0][0].numel())
     work, base = roofline.backward(case, precision, active, real), roofline.forward(case, precision, real)
-
-    def operator(inputs: Inputs, output: Tensor, argmax: Tensor, grad: Tensor) -> Step:
-        def gradients() -> Tensors:
-            hidden, weight, bias = (leaf.detach() for leaf in inputs.leaves)
-            found: Tensors = torch.ops.splade_kernels.pool_backward(
-                grad=grad,
-                output=output,
-                argmax=argmax,
-                hidden_states=hidden,
-                weight=weight,
-                bias=bias,
-                attention_mask=inputs.mask,
-                cu_seqlens=None,
-                max_seqlen=case.length,
-                pooling_strategy="max",
-                activation_function="relu",
-                compute_dtype=precision.compute_dtype,
-                out_dtype=precision.out_dtype,
-                screening="off",
-                backend="auto",
-                need_hidden=True,
-                need_weight=True,
-                need_bias=True,
-            )
-            return found
-
-        return gradients
-
-    def forward(inputs: Inputs) -> Step:
-        def training_forward() -> Tensors:
-            with precision.forward(device):
-                return (sk.splade_pool(*inputs.leaves, inputs.mask).detach(),)
-
-        return training_forward
-
-    def check(found: Tensors) -> dict[str, float]:
-        names = ("grad_hidden", "grad_weight", "grad_bias")
-        return {name: truth.relative_distance(*pair) for name, *pair in zip(names, found, exact, strict=True)}
-
     weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
     mine = replace(row, operations=work.operations, bytes=work.bytes)
     beside = replace(row, variant="training-forward", errors={}, operations=base.operations, bytes=base.bytes)
-    steps = [operator(inputs, *tensors) for inputs, tensors in zip(sets, drawn, strict=True)]
+    steps = [backward_operator(case, precision, *pair) for pair in zip(sets, drawn, strict=True)]
     bound = 1e-4 if precision.compute_dtype == torch.float32 else 1e-2
     return [
-        Job(mine, lambda: steps, check, bound, True, weigh),
-        Job(beside, lambda: [forward(inputs) for inputs in sets]),
+        Job(mine, lambda: steps, lambda found: gradient_errors(found, exact), bound, True, weigh),
+        Job(beside, lambda: [training_forward(precision, inputs) for inputs in sets]),
     ]
 
 

@@ -16,8 +16,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import head_limits, margins_tables, ratios, roofline, screening_tables, training_tables
-from bench.cases import CASES, GOOAQ, PRECISIONS
+from bench import (
+    head_limits,
+    margins_tables,
+    ratios,
+    roofline,
+    screening_tables,
+    short_sequences_tables,
+    training_tables,
+)
+from bench.cases import GOOAQ
 from bench.ratios import against, speedup
 from bench.roofline import Machine, Work
 
@@ -29,7 +37,6 @@ NOT_ON_A_GPU = "**Not measured on a GPU yet.**"
 BUSY_PROCESSORS = 0.2
 COLUMNS = ("stock", "compile", "tiled", "sparton", "rival", "ours", "matmul-padded", "matmul-real")
 README_CASES = ("gooaq", "dev-ragged", "splade-v3-ragged", "xlmr-16-ragged", "query", "dev", "splade-v3")
-FLOOR_CASES = ("gooaq-question", "gooaq-answer", "dev", "splade-v3", "long", "xlmr-16", "qwen", "query")
 # Weights and hidden states are inputs, as is the gradient that arrives.
 EXTRA_MEMORY = "peak memory beyond inputs, outputs and gradients"
 ROOFLINE = (
@@ -191,6 +198,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "screening": screening_tables.section,
     "margins": margins_tables.section,
     "backward": backward_section,
+    "short-sequences": short_sequences_tables.section,
     "flops": flops_section,
     "training": training_section,
     "limits": training_section,
@@ -201,16 +209,10 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
 
 def floors() -> str:
     """Computed, not measured: the RTX 3090's datasheet against the work of the named cases."""
-    rows = [["case", "shape", "forward, all tokens real, ms", "forward, real tokens, ms", "binds"]]
-    precision, machine = PRECISIONS["bf16"], roofline.RTX_3090["bf16"]
-    for case in (CASES[name] for name in FLOOR_CASES):
-        works = [roofline.forward(case, precision, count) for count in (case.batch_size * case.length, _real(case))]
-        compute, memory = works[1].operations / machine.operations_per_second, works[1].bytes / machine.bytes_per_second
-        cells = [f"{machine.seconds(work) * 1e3:.3f}" for work in works]
-        rows.append([case.name, case.shape, *cells, "operations" if compute > memory else "bytes"])
+    machine = roofline.RTX_3090["bf16"]
     rates = f"{machine.bytes_per_second / 1e9:.0f} GB/s and {machine.operations_per_second / 1e12:.0f} TFLOP/s"
     note = f"Floors of the forward in bfloat16 from the datasheet's {rates} (dense, float32 accumulation)."
-    return f"## RTX 3090: computed, not measured\n\n{note}\n\n{table(rows)}"
+    return f"## RTX 3090: computed, not measured\n\n{note}\n\n{table(roofline.floor_rows(machine))}"
 
 
 def caption(result: Result) -> str:
@@ -352,10 +354,6 @@ def _work(row: Row) -> Work | None:
 def _machine(result: Result, precision: str) -> Machine:
     rates = result["machine"][precision]
     return Machine(device(result), rates["bytes_per_second"], rates["operations_per_second"])
-
-
-def _real(case: Any) -> int:
-    return int(case.draw_lengths().sum())
 
 
 def _first(result: Result) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bench.cases import Case, Precision
+from bench.cases import CASES, PRECISIONS, Case, Precision
 
 PASSES = ("forward", "forward_backward")
+FLOOR_CASES = ("gooaq-question", "gooaq-answer", "dev", "splade-v3", "long", "xlmr-16", "qwen", "query")
 
 
 class Work(NamedTuple):
@@ -72,3 +73,15 @@ def flops(rows: int, columns: int, itemsize: int) -> Work:
 def logits_bytes(case: Case, precision: Precision) -> int:
     """``[B, S, V]`` in the dtype of the products: what the dense head holds and this one does not."""
     return case.batch_size * case.length * case.vocab_size * precision.compute_dtype.itemsize
+
+
+def floor_rows(machine: Machine) -> list[list[str]]:
+    """A header and the floors of named cases' forward in bfloat16, all tokens and the real ones."""
+    rows = [["case", "shape", "forward, all tokens real, ms", "forward, real tokens, ms", "binds"]]
+    for case in (CASES[name] for name in FLOOR_CASES):
+        real = int(case.draw_lengths().sum())
+        works = [forward(case, PRECISIONS["bf16"], count) for count in (case.batch_size * case.length, real)]
+        compute, memory = works[1].operations / machine.operations_per_second, works[1].bytes / machine.bytes_per_second
+        cells = [f"{machine.seconds(work) * 1e3:.3f}" for work in works]
+        rows.append([case.name, case.shape, *cells, "operations" if compute > memory else "bytes"])
+    return rows

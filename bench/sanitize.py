@@ -47,8 +47,9 @@ def exercise(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> int:
         leaves = draw(batch, length, hidden_size), draw(vocab_size, hidden_size), draw(vocab_size)
         packed = leaves[0].detach()[mask].requires_grad_()
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device)
+        screened = pooling == "max" and device.type == "cuda"  # in training, padded; packed unscreened
         outputs = [
-            sk.splade_pool(*leaves, mask, pooling_strategy=pooling),
+            sk.splade_pool(*leaves, mask, pooling_strategy=pooling, screening=screened),
             sk.splade_pool(packed, *leaves[1:], cu_seqlens=cu_seqlens, max_seqlen=length, pooling_strategy=pooling),
         ]
         for output in outputs:
@@ -59,7 +60,7 @@ def exercise(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> int:
             sparse = leaves[2].detach() - 3 * hidden_size**0.5
             for _ in range(2):  # the second one finds the weight quantised
                 with torch.no_grad():
-                    sk.splade_pool(*leaves[:2], sparse, mask, screening=device.type == "cuda")
+                    sk.splade_pool(*leaves[:2], sparse, mask, screening=screened)
                 count += 1
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -58,7 +58,7 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
         mine = replace(row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
         weigh = unweighed if training else weigher(case, precision, name, training, device)
         one = Job(mine, partial(steps, VARIANTS[name].make), check, truth.BOUNDS[precision.name], weigh=weigh)
-        one.captured = VARIANTS[name].captured(training)
+        one.captured = VARIANTS[name].captured(training, device)
         if name == "screened":
             one.row.survivors = surviving_share(sets[0], precision)
         jobs.append(hold_in_bands(one, distances) if name in OURS else one)

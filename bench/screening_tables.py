@@ -14,7 +14,8 @@ LABELS = {"ours": "auto", "screened-first": "screened, first call", "matmul-real
 MODES = ("stock", *variants.MODES)
 NOTE = (
     "`active`: share of the (sequence, word) pairs; `computed`: share of the (real token, word) pairs whose dot is "
-    "computed exactly when screened. Auto decides from the inputs of the call whether to screen. In inference "
+    "computed exactly when screened. Auto decides from the inputs of the call whether to screen; on a GPU it does not "
+    "screen where no checked-in result of the architecture says that it pays. In inference "
     "the quantised weight is at hand from earlier calls; a first call quantises it, and the memory is a first call's. "
     "In training every step quantises it anew, within the time shown."
 )

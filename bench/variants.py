@@ -104,16 +104,26 @@ def rival(training: bool) -> Head:
 @dataclass(frozen=True)
 class Variant:
     """``make(training)`` gives the head. ``on_cpu``: whether it means anything there. ``trains``: has a backward.
-    ``keeps``: inference finds something that an earlier call made, which a CUDA graph would make at every replay."""
+    ``keeps(device)``: inference there finds the quantised weight that an earlier call made, which a CUDA graph would
+    make at every replay."""
 
     make: Callable[[bool], Head]
     on_cpu: bool = True
     trains: bool = True
-    keeps: bool = False
+    keeps: Callable[[torch.device], bool] = lambda device: False
 
-    def captured(self, training: bool) -> bool:
+    def captured(self, training: bool, device: torch.device) -> bool:
         """Whether a CUDA graph of it computes what a call does."""
-        return training or not self.keeps
+        return training or not self.keeps(device)
+
+
+def auto_may_screen(device: torch.device) -> bool:
+    """Whether "ours" may screen on this device; on an unmeasured GPU it is "unscreened"."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    from splade_kernels.backends.triton.tuning import architecture, screening_may_pay
+
+    return screening_may_pay(architecture(device))
 
 
 VARIANTS: dict[str, Variant] = {
@@ -124,9 +134,9 @@ VARIANTS: dict[str, Variant] = {
     "sparton": Variant(sparton, on_cpu=False),
     "rival": Variant(rival, on_cpu=False, trains=False),
     "unscreened": Variant(partial(ours, screening=False)),
-    # Screened where this call's inputs say that it pays.
-    "ours": Variant(ours, keeps=True),
-    "screened": Variant(partial(ours, screening=True), keeps=True),
+    # screening="auto": on a CPU this call's inputs decide, on a GPU a checked-in result of its architecture, too.
+    "ours": Variant(ours, keeps=auto_may_screen),
+    "screened": Variant(partial(ours, screening=True), keeps=lambda device: True),
     # Training keeps nothing of the weight: there every call is a first one.
     "screened-first": Variant(partial(first_call, screening=True), trains=False),
 }

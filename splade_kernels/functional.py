@@ -61,8 +61,10 @@ def splade_pool(
             of their pair and positive, and only those are computed in full precision. ``"auto"``: where a look at
             this call's inputs says that it pays; True: without asking; False: never. Values agree within the rounding
             of one float32 sum in another order. For ``pooling_strategy="max"`` only. On a CPU it pays with the compiled
-            operators or VNNI; elsewhere "auto" is False. Inference keeps the int8 weight: writes to a few rows of
-            ``weight.data``, which PyTorch does not count, may go unseen. docs/screening.md.
+            operators or VNNI; elsewhere on CPUs "auto" is False. On a GPU "auto" is False until a checked-in
+            measurement of its architecture says that screening pays; there is none yet, and True screens on request.
+            Inference keeps the int8 weight: writes to a few rows of ``weight.data``, which PyTorch does not count, may
+            go unseen. docs/screening.md.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; ``SPLADE_KERNELS_BACKEND`` overrides ``"auto"``.
 
     Returns:

@@ -27,7 +27,7 @@ class SpladeHead(nn.Module):
         bias: whether the decoder has a bias.
         pooling_strategy: ``"max"`` or ``"sum"``.
         activation_function: ``"relu"`` or ``"log1p_relu"``.
-        screening: ``"auto"``, True or False: see :func:`splade_pool`.
+        screening: ``"auto"``, True or False: see :func:`splade_pool`. On a GPU "auto" does not screen yet.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         device: where the new parameters live.
         dtype: dtype of the new parameters.

@@ -29,6 +29,7 @@ SMALLER = {
 MORE = {
     "bench.training": "--layers 1 --hidden-size 64 --vocab-size 300 --batch-size 2 --max-length 16 --timed-steps 1",
     "bench.compaction": "--length 8 --rounds 2",
+    "bench.short_sequences": "--batch-size 2 --hidden-size 32 --vocab-size 64 --seconds 0",
 }
 
 

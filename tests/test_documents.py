@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import short_sequences_tables
 from examples.demo.report import render
 from splade_kernels import csr
 from tests.st_models import sparse_encoder
@@ -21,6 +22,10 @@ ROOT = Path(__file__).parents[1]
 def test_the_readme_shows_the_checked_in_demo_result():
     expected = render(json.loads((ROOT / "docs/demo/result.json").read_text())).strip()
     assert expected in (ROOT / "README.md").read_text()
+
+
+def test_the_tables_on_short_sequences_are_the_models():
+    assert short_sequences_tables.block() in (ROOT / "docs/kernels.md").read_text()
 
 
 def test_local_links_in_documents_exist():

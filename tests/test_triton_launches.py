@@ -14,8 +14,8 @@ from tests.triton_screening_cases import REASON, run, sparse_case
 pytestmark = [pytest.mark.skipif(REASON != "available", reason=REASON), pytest.mark.usefixtures("on_accelerator")]
 
 if REASON == "available":
-    forward, pack = (
-        importlib.import_module(f"splade_kernels.backends.triton.{name}") for name in ("pool_forward", "pack")
+    forward, pack, tuning = (
+        importlib.import_module(f"splade_kernels.backends.triton.{name}") for name in ("pool_forward", "pack", "tuning")
     )
 
 
@@ -60,9 +60,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]]
 
 
 @pytest.mark.parametrize(
-    ("mode", "need_argmax", "most"), [("off", False, 8), ("off", True, 8), ("on", False, 17), ("on", True, 14)]
+    ("mode", "need_argmax", "most"),
+    [("off", False, 8), ("off", True, 8), ("auto", False, 8), ("auto", True, 8), ("on", False, 17), ("on", True, 14)],
 )
-def test_of_one_slice(mode, need_argmax, most, launches):
+def test_of_one_slice(mode, need_argmax, most, launches, monkeypatch):
+    monkeypatch.setattr(tuning, "SCREENING_PAYS", frozenset())
     case = sparse_case((3, 20, 16, 200))
     run(case, mode, need_argmax)  # whose quantised weight is kept
     names = launches(lambda: run(case, mode, need_argmax))

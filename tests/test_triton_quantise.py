@@ -93,7 +93,7 @@ def test_the_quantised_weight_is_kept_between_inference_calls_only(autocast, cal
 
     def infer() -> Tensor:
         with torch.no_grad(), torch.autocast(ACCELERATOR, torch.bfloat16, enabled=autocast):
-            return sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, backend="triton")
+            return sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, screening=True, backend="triton")
 
     first = infer()
     assert torch.equal(infer(), first)
@@ -102,12 +102,17 @@ def test_the_quantised_weight_is_kept_between_inference_calls_only(autocast, cal
         case.weight.neg_()
     assert not torch.equal(infer(), first)
     assert len(calls) == 2
-    sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, backend="triton")
+    sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, screening=True, backend="triton")
     assert len(calls) == 3
     # A write that no version counts, after a step of training.
     case.weight.data.neg_()
     assert torch.equal(infer(), first)
     assert len(calls) == 4
+    # A step that is not screened forgets the weight as well.
+    sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, screening=False, backend="triton")
+    assert len(calls) == 4
+    infer()
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

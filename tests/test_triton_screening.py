@@ -67,6 +67,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 
 
 @pytest.fixture
+def auto_screens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a checked-in result said that screening pays on the device at hand."""
+    here = tuning.architecture(torch.device(ACCELERATOR))
+    monkeypatch.setattr(tuning, "SCREENING_PAYS", frozenset({here}))
+
+
+@pytest.fixture
 def keep_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pair may be kept, so no sequence is dense."""
     for mode in ("on", "auto"):
@@ -145,7 +152,7 @@ def test_values_support_and_argmax(tiles, shape, dtype, need_argmax, keep_all):
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
 @pytest.mark.parametrize("bias", [-1000.0, 1000.0], ids=["none active", "all active"])
-def test_none_and_all_active(tiles, mode, bias, seen):
+def test_none_and_all_active(tiles, auto_screens, mode, bias, seen):
     case = make_case((2, 40, 16, 70))
     with torch.no_grad():
         case.bias.fill_(bias)
@@ -202,14 +209,14 @@ def test_a_sequence_is_dense_from_one_pair_too_many_on(tiles, active, seen, monk
     assert seen[0].entries == len(seen[0].tokens) == (active if active <= 6 else 0)
 
 
-def test_fewer_words_than_the_share_leave_no_budget(tiles, seen):
+def test_fewer_words_than_the_share_leave_no_budget(tiles, auto_screens, seen):
     case = make_case((2, 20, 8, 5))
     check(case, *run(case, "auto"))
     assert seen[0].tokens == {}
 
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
-def test_rows_are_the_same_bits_however_they_come(mode, monkeypatch):
+def test_rows_are_the_same_bits_however_they_come(mode, auto_screens, monkeypatch):
     case = mixed_case()
     case.mask[1, 3:5] = False
     expected = run(case, mode)
@@ -349,18 +356,29 @@ def test_sizes_beyond_the_integers_are_not_screened(limit, seen, monkeypatch):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize(("mode", "arch", "screened"), [("off", 90, False), ("auto", 90, True), ("auto", 86, True)])
-def test_which_calls_are_screened(mode, arch, screened):
-    call = PoolingCall(1, None, None, 1, "max", "relu", torch.float32, torch.float32, mode)
-    assert screening.can_screen(call, torch.empty(30522, 768, device="meta"), arch) is screened
-
-
-@pytest.mark.parametrize("arch", [100, 87])
-def test_auto_does_not_screen_where_int8_is_not_known_to_be_fast(arch):
+@pytest.mark.parametrize("arch", [0, 80, 86, 87, 90, 100, 120])
+def test_auto_screens_on_the_architectures_alone_that_were_measured(arch, monkeypatch):
     weight = torch.empty(30522, 768, device="meta")
     call = PoolingCall(1, None, None, 1, "max", "relu", torch.float32, torch.float32, "auto")
-    assert not screening.can_screen(call, weight, arch)
-    assert screening.can_screen(replace(call, screening="on"), weight, arch)
+
+    def screened(mode: str) -> bool:
+        return screening.can_screen(replace(call, screening=mode), weight, arch)
+
+    for measured in (frozenset(), frozenset({7, 121}), frozenset({arch})):
+        monkeypatch.setattr(tuning, "SCREENING_PAYS", measured)
+        assert screened("auto") is (arch in measured)
+        assert screened("on")
+        assert not screened("off")
+
+
+def test_auto_is_as_unscreened_where_nothing_was_measured(seen, monkeypatch):
+    monkeypatch.setattr(tuning, "SCREENING_PAYS", frozenset())
+    case = sparse_case((2, 40, 96, 70))
+    ours, theirs = run(case, "auto"), run(case, "off")
+    assert seen == []
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    run(case, "on")
+    assert len(seen) == 1
 
 
 def test_no_real_token_and_a_hidden_size_of_zero(keep_all):

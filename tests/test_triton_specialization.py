@@ -94,7 +94,7 @@ def _run(batch: int, length: int, dtype: torch.dtype, pooling: str, layout: str)
     if layout == "packed":
         cu_seqlens = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
     call = PoolingCall(
-        batch, mask, cu_seqlens, length, pooling, "relu", dtype, dtype, "auto" if pooling == "max" else "off",
+        batch, mask, cu_seqlens, length, pooling, "relu", dtype, dtype, "on" if pooling == "max" else "off",
         need_argmax=pooling == "max", need_hidden=True, need_weight=True, need_bias=True,
     )  # fmt: skip
     hidden, weight, bias = draw(batch * length, HIDDEN), draw(VOCAB, HIDDEN), draw(VOCAB)

@@ -86,7 +86,8 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
 
     Args:
         model: a ``SparseEncoder``, or a module that contains one (a loss, a wrapper).
-        screening: ``"auto"``, True or False: see :func:`splade_kernels.splade_pool`.
+        screening: ``"auto"``, True or False: see :func:`splade_kernels.splade_pool`. On a GPU "auto" does not screen
+            yet.
 
     Returns:
         ``model`` itself.

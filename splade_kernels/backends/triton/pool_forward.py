@@ -34,7 +34,7 @@ from .common import (
     unordered,
 )
 from .pack import find_tokens, pack_sequences, slices
-from .screening import SHARE, can_screen, quantised, queue_bytes, screen
+from .screening import SHARE, quantised, queue_bytes, screen
 from .tuning import MatmulConfig, architecture, matmul_config, screening_config, tiled_launch
 
 _NOTHING = tl.constexpr(-0x80000000)
@@ -52,7 +52,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
     arch = architecture(hidden.device)
     config = matmul_config(arch, hidden_size, vocab_size, call.compute_dtype, precision)
     original, weight = weight, weight.to(call.compute_dtype)
-    quantised_weight = quantised(call, original, weight) if can_screen(call, weight, arch) else None
+    quantised_weight = quantised(call, original, weight, arch)
     bias = None if bias is None else bias.contiguous()
     tokens = find_tokens(call, hidden)
     key_dtype = torch.int64 if call.need_argmax else torch.int32

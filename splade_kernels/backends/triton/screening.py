@@ -41,16 +41,20 @@ BLOCK = 1024
 
 
 def can_screen(call: PoolingCall, weight: Tensor, arch: int) -> bool:
-    """As far as the host decides: never from batch or length."""
+    """As far as the host decides: never from batch or length. "auto" screens on measured architectures alone."""
     vocab_size, hidden_size = weight.shape
     wanted = call.screening == "on" or (call.screening == "auto" and screening_may_pay(arch))
     return wanted and 0 < hidden_size <= MAX_HIDDEN_SIZE and vocab_size <= MAX_VOCAB_SIZE
 
 
-def quantised(call: PoolingCall, original: Tensor, weight: Tensor) -> Quantised:
-    """The rows of ``weight``, which is ``original`` in the compute dtype; kept from one inference call to the next."""
+def quantised(call: PoolingCall, original: Tensor, weight: Tensor, arch: int) -> Quantised | None:
+    """The rows of ``weight``, which is ``original`` in the compute dtype; kept from one inference call to the next.
+    None where the call is not screened; training forgets the weight even then."""
     if call.need_argmax:
         weight_cache.forget(original)
+    if not can_screen(call, weight, arch):
+        return None
+    if call.need_argmax:
         return quantise_weight(weight)
     sample = weight_cache.sample(original)
     kind = f"triton int8 of {call.compute_dtype}"

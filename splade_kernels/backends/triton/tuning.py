@@ -60,6 +60,11 @@ class Shape(NamedTuple):
 # dtype, and without one the defaults below. Empty: no GPU has measured any yet.
 TUNED: dict[Shape, MatmulConfig] = {}
 
+# Architectures on which screening="auto" screens. For each of them bench/results/ has to hold a result of `python -m
+# bench.measure screening` from a GPU of that architecture that shows what bench.screening_pays demands; a test checks
+# it. Empty: no GPU has measured any yet, so "auto" screens on none.
+SCREENING_PAYS: frozenset[int] = frozenset()
+
 _INTERPRETED = MatmulConfig(64, 64, 64, 4, 1, group_v=2)
 _IEEE = MatmulConfig(64, 64, 16, 8, 2)
 _AMPERE_HALF = MatmulConfig(128, 128, 32, 8, 3)
@@ -168,8 +173,8 @@ def screening_config(arch: int) -> MatmulConfig:
 
 
 def screening_may_pay(arch: int) -> bool:
-    """Whether int8 products are known to have the tensor cores' full rate: not on sm_100 and unknown GPUs."""
-    return arch == 0 or (arch in ARCHITECTURES and arch != 100)
+    """Whether a checked-in result of this architecture says that screening pays; in the interpreter it never does."""
+    return arch in SCREENING_PAYS
 
 
 def _nearest(table: Mapping[Shape, MatmulConfig], wanted: Shape) -> MatmulConfig | None:

@@ -1,0 +1,85 @@
+"""Whether results of a GPU say that ``screening="auto"`` should screen there, and if not, why.
+
+    python -m bench.measure screening --precision bf16 --case sparse-normal dense --output RESULT.json
+    python -m bench.screening_pays RESULT.json
+
+``SCREENING_PAYS`` in ``splade_kernels/backends/triton/tuning.py`` may hold an architecture when a result of it is in
+``bench/results/`` and no result of it there objects.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.ratios import ratio
+
+Result = dict[str, Any]
+PRECISION = "bf16"
+# Case and pass -> the least time unscreened over the time screened. Inference of a trained model's share of active
+# pairs (1.5 %) has to gain; what "auto" screens beside that may lose little: training, which quantises the weight in
+# every step and decides as inference does, and everything active, as early in training.
+LEAST: dict[tuple[str, str], float] = {
+    ("sparse-normal", "forward"): 1.1,
+    ("sparse-normal", "forward_backward"): 1.0,
+    ("dense", "forward"): 0.95,
+    ("dense", "forward_backward"): 0.95,
+}
+
+
+def of_architecture(results: Iterable[Result], arch: int) -> list[Result]:
+    """The screening results that a GPU of this architecture gave."""
+    return [
+        result
+        for result in results
+        if result.get("kind") == "screening"
+        and result.get("environment", {}).get("gpu")
+        and result["environment"].get("arch") == arch
+    ]
+
+
+def objections(results: Sequence[Result], arch: int) -> list[str]:
+    """Why these results do not let "auto" screen on an architecture; empty: it pays."""
+    found = of_architecture(results, arch)
+    if not found:
+        return [f"no screening result of a GPU of sm_{arch}"]
+    return [objection for result in found for objection in _objections(result)]
+
+
+def _objections(result: Result) -> list[str]:
+    said = []
+    for (case, job), least in LEAST.items():
+        screened, unscreened = (_row(result, case, job, variant) for variant in ("screened", "unscreened"))
+        gain = ratio(unscreened, screened)
+        where = f"{case} {PRECISION} {job}"
+        if gain is None:
+            said.append(f"{where}: expected measured rows, screened and unscreened, found none")
+        # The quartile too, for a gain that the rounds disagree on is none.
+        elif (gain.low if least > 1 else gain.middle) < least:
+            said.append(f"{where}: expected unscreened / screened of at least {least}, got {gain.middle:.3f}")
+    return said
+
+
+def _row(result: Result, case: str, job: str, variant: str) -> dict[str, Any] | None:
+    """The measured row of a variant, at the shape of a GPU."""
+    wanted = {"case": case, "job": job, "variant": variant, "precision": PRECISION, "status": "measured"}
+    rows = (row for row in result["rows"] if all(row.get(name) == value for name, value in wanted.items()))
+    return next((row for row in rows if not row.get("scaled_from")), None)
+
+
+def main(paths: Sequence[str]) -> None:
+    results = [json.loads(Path(path).read_text()) for path in paths]
+    architectures = {result.get("environment", {}).get("arch") for result in results} - {None}
+    if not architectures:
+        raise SystemExit("expected results of `python -m bench.measure screening` from a GPU, got none")
+    for arch in sorted(architectures):
+        said = objections(results, arch)
+        verdict = f"sm_{arch} may enter SCREENING_PAYS (splade_kernels/backends/triton/tuning.py)"
+        print("\n".join(f"sm_{arch}: {line}" for line in said) if said else verdict)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
