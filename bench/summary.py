@@ -16,6 +16,7 @@ from bench.environment import describe
 
 MAX_LINES = 60
 MAX_ARCHIVE_BYTES = 16 << 20
+NOTE = "In brackets: how many times as fast as the first variant of the job; after +: memory beyond inputs and results."
 # Names of failed tests that are shown.
 SHOWN = 5
 
@@ -33,7 +34,7 @@ def machine() -> str:
 
 def write(name: str, folder: Path) -> None:
     """``folder/SUMMARY.md`` from what is in ``folder``."""
-    lines = [f"# gpu-{name}: {machine()}", "", *stages(folder)]
+    lines = [f"# gpu-{name}: {machine()}", "", *stages(folder), NOTE, ""]
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
         if path.name != "status.json":
             lines += [line for line in _result(path) if line]
@@ -112,13 +113,18 @@ def _smoke(result: Result) -> Iterator[str]:
 
 
 def _measured(result: Result) -> Iterator[str]:
-    """A line for every case, precision and job: each variant's time and its ratio to the first one's, extra memory."""
-    groups: dict[tuple[str, ...], list[Result]] = {}
+    """A line for every case and precision: job by job, each variant's time and extra memory."""
+    groups: dict[tuple[str, ...], dict[str, list[Result]]] = {}
     for row in result["rows"]:
-        groups.setdefault((row["case"], row["precision"], row["job"]), []).append(row)
-    for key, rows in groups.items():
-        first = next((row["median"] for row in rows if row["median"]), None)
-        yield f"- {' '.join(key)}: " + "; ".join(_variant(row, first) for row in rows)
+        jobs = groups.setdefault((result["kind"], row["case"], row["precision"]), {})
+        jobs.setdefault(row["job"].removeprefix("backward-"), []).append(row)
+    for key, jobs in groups.items():
+        yield f"- {' '.join(key)}: " + " | ".join(f"{job}: {_job(rows)}" for job, rows in jobs.items())
+
+
+def _job(rows: list[Result]) -> str:
+    first = next((row["median"] for row in rows if row["median"]), None)
+    return ", ".join(_variant(row, first) for row in rows)
 
 
 def _variant(row: Result, first: float | None) -> str:
@@ -149,13 +155,14 @@ def _tuning(result: Result) -> Iterator[str]:
 
 
 def _tables(result: Result) -> Iterator[str]:
-    yield from (f"  {line}" for line in training_tables.table(result).splitlines())
+    yield from (f"  {line}" for line in training_tables.table(result).splitlines() if line)
 
 
 def _compaction(result: Result) -> Iterator[str]:
     rate = result.get("bucket_bytes_per_second")
     share = f", {rate / result['copy_bytes_per_second']:.0%} of the copy bandwidth" if rate else ""
-    times = "; ".join(f"{row['operation']} {row['milliseconds']:.2f} ms" for row in result["rows"])
+    milliseconds = {row["operation"]: row["milliseconds"] for row in result["rows"]}
+    times = ", ".join(f"{operation} {value:.2f} ms" for operation, value in milliseconds.items())
     yield f"- compaction: {times}{share}"
 
 
