@@ -11,7 +11,7 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
 from splade_kernels.backends import screening, screening_plain
-from tests import cpus
+from tests import cpus, interpreter
 from tests.other_devices import other_device
 from tests.screening_cases import need_compiled
 
@@ -105,6 +105,15 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         need_compiled()
         assert screening._isa() > 0, "the self-test refused the compiled kernels"
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_bfloat16_as_bits() -> Iterator[None]:
+    """No kernel leaves a conversion of bfloat16, or an operation on it, to the interpreter, which gets them wrong."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1" and sk.available_backends()["triton"] == "available":
+            interpreter.forbid_bfloat16(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)
