@@ -94,6 +94,15 @@ def on_accelerator() -> Iterator[None]:
     torch.set_default_device(None)
 
 
+@pytest.fixture(params=["as NumPy", "as a GPU"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Division, logarithm and exponential of the interpreter: NumPy's, or as approximate as a GPU's."""
+    if request.param == "as a GPU":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("they are, where kernels are compiled")
+        interpreter.approximate(monkeypatch)
+
+
 @pytest.fixture(params=["compiled", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of screening: the compiled kernels, or the same in PyTorch; the torch backend on a CPU is what they belong to."""

@@ -117,10 +117,14 @@ def maximum(x, AXIS: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """``log(1 + x)`` for ``x >= 0`` without losing small x: Goldberg's correction of the rounding of ``1 + x``."""
+    """``log(1 + x)`` for ``x >= 0``, small x included: ``log(u) + r / u`` where ``u = 1 + x`` was rounded by r.
+
+    The quotient is so small that its own error, two units in the last place on a GPU, is lost in the sum.
+    """
     u = 1.0 + x
-    corrected = tl.log(u) * (x / (u - 1.0))
-    return tl.where(u == 1.0, x, tl.where(u - 1.0 == x, tl.log(u), corrected))
+    # Infinity less itself would be NaN.
+    rest = tl.where(u - 1.0 == x, 0.0, x - (u - 1.0))
+    return tl.where(u == 1.0, x, tl.log(u) + rest / u)
 
 
 @triton.jit
