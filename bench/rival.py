@@ -20,8 +20,10 @@ from splade_kernels.backends.triton.common import (
     dot_precision,
     dots,
     maximum,
+    narrow,
     ordered,
     tile_of,
+    widen,
 )
 from splade_kernels.backends.triton.pack import find_tokens, pack_sequences, slices
 from splade_kernels.backends.triton.tuning import MatmulConfig
@@ -111,11 +113,11 @@ def _sequence_kernel(
             best_rank = tl.where(better, first + index, best_rank)
         best = tl.where(better, largest, best)
     if bias_ptr is not None:
-        best += tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)
-    y = activate(best, DOUBLE_LOG).to(output_ptr.dtype.element_ty)
+        best += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))
+    y = narrow(activate(best, DOUBLE_LOG), output_ptr.dtype.element_ty)
     o_y = b.to(tl.int64) * vocab_size + o_v
     tl.store(output_ptr + o_y, y, mask=m_v)
     if argmax_ptr is not None:
-        active = m_v & ((y > 0) | (y != y))
+        active = m_v & ((widen(y) > 0) | (widen(y) != widen(y)))
         position = tl.load(position_ptr + first_row + best_rank, mask=active, other=0)
         tl.store(argmax_ptr + o_y, position.to(argmax_ptr.dtype.element_ty), mask=m_v)

@@ -11,7 +11,7 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.torch as torch_backend
 from splade_kernels.backends import screening, screening_plain
-from tests import cpus
+from tests import cpus, interpreter
 from tests.other_devices import other_device
 from tests.screening_cases import need_compiled
 
@@ -94,6 +94,15 @@ def on_accelerator() -> Iterator[None]:
     torch.set_default_device(None)
 
 
+@pytest.fixture(params=["as NumPy", "as a GPU"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Division, logarithm and exponential of the interpreter: NumPy's, or as approximate as a GPU's."""
+    if request.param == "as a GPU":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("they are, where kernels are compiled")
+        interpreter.approximate(monkeypatch)
+
+
 @pytest.fixture(params=["compiled", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of screening: the compiled kernels, or the same in PyTorch; the torch backend on a CPU is what they belong to."""
@@ -105,6 +114,15 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         need_compiled()
         assert screening._isa() > 0, "the self-test refused the compiled kernels"
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_bfloat16_as_bits() -> Iterator[None]:
+    """No kernel leaves a conversion of bfloat16, or an operation on it, to the interpreter, which gets them wrong."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1" and sk.available_backends()["triton"] == "available":
+            interpreter.forbid_bfloat16(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -115,6 +115,23 @@ def expected_gradients(
     return grad_hidden, grad_weight, g.sum(dim=0)
 
 
+def gradient_magnitudes(case: Case, output: Tensor, argmax: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`expected_gradients` sums, without signs: what rounding in those sums is relative to."""
+    absolute = {name: getattr(case, name).detach().abs() for name in ("hidden", "weight", "grad")}
+    return expected_gradients(replace(case, **absolute), output, argmax, activation)
+
+
+def sum_gradient_magnitudes(case: Case, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of the gradients of sum pooling."""
+    hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
+    logits = hidden @ weight.t() + (0 if case.bias is None else case.bias.detach().double())
+    positive = logits.relu()
+    slope = 1 / (1 + positive) if activation == "relu" else 1 / ((1 + positive) * (1 + positive.log1p()))
+    active = (logits > 0) & (case.mask != 0)[..., None]
+    g = torch.where(active, case.grad.double().abs()[:, None] * slope, 0)
+    return g @ weight.abs(), torch.einsum("bsv,bsd->vd", g, hidden.abs()), g.sum(dim=(0, 1))
+
+
 def reference_in_double(case: Case, **options: str) -> tuple[Tensor, list[Tensor]]:
     """Output and gradients of the dense definition at the case's exact values."""
     parameters = [tensor.detach().double().requires_grad_() for tensor in case.parameters()]
@@ -163,3 +180,37 @@ def close(ours: Tensor, exact: Tensor) -> bool:
     """Within 100 roundings of our dtype, on the scale of the largest value."""
     scale = max(1.0, exact.abs().max().item() if exact.numel() else 0.0)
     return largest_error(ours, exact) <= 100 * torch.finfo(ours.dtype).eps * scale
+
+
+# Half a unit in the last place of float32, relative.
+EPSILON = 2.0**-24
+
+
+def gradient_allowance(magnitude: Tensor, terms: int) -> Tensor:
+    """How far a float32 sum of so many terms of a gradient may be off; exponentials are worth some more of them."""
+    return (terms + 32) * EPSILON * magnitude
+
+
+def float32_allowance(case: Case, exact: Tensor, pooling_strategy: str = "max") -> Tensor:
+    """How far float32 arithmetic may be from ``exact``, a ``[B, V]`` output, before that is rounded to its dtype.
+
+    Dots: 2 D ``EPSILON`` of the norms, for tensor cores truncate. The bias; two logarithms; a sum over the tokens.
+    """
+    hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
+    norms = torch.where(case.mask != 0, hidden.norm(dim=-1), 0)
+    tokens = case.hidden.shape[1] if pooling_strategy == "sum" else 1
+    norm = norms.sum(dim=1) if pooling_strategy == "sum" else norms.amax(dim=1)
+    bias = 0 if case.bias is None else tokens * case.bias.detach().double().abs()
+    dots = (2 * hidden.shape[2] + 1) * norm[:, None] * weight.norm(dim=1)
+    return EPSILON * (dots + bias + (16 + tokens) * exact)
+
+
+def rounded_once(ours: Tensor, exact: Tensor, allowance: Tensor) -> bool:
+    """Within half a unit in the last place of our 16-bit dtype, and the allowance for the float32 that was rounded.
+
+    A float32 result is not rounded again.
+    """
+    info = torch.finfo(ours.dtype)
+    _, exponent = torch.frexp((exact.abs() + allowance).clamp_min(info.tiny))
+    half = torch.exp2(exponent.double() - 1) * info.eps / 2 if info.bits == 16 else 0.0
+    return bool(((ours.double() - exact).abs() <= half + allowance).all())

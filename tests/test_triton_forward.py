@@ -80,7 +80,7 @@ def test_every_tail_on_both_kernels(tiles, shape, dtype):
     expected = (dots.amax(dim=1) + case.bias.double()).relu().log1p()
     assert torch.equal(output, inferred)
     assert torch.equal(output > 0, expected > 0)
-    assert oracle.close(output, expected.detach())
+    assert oracle.rounded_once(output, expected.detach(), 16 * oracle.EPSILON * expected.detach())
     lowest = (dots == dots.amax(dim=1, keepdim=True)).int().argmax(dim=1)
     assert torch.equal(argmax.long(), torch.where(output > 0, lowest, 0))
     # Rows of 8, 16, 24 and 40 elements are whole multiples of 16 bytes in every dtype: all fit a descriptor.

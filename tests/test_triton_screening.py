@@ -119,7 +119,7 @@ def hostile_case(seed: int) -> tuple[Case, Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_no_pair_that_is_positive_by_a_hair_is_lost(seed, seen, keep_all, monkeypatch):
+def test_no_pair_that_is_positive_by_a_hair_is_lost(seed, seen, keep_all, arithmetic, monkeypatch):
     monkeypatch.setattr(exact, "compute_exactly", lambda *arguments: None)
     case, exact_logits = hostile_case(seed)
     run(case, "on")

@@ -35,6 +35,31 @@ def activation_is_double_log(call: PoolingCall) -> bool:
 
 
 @triton.jit
+def widen(x):
+    """``x`` in float32. The interpreter by itself gets bfloat16 below 2^-126 wrong."""
+    if INTERPRETED:
+        if x.dtype == tl.bfloat16:
+            return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """``x`` in DTYPE, rounded to nearest and ties to even, as every conversion on a GPU is.
+
+    The interpreter by itself cuts float32 off to bfloat16, also with ``fp_downcast_rounding="rtne"``, and makes
+    infinities of some NaN. Its float16 is NumPy's, which is right.
+    """
+    if INTERPRETED:
+        x = x if x.dtype == DTYPE else widen(x)
+        if x.dtype != DTYPE and DTYPE == tl.bfloat16:
+            bits = tl.where(x != x, 0x7FFF0000, x.to(tl.int32, bitcast=True))
+            nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+            return (nearest >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def canonical(x):
     """``x`` with one zero and one NaN, so that equal values have equal bits.
 
@@ -92,10 +117,14 @@ def maximum(x, AXIS: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """``log(1 + x)`` for ``x >= 0`` without losing small x: Goldberg's correction of the rounding of ``1 + x``."""
+    """``log(1 + x)`` for ``x >= 0``, small x included: ``log(u) + r / u`` where ``u = 1 + x`` was rounded by r.
+
+    The quotient is so small that its own error, two units in the last place on a GPU, is lost in the sum.
+    """
     u = 1.0 + x
-    corrected = tl.log(u) * (x / (u - 1.0))
-    return tl.where(u == 1.0, x, tl.where(u - 1.0 == x, tl.log(u), corrected))
+    # Infinity less itself would be NaN.
+    rest = tl.where(u - 1.0 == x, 0.0, x - (u - 1.0))
+    return tl.where(u == 1.0, x, tl.log(u) + rest / u)
 
 
 @triton.jit
@@ -153,7 +182,8 @@ def multiply(b_w, b_h, acc, PRECISION: tl.constexpr):
     on the place in the tile; rounded from float64 it does not.
     """
     if INTERPRETED:
-        return acc + tl.dot(b_w.to(tl.float64), b_h.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        exact = tl.dot(widen(b_w).to(tl.float64), widen(b_h).to(tl.float64), out_dtype=tl.float64)
+        return acc + exact.to(tl.float32)
     else:
         return tl.dot(b_w, b_h, acc, input_precision=PRECISION)
 
@@ -161,8 +191,8 @@ def multiply(b_w, b_h, acc, PRECISION: tl.constexpr):
 @triton.jit
 def logit_gradient(p_grad, p_output, mask, DOUBLE_LOG: tl.constexpr):
     """``g = where(y <= 0, 0, dy · dact)`` from the activated output; NaN stays NaN."""
-    y = tl.load(p_output, mask=mask, other=0.0).to(tl.float32)
-    dy = tl.load(p_grad, mask=mask, other=0.0).to(tl.float32)
+    y = widen(tl.load(p_output, mask=mask, other=0.0))
+    dy = widen(tl.load(p_grad, mask=mask, other=0.0))
     slope = tl.exp(-y)
     if DOUBLE_LOG:
         slope *= tl.exp(1.0 - tl.exp(y))

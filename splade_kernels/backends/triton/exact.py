@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import GROUP, GROUP_ROWS, canonical, ordered, training_key
+from .common import GROUP, GROUP_ROWS, canonical, ordered, training_key, widen
 from .pack import Packed
 from .tuning import multiprocessors
 
@@ -96,7 +96,7 @@ def _exact_kernel(
         tokens = tl.where(dense, 0, tokens)
         bias = tl.zeros((ENTRIES,), dtype=tl.float32)
         if bias_ptr is not None:
-            bias += tl.load(bias_ptr + v, mask=m_e, other=0.0).to(tl.float32)
+            bias += widen(tl.load(bias_ptr + v, mask=m_e, other=0.0))
         best = tl.full((ENTRIES,), nothing, key_ptr.dtype.element_ty)
         while tl.max(tokens, axis=0) > 0:
             lowest = tokens & -tokens
@@ -110,9 +110,9 @@ def _exact_kernel(
                 o_d = start + tl.arange(0, BLOCK_D)
                 m_d = m_row[:, None] & (o_d < hidden_size)[None, :]
                 p_w = weight_ptr + v[:, None] * stride_wv + o_d.to(tl.int64)[None, :] * stride_wd
-                b_w = tl.load(p_w, mask=m_d, other=0.0).to(tl.float32)
+                b_w = widen(tl.load(p_w, mask=m_d, other=0.0))
                 b_h = tl.load(row_ptr + packed_row[:, None] * hidden_size + o_d[None, :], mask=m_d, other=0.0)
-                partial += b_w * b_h.to(tl.float32)
+                partial += b_w * widen(b_h)
             dot = canonical(tl.sum(partial, axis=1))
             logit = dot + bias
             key = ordered(dot)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import widen
+
 BLOCK_V = 256
 # Rows in flight, and rows of one partial sum.
 BLOCK_B = 8
@@ -72,7 +74,7 @@ def _count_kernel(embedding_ptr, kept_ptr, vocab_size, dropped, stride_eb, strid
     for first in range(0, vocab_size, BLOCK_V):
         o_v = first + tl.arange(0, BLOCK_V)
         values = tl.load(embedding_ptr + b * stride_eb + o_v.to(tl.int64) * stride_ev, mask=o_v < vocab_size, other=0.0)
-        counts += (values != 0).to(tl.int32)
+        counts += (widen(values) != 0).to(tl.int32)
     tl.store(kept_ptr + b, (tl.sum(counts, axis=0) > dropped).to(tl.uint8))
 
 
@@ -103,5 +105,5 @@ def _sums_kernel(
         if kept_ptr is not None:
             m_b = m_b & (tl.load(kept_ptr + o_b, mask=m_b, other=0) != 0)
         values = tl.load(p_v + o_b.to(tl.int64)[:, None] * stride_eb, mask=m_b[:, None] & m_v, other=0.0)
-        acc += values.to(tl.float32)
+        acc += widen(values)
     tl.store(sum_ptr + i.to(tl.int64) * vocab_size + o_v, tl.sum(acc, axis=0), mask=o_v < vocab_size)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..compaction import bucket_by_token
 from ..pooling import PoolingCall
-from .common import INTERPRETED, activation_is_double_log, logit_gradient
+from .common import INTERPRETED, activation_is_double_log, logit_gradient, narrow, widen
 
 # Entries of a run that one program sums; part of the result's rounding, so the same for every shape.
 CHUNK = 256
@@ -135,7 +135,7 @@ def _sum_rows(word_ptr, value_ptr, weight_ptr, stride_wv, stride_wd, begin, end,
         g = tl.load(value_ptr + o_e, mask=m_e, other=0.0)
         # [ENTRIES, BLOCK_D]
         w = tl.load(p_weight + word[:, None] * stride_wv, mask=m_e[:, None] & m_d[None, :], other=0.0)
-        total += tl.sum(g[:, None] * w.to(tl.float32), axis=0)
+        total += tl.sum(g[:, None] * widen(w), axis=0)
     return total
 
 
@@ -230,4 +230,4 @@ def _hidden_kernel(
                         partial = tl.load(p_partial, mask=(o_k < end_chunk)[:, None] & m_d[None, :], other=0.0)
                         total += tl.sum(partial, axis=0)
                     p_row = p_hidden + (tl.full((), 0, tl.int64) + r) * hidden_size
-                    tl.store(p_row, total.to(grad_hidden_ptr.dtype.element_ty), mask=m_d)
+                    tl.store(p_row, narrow(total, grad_hidden_ptr.dtype.element_ty), mask=m_d)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pooling import PoolingCall
-from .common import GROUP, GROUP_ROWS, LARGEST_BLOCK_T
+from .common import GROUP, GROUP_ROWS, LARGEST_BLOCK_T, narrow
 
 # Bytes of the packed rows, and of the [sequences, V] keys, of one slice.
 SLICE_BYTES = 64 << 20
@@ -228,4 +228,4 @@ def _pack_kernel(
         p_hidden = hidden_ptr + source[:, None] + o_d.to(tl.int64)[None, :] * stride_hd
         values = tl.load(p_hidden, mask=m_d & inside, other=0.0)
         p_row = row_ptr + packed_row[:, None] * hidden_size + o_d[None, :]
-        tl.store(p_row, values.to(row_ptr.dtype.element_ty), mask=m_d)
+        tl.store(p_row, narrow(values, row_ptr.dtype.element_ty), mask=m_d)

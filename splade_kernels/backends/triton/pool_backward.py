@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pooling import PoolingCall
-from .common import activation_is_double_log, logit_gradient
+from .common import activation_is_double_log, logit_gradient, narrow, widen
 from .grad_hidden import sum_hidden
 
 # Sequences whose activity is looked up at once: one bit each in an int32.
@@ -158,11 +158,11 @@ def _weight_kernel(
                     chosen = (g_i != 0) & (position >= 0) & (position < tl.load(edge_ptr + b_i + 1) - start)
                     p_row = p_hidden + (start + position).to(tl.int64)[:, None] * stride_hn
                     # [BLOCK_V, BLOCK_D]
-                    h = tl.load(p_row, mask=chosen[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+                    h = widen(tl.load(p_row, mask=chosen[:, None] & m_d[None, :], other=0.0))
                     weight_sum += g_i[:, None] * h
     if grad_weight_ptr is not None:
         p_weight = grad_weight_ptr + o_v.to(tl.int64)[:, None] * hidden_size + o_d[None, :]
-        tl.store(p_weight, weight_sum.to(grad_weight_ptr.dtype.element_ty), mask=m_v[:, None] & m_d[None, :])
+        tl.store(p_weight, narrow(weight_sum, grad_weight_ptr.dtype.element_ty), mask=m_v[:, None] & m_d[None, :])
     if grad_bias_ptr is not None:
         if tl.program_id(1) == 0:
-            tl.store(grad_bias_ptr + o_v, bias_sum.to(grad_bias_ptr.dtype.element_ty), mask=m_v)
+            tl.store(grad_bias_ptr + o_v, narrow(bias_sum, grad_bias_ptr.dtype.element_ty), mask=m_v)

@@ -28,10 +28,12 @@ from .common import (
     key_row,
     maximum,
     multiply,
+    narrow,
     ordered,
     tile_of,
     training_key,
     unordered,
+    widen,
 )
 from .pack import find_tokens, pack_sequences, slices
 from .screening import SHARE, quantised, queue_bytes, screen
@@ -210,7 +212,7 @@ def _combine_runs(dot, bias_ptr, group_sequence_ptr, key_ptr, first_g, o_v, voca
     sequence = tl.load(group_sequence_ptr + o_g, mask=o_g < rows // GROUP_ROWS, other=-1)
     logit = largest
     if bias_ptr is not None:
-        logit += tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)[:, None]
+        logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
     # Written so that NaN passes.
     matters = m_v[:, None] & (sequence >= 0)[None, :] & ((logit > 0) | (logit != logit))
     p_key = key_ptr + sequence.to(tl.int64)[None, :] * vocab_size + o_v[:, None]
@@ -246,11 +248,11 @@ def _finalise_kernel(
         written = key != _NOTHING
         logit = unordered(key)
     if bias_ptr is not None:
-        logit += tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)
-    y = tl.where(written, activate(logit, DOUBLE_LOG), 0.0).to(output_ptr.dtype.element_ty)
+        logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))
+    y = narrow(tl.where(written, activate(logit, DOUBLE_LOG), 0.0), output_ptr.dtype.element_ty)
     tl.store(output_ptr + b * vocab_size + o_v, y, mask=m_v)
     if argmax_ptr is not None:
         packed_row = key_row(key)
-        active = m_v & written & ((y > 0) | (y != y))
+        active = m_v & written & ((widen(y) > 0) | (widen(y) != widen(y)))
         position = tl.load(position_ptr + packed_row, mask=active, other=0)
         tl.store(argmax_ptr + b * vocab_size + o_v, position.to(argmax_ptr.dtype.element_ty), mask=m_v)

@@ -29,7 +29,9 @@ from .common import (
     dot_precision,
     dots,
     log1p,
+    narrow,
     tile_of,
+    widen,
 )
 from .pack import find_tokens, group_capacity, pack_groups, pack_sequences, slices
 from .tuning import MatmulConfig, architecture, matmul_config
@@ -238,10 +240,10 @@ def _sum_kernel(
             BLOCK_K, PRECISION,
         )  # fmt: skip
         if bias_ptr is not None:
-            logit += tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)[:, None]
+            logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
         y += tl.sum(tl.where(m_t[None, :], activate(logit, DOUBLE_LOG), 0.0), axis=1)
     p_y = output_ptr + b.to(tl.int64) * vocab_size + o_v
-    tl.store(p_y, y.to(output_ptr.dtype.element_ty), mask=m_v)
+    tl.store(p_y, narrow(y, output_ptr.dtype.element_ty), mask=m_v)
 
 
 @triton.jit(do_not_specialize=["vocab_size", "stride_gb"])
@@ -285,12 +287,12 @@ def _logit_grad_kernel(
         weight_ptr, row_ptr, o_v, o_t, m_v, o_t < ROWS, depth, hidden_size, stride_wv, stride_wd, BLOCK_K, PRECISION
     )
     if bias_ptr is not None:
-        logit += tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)[:, None]
+        logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
     sequence = tl.load(sequence_ptr + o_t)
     b = tl.load(sequence_ptr + o_g)
     p_grad = grad_ptr + b.to(tl.int64)[None, :] * stride_gb + o_v.to(tl.int64)[:, None] * stride_gv
     # [BLOCK_V, GROUPS]
-    grad = tl.load(p_grad, mask=m_v[:, None] & (b >= 0)[None, :], other=0.0).to(tl.float32)
+    grad = widen(tl.load(p_grad, mask=m_v[:, None] & (b >= 0)[None, :], other=0.0))
     grad = tl.broadcast_to(grad[:, :, None], (BLOCK_V, GROUPS, GROUP_ROWS))
     # Written so that NaN passes.
     inactive = logit <= 0
@@ -301,6 +303,6 @@ def _logit_grad_kernel(
     g = tl.where(inactive | (sequence < 0)[None, :], 0.0, tl.reshape(grad, (BLOCK_V, BLOCK_T)) / divisor)
     if logit_grad_ptr is not None:
         p_g = logit_grad_ptr + o_v.to(tl.int64)[:, None] * ROWS + o_t[None, :]
-        tl.store(p_g, g.to(logit_grad_ptr.dtype.element_ty), mask=m_v[:, None])
+        tl.store(p_g, narrow(g, logit_grad_ptr.dtype.element_ty), mask=m_v[:, None])
     if partial_ptr is not None:
         tl.store(partial_ptr + o_v * (ROWS // BLOCK_T) + tile_t, tl.sum(g, axis=1), mask=m_v)

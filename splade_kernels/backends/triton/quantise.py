@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import screening_plain
-from .common import GROUP, GROUP_ROWS
+from .common import GROUP, GROUP_ROWS, widen
 from .pack import TAIL_GROUPS, Packed
 
 # Rows are filled up with zeros to whole blocks of every configuration: nothing is masked along them, and every one is
@@ -126,7 +126,7 @@ def _quantise_kernel(
     for first in range(0, hidden_size, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
         m_d = m_n[:, None] & (o_d < hidden_size)[None, :]
-        x = tl.load(p_n + o_d.to(tl.int64)[None, :] * stride_d, mask=m_d, other=0.0).to(tl.float32)
+        x = widen(tl.load(p_n + o_d.to(tl.int64)[None, :] * stride_d, mask=m_d, other=0.0))
         largest = tl.maximum(largest, tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1))
     plain = (largest == 0) | ((largest >= _LEAST_BITS) & (largest <= _MOST_BITS))
     magnitude = tl.where(plain, largest, 0).to(tl.float32, bitcast=True)
@@ -138,7 +138,7 @@ def _quantise_kernel(
     for first in range(0, width, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
         m_d = (m_n & plain)[:, None] & (o_d < hidden_size)[None, :]
-        x = tl.load(p_n + o_d.to(tl.int64)[None, :] * stride_d, mask=m_d, other=0.0).to(tl.float32)
+        x = widen(tl.load(p_n + o_d.to(tl.int64)[None, :] * stride_d, mask=m_d, other=0.0))
         # Any whole number within the levels will do: the residual is that of the one chosen.
         q = tl.floor(x * inverse[:, None] + 0.5)
         residual = x - scale[:, None] * q

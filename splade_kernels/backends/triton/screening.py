@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import weight_cache
 from ..pooling import PoolingCall
 from ..screening_plain import MAX_HIDDEN_SIZE
-from .common import GROUP, GROUP_ROWS, tile_of
+from .common import GROUP, GROUP_ROWS, tile_of, widen
 from .exact import ENTRY_BYTES, GROUP_SHIFT, MAX_VOCAB_SIZE, WORD_SHIFT, compute_exactly
 from .pack import TAIL_GROUPS, Packed
 from .quantise import Quantised, quantise_packed, quantise_weight, requantise_weight
@@ -273,7 +273,7 @@ def _append(
     norm_ratio = tl.load(p_group + rows // GROUP_ROWS, mask=m_g, other=0.0)
     threshold = tl.zeros((BLOCK_V,), dtype=tl.float32)
     if bias_ptr is not None:
-        threshold -= tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)
+        threshold -= widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))
     # B / s, [BLOCK_V, GROUPS]
     bound = radius_ratio[None, :] * (norm_w + radius_w)[:, None] + norm_ratio[None, :] * radius_w[:, None]
     # (d + B) / s, [BLOCK_V, GROUPS, GROUP_ROWS]
