@@ -56,6 +56,8 @@ def narrow(x, DTYPE: tl.constexpr):
             bits = tl.where(x != x, 0x7FFF0000, x.to(tl.int32, bitcast=True))
             nearest = bits + 0x7FFF + ((bits >> 16) & 1)
             return (nearest >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if x.dtype == tl.float32 and DTYPE != tl.float32:
+        return x.to(DTYPE, fp_downcast_rounding="rtne")
     return x.to(DTYPE)
 
 
