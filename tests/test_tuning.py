@@ -121,6 +121,15 @@ def test_a_file_for_another_gpu_is_an_error(user_file):
         ({"config": CONFIG | {"tma": 1}}, "table[0].config.tma: expected true or false, got 1"),
         ({"config": CONFIG | {"tma": True}}, "table[0].config.tma: expected false, since sm_86"),
         ({"config": CONFIG | {"warps": 4}}, "table[0].config.warps: expected one of the fields"),
+        ({"config": CONFIG | {"order": "rows"}}, "config.order: expected one of ('strips', 'runs'), got 'rows'"),
+        ({"config": CONFIG | {"order": "runs"}}, "config.order: expected 'strips', since without tma"),
+        ({"config": CONFIG | {"epilogue_slices": 3}}, "config.epilogue_slices: expected one of (1, 2, 4), got 3"),
+        ({"config": CONFIG | {"epilogue_slices": True}}, "config.epilogue_slices: expected one of (1, 2, 4), got True"),
+        (
+            {"config": CONFIG | {"epilogue_slices": 4, "block_t": 32}},
+            "config.epilogue_slices: expected at most 2, so that a part of a tile holds a group of 16 tokens, got 4",
+        ),
+        ({"config": CONFIG | {"partials": 1}}, "table[0].config.partials: expected true or false, got 1"),
         ({"config": {"block_v": 64}}, "table[0].config.block_t: expected a power of two of at least 16, got None"),
     ],
 )
@@ -170,6 +179,30 @@ def test_the_tournament_keeps_the_fast_and_the_shipped_configuration():
     }
     assert ran[: 2 * len(seconds)] == [*seconds] * 2  # interleaved
     assert tune.choose(times, "shipped") == ("c0", 0.5)
+
+
+def test_what_is_checked_is_specialised_like_what_is_timed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tune, "step", lambda question, *_, **__: seen.append(question.vocab_size) or (lambda c: ()))
+    for vocab_size in (30522, 151936, 40, 32):
+        tune.disagreement(candidates.Question("maximum", 86, "bfloat16", 32, vocab_size), None, "cpu")
+    assert seen == [4099, 4112, 40, 32]
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+def test_every_candidate_and_refinement_is_one_that_the_table_takes(arch):
+    for dtype in candidates.DTYPES:
+        question = candidates.Question("maximum", arch, dtype, 768, 30522)
+        for best in candidates.candidates(question):
+            refined = candidates.refinements(best)
+            assert refined[0] == best
+            assert {config.partials for config in refined} == {False, True}
+            assert {config.order for config in refined} == ({"strips", "runs"} if best.tma else {"strips"})
+            for config in refined:
+                entry = {**ENTRY, "architecture": arch, "dtype": dtype, "config": dataclasses.asdict(config)}
+                assert [*tuning.parse_table({"table": [entry]}).values()] == [config]
+            regrouped = {dataclasses.replace(config, group_v=8) for config in candidates.refinements(best, "sum")}
+            assert regrouped == {dataclasses.replace(best, group_v=8)}
 
 
 def test_a_lead_within_the_margin_changes_nothing():
