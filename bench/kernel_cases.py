@@ -13,7 +13,12 @@ from typing import Any
 import torch
 
 from splade_kernels.backends.triton import exact, flops, grad_hidden, pack, pool_backward, pool_sum, quantise, screening
-from splade_kernels.backends.triton.pool_forward import FINALISE_BLOCK, _finalise_kernel, _maximum_kernel
+from splade_kernels.backends.triton.pool_forward import (
+    FINALISE_BLOCK,
+    PARTIAL_FINALISE_BLOCK,
+    _finalise_kernel,
+    _maximum_kernel,
+)
 from splade_kernels.backends.triton.tuning import MatmulConfig, matmul_config, screening_config
 
 # (name for the report, Triton's name, dtype, precision of float32 products)
@@ -152,7 +157,8 @@ def matmuls(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]
 
 def finalisers(make: Maker, partial_rows: int = 0) -> Iterator[Case]:
     """For training and for inference; of partial maxima if ``partial_rows`` is not 0."""
-    constants: dict[str, Any] = {"DOUBLE_LOG": True, "PARTIAL_ROWS": partial_rows, "BLOCK_V": FINALISE_BLOCK}
+    block_v = PARTIAL_FINALISE_BLOCK if partial_rows else FINALISE_BLOCK
+    constants: dict[str, Any] = {"DOUBLE_LOG": True, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
     if not partial_rows:
         constants["offset_ptr"] = None
     yield make(_finalise_kernel, {"key_ptr": "*i64", "argmax_ptr": "*i16"}, constants)

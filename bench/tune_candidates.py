@@ -83,7 +83,8 @@ def refinements(best: Config, kind: str = "maximum") -> list[Config]:
     found = [best, *(replace(best, group_v=group_v) for group_v in (4, 16, 32))]
     if kind == "maximum":
         orders = ORDERS if best.tma else ("strips",)
-        for order, epilogue_slices, partials in itertools.product(orders, (1, 2), (False, True)):
+        slices = sorted({1, 2, best.epilogue_slices})
+        for order, epilogue_slices, partials in itertools.product(orders, slices, (False, True)):
             found.append(replace(best, order=order, epilogue_slices=epilogue_slices, partials=partials))
     return list(dict.fromkeys(found))
 
@@ -94,7 +95,9 @@ def _maximum_by_descriptors(question: Question, first: MatmulConfig) -> Iterator
     yield MatmulConfig(128, 128, depth, 8, 4, tma=True)
     for block_v, block_t in ((128, 256), (256, 128)):
         wide = MatmulConfig(block_v, block_t, depth, 8, 3, tma=True)
-        yield from (wide, replace(wide, num_stages=4), *_singles(wide))
+        deeper = replace(wide, num_stages=4)
+        # Slices of 64 tokens: in one piece the tile of 256 spills.
+        yield from (wide, *_singles(wide), deeper, replace(deeper, epilogue_slices=block_t // 64))
     # What a weight without descriptors takes.
     yield MatmulConfig(128, 128, depth, 8, 3)
 
@@ -103,8 +106,10 @@ def _maximum_by_pointers(question: Question, first: MatmulConfig) -> Iterator[Ma
     shallow, deep = (bytes_a_row // DTYPES[question.dtype][1].itemsize for bytes_a_row in (64, 128))
     for num_stages, num_warps, depth in itertools.product((3, 2, 4), (8, 4), (shallow, deep)):
         yield MatmulConfig(128, 128, depth, num_warps, num_stages)
-    for block_v, block_t in ((256, 128), (128, 256)):
-        yield MatmulConfig(block_v, block_t, shallow, 8, 3)
+    yield MatmulConfig(256, 128, shallow, 8, 3)
+    yield MatmulConfig(128, 256, shallow, 8, 3)
+    # In slices of 64 tokens: on sm_86 the tile in one piece spills.
+    yield MatmulConfig(128, 256, shallow, 8, 3, epilogue_slices=4)
     for (block_v, block_t), depth in itertools.product(((64, 128), (128, 64)), (shallow, deep)):
         yield MatmulConfig(block_v, block_t, depth, 4, 3)
     yield from _singles(first)

@@ -42,6 +42,8 @@ from .tuning import MatmulConfig, architecture, matmul_config, screening_config,
 
 _NOTHING = tl.constexpr(-0x80000000)
 FINALISE_BLOCK = 1024
+# Of partial maxima: twice as many would spill on sm_80 to sm_89.
+PARTIAL_FINALISE_BLOCK = 512
 
 
 def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -65,6 +67,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
         group_bytes = queue_bytes(call, vocab_size)
         config = replace(config, partials=False)  # exact dots meet the others in the keys
     partial_rows = config.block_t // config.epilogue_slices if config.partials else 0
+    finalise_block = PARTIAL_FINALISE_BLOCK if config.partials else FINALISE_BLOCK
     for part in slices(call, vocab_size, hidden, key_dtype.itemsize, group_bytes, partial_rows):
         packed = pack_sequences(call, tokens, hidden, part)
         sequences = part.stop - part.start
@@ -79,7 +82,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
                 screening_config(arch), SHARE[call.screening], packed, weight, quantised_weight, bias, keys
             )
         _launch_maximum(config, precision, weight, packed.rows, bias, group_sequence, group_count, keys)
-        _finalise_kernel[(sequences, triton.cdiv(vocab_size, FINALISE_BLOCK))](
+        _finalise_kernel[(sequences, triton.cdiv(vocab_size, finalise_block))](
             keys,
             bias,
             packed.positions,
@@ -89,7 +92,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
             vocab_size,
             DOUBLE_LOG=activation_is_double_log(call),
             PARTIAL_ROWS=partial_rows,
-            BLOCK_V=FINALISE_BLOCK,
+            BLOCK_V=finalise_block,
             num_warps=4,
         )
         del packed, keys, group_sequence, group_count  # before the next slice's are allocated
@@ -151,8 +154,8 @@ def _maximum_kernel(
 
     PARTIALS: ``key[i + b, v] = key(max of W[v] · h[t])`` over the tokens of sequence b in the i-th part of
     ``BLOCK_T / SLICES`` packed rows, stored without atomics. Neither i nor b falls along the rows and one of them grows
-    from one pair to the next, so no two pairs share a slot. Each program of QuACK's and of Liger Kernel's fused losses
-    stores its own partial results likewise, for a second kernel to combine.
+    from one pair to the next, so no two pairs share a slot. QuACK stores the sums over the columns of its products a
+    tile each likewise, and Liger Kernel the gradients of its norms' weights a program each.
 
     ``weight`` and ``row`` are pointers, a program a tile, or TMA descriptors and a persistent grid. Either way programs
     walk the tiles that hold tokens, whose number only the device knows.
@@ -276,7 +279,7 @@ def _combine_runs(
     o_g = first_g + tl.arange(0, RUNS) * (WIDTH // GROUP_ROWS)
     sequence = tl.load(group_sequence_ptr + o_g, mask=o_g < rows // GROUP_ROWS, other=-1)
     if not PARTIALS:
-        # Before the keys: the other way round takes two registers more on sm_90.
+        # Before the keys: the other way round most training kernels for sm_90 take more registers.
         logit = largest
         if bias_ptr is not None:
             logit += tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)[:, None]
