@@ -5,6 +5,7 @@ Types follow the names of the arguments; a kernel that is missing here, or an ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,12 @@ from typing import Any
 import torch
 
 from splade_kernels.backends.triton import exact, flops, grad_hidden, pack, pool_backward, pool_sum, quantise, screening
-from splade_kernels.backends.triton.pool_forward import FINALISE_BLOCK, _finalise_kernel, _maximum_kernel
+from splade_kernels.backends.triton.pool_forward import (
+    FINALISE_BLOCK,
+    PARTIAL_FINALISE_BLOCK,
+    _finalise_kernel,
+    _maximum_kernel,
+)
 from splade_kernels.backends.triton.tuning import MatmulConfig, matmul_config, screening_config
 
 # (name for the report, Triton's name, dtype, precision of float32 products)
@@ -131,11 +137,16 @@ def matmuls(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]
         "weight": f"tensordesc<{make.element}[{config.block_v}, {config.block_k}]>",
         "row": f"tensordesc<{make.element}[{config.block_t}, {config.block_k}]>",
     }
-    for training in (True, False):
-        keys = {"key_ptr": "*i64" if training else "*i32"}
-        for tiles in (pointers, descriptors) if config.tma else (pointers,):
-            maximum = constants(config, DESCRIPTORS=tiles is descriptors, stride_wd=1)
-            yield make(_maximum_kernel, keys | tiles, maximum, *launch)
+    ways = (pointers, descriptors) if config.tma else (pointers,)
+    # Where calls are screened, partial maxima give way to atomic ones.
+    partials = (False, True) if config.partials else (False,)
+    for training, tiles, partial in itertools.product((True, False), ways, partials):
+        maximum = constants(config, DESCRIPTORS=tiles is descriptors, stride_wd=1)
+        maximum["ORDER"] = config.order if tiles is descriptors else "strips"
+        maximum |= {"SLICES": config.epilogue_slices, "PARTIALS": partial}
+        yield make(_maximum_kernel, {"key_ptr": "*i64" if training else "*i32"} | tiles, maximum, *launch)
+    if config.partials:
+        yield from finalisers(make, config.block_t // config.epilogue_slices)
     chosen = pool_sum.sum_config(config)
     summed = constants(chosen, DOUBLE_LOG=True, stride_wd=1)
     yield make(pool_sum._sum_kernel, {}, summed, chosen.num_warps, chosen.num_stages)
@@ -144,15 +155,23 @@ def matmuls(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]
     yield make(pool_sum._logit_grad_kernel, {"partial_ptr": "*fp32"}, gradient, chosen.num_warps, chosen.num_stages)
 
 
+def finalisers(make: Maker, partial_rows: int = 0) -> Iterator[Case]:
+    """For training and for inference; of partial maxima if ``partial_rows`` is not 0."""
+    block_v = PARTIAL_FINALISE_BLOCK if partial_rows else FINALISE_BLOCK
+    constants: dict[str, Any] = {"DOUBLE_LOG": True, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
+    if not partial_rows:
+        constants["offset_ptr"] = None
+    yield make(_finalise_kernel, {"key_ptr": "*i64", "argmax_ptr": "*i16"}, constants)
+    yield make(_finalise_kernel, {"key_ptr": "*i32"}, constants | {"argmax_ptr": None})
+
+
 def _others(make: Maker) -> Iterator[Case]:
     yield make(pack._list_kernel, {"mask_ptr": "*i64"}, {"BLOCK_S": 1024, "stride_ms": 1})
     for absent in ({}, {"edge_ptr": None}):
         yield make(pack._offset_kernel, {}, {"BLOCK_B": 1024, **absent})
     for absent in ({}, {"listed_ptr": None}):
         yield make(pack._pack_kernel, {}, {"BLOCK_D": 256, "stride_hd": 1, **absent})
-    finalise = {"DOUBLE_LOG": True, "BLOCK_V": FINALISE_BLOCK}
-    yield make(_finalise_kernel, {"key_ptr": "*i64", "argmax_ptr": "*i16"}, finalise)
-    yield make(_finalise_kernel, {"key_ptr": "*i32"}, finalise | {"argmax_ptr": None})
+    yield from finalisers(make)
     yield make(flops._count_kernel, {"kept_ptr": "*u8"}, {"BLOCK_V": 2048, "stride_ev": 1})
     for absent in ({}, {"kept_ptr": None}):
         sums = {"BLOCK_B": flops.BLOCK_B, "BLOCK_V": flops.BLOCK_V, "stride_ev": 1, **absent}

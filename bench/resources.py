@@ -2,8 +2,8 @@
 
     python -m bench.resources [--json RESULT.json] [--arch 86 --arch 90]
 
-Registers a thread, spilled bytes (stack), shared memory, and the tensor-core and asynchronous-copy instructions found
-in the machine code. It does not work in a process that has ``TRITON_INTERPRET`` set.
+Registers a thread, spilled bytes (stack), shared memory, and the tensor-core, asynchronous-copy, atomic and store
+instructions found in the machine code. It does not work in a process that has ``TRITON_INTERPRET`` set.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "QMMA", "OMMA")
 ASYNCHRONOUS_COPY = ("LDGSTS", "UTMALDG")
 ATOMIC = ("RED", "REDG", "ATOM", "ATOMG")
+STORE = ("STG",)
+# In PTX, before the assembler: what multiplies matrices, and what leaves a result in global memory.
+PTX = {"multiply": r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma)\.", "write": r"\b(?:atom|red|st)(?:\.\w+)*?\.global\b"}
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Row:
     shared_bytes: int
     instructions: dict[str, int] = field(default_factory=dict)
     matmul: bool = False
+    ptx: dict[str, int] = field(default_factory=dict)  # instructions of each kind in ``PTX``
 
     def problems(self) -> list[str]:
         found = []
@@ -56,8 +60,16 @@ class Row:
         if self.shared_bytes > SHARED_LIMIT[self.arch]:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {SHARED_LIMIT[self.arch]}")
         exempt = self.config.get("PRECISION") == "ieee" and self.dtype == "float32"
-        if self.matmul and not exempt and not any(self.instructions.get(name) for name in TENSOR_CORE):
-            found.append("multiplies without tensor cores")
+        if self.matmul and not exempt:
+            if not self.ptx.get("multiply"):
+                found.append("has no matrix instruction in its PTX")
+            if not any(self.instructions.get(name) for name in TENSOR_CORE):
+                found.append("multiplies without tensor cores")
+        # A compiler that cannot place a product in a pipeline may drop it together with what depends on it.
+        if self.matmul and not (
+            self.ptx.get("write") and any(self.instructions.get(name) for name in (*ATOMIC, *STORE))
+        ):
+            found.append("writes no result to global memory")
         return found
 
 
@@ -81,7 +93,8 @@ def measure(case: Case) -> Row:
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage: expected REG, STACK and SHARED, got {usage!r}")
     registers, stack, static_shared = map(int, found.groups())
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in (*TENSOR_CORE, *ASYNCHRONOUS_COPY, *ATOMIC)}
+    names = (*TENSOR_CORE, *ASYNCHRONOUS_COPY, *ATOMIC, *STORE)
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in names}
     counts["total"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE))
     return Row(
         kernel=case.kernel.__name__.strip("_"),
@@ -97,6 +110,7 @@ def measure(case: Case) -> Row:
         shared_bytes=compiled.metadata.shared + static_shared,
         instructions={name: count for name, count in counts.items() if count},
         matmul=case.matmul,
+        ptx={name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in PTX.items()},
     )
 
 

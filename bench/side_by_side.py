@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
@@ -16,40 +17,46 @@ Result = TypeVar("Result")
 PROCESSES = 16
 
 
+_pool: ProcessPoolExecutor | None = None
+
+
 def side_by_side(work: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) -> list[Result | str]:
     """``work(*task)`` of every task, in their order; in place of a result why there is none.
 
     An error of CUDA stays with its process, and what crashes a process takes its pool down. So a task that met neither
-    its own error nor a result is tried again in new processes, and alone once a whole round brought no result.
+    its own error nor a result is tried again in new processes, and alone once a whole round brought no result. The
+    processes, which take seconds to start, are kept for the next call.
     """
     found: dict[int, Result | str] = {}
     while len(found) < len(tasks):
         left = [number for number in range(len(tasks)) if number not in found]
-        decided = _round(work, tasks, left, found, min(PROCESSES, _processors(), len(left)))
+        decided = _round(work, tasks, left, found)
         if not decided:
-            _round(work, tasks, left[:1], found, 1)
+            _round(work, tasks, left[:1], found)
             found.setdefault(left[0], "failed: it took its process down")
     return [found[number] for number in range(len(tasks))]
 
 
 def _round(
-    work: Callable[..., Result],
-    tasks: Sequence[Any],
-    numbers: Sequence[int],
-    found: dict[int, Result | str],
-    count: int,
+    work: Callable[..., Result], tasks: Sequence[Any], numbers: Sequence[int], found: dict[int, Result | str]
 ) -> bool:
-    """Whether any task was decided in one pool of processes."""
-    before = len(found)
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        futures: dict[int, Future[Result | str | None]] = {n: pool.submit(_try, work, tasks[n]) for n in numbers}
-        for number, future in futures.items():
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                continue
+    """Whether any task was decided; a pool that was not equal to all of them is given up."""
+    global _pool
+    if _pool is None:
+        _pool = ProcessPoolExecutor(min(PROCESSES, _processors()), multiprocessing.get_context("spawn"))
+    before, pool = len(found), _pool
+    futures: dict[int, Future[Result | str | None]] = {}
+    with contextlib.suppress(BrokenProcessPool):
+        for number in numbers:
+            futures[number] = pool.submit(_try, work, tasks[number])
+    for number, future in futures.items():
+        with contextlib.suppress(BrokenProcessPool):
+            result = future.result()
             if result is not None:
                 found[number] = result
+    if any(number not in found for number in numbers):
+        pool.shutdown()
+        _pool = None
     return len(found) > before
 
 

@@ -119,7 +119,8 @@ def compacted() -> Found:
     embeddings = pooled(draw(torch.float32), False, sk.reference.splade_pool)[0]
     found, csr = sk.sparsify(embeddings), embeddings.to_sparse_csr()
     largest = sk.sparsify(embeddings, max_active_dims=7).to_dense()
-    best = embeddings.topk(7, dim=1)
+    # Of equal ones those with the lowest vocabulary ids.
+    best = embeddings.sort(dim=1, descending=True, stable=True)
     argmax = torch.arange(embeddings.numel(), device=DEVICE).view_as(embeddings).remainder(13).short()
     edges = torch.arange(len(embeddings) + 1, device=DEVICE) * 13
     _, words, values = compaction.bucket_by_token(argmax, embeddings, edges, 13 * len(embeddings))
@@ -128,7 +129,7 @@ def compacted() -> Found:
     place = torch.arange(VOCAB_SIZE, device=DEVICE)
     specified = (place < (embeddings != 0).sum(dim=1, keepdim=True)).view(-1)
     mine = [found.crow_indices(), found.col_indices(), found.values(), largest, words[specified], values[specified]]
-    largest = torch.zeros_like(largest).scatter(1, best.indices, best.values)
+    largest = torch.zeros_like(largest).scatter(1, best.indices[:, :7], best.values[:, :7])
     theirs = [csr.crow_indices(), csr.col_indices(), csr.values(), largest]
     return _same_bits(mine, [*theirs, word[order], embeddings[sequence, word][order]])
 

@@ -65,8 +65,10 @@ class Load:
 # What the choice is judged by, both loads together: a configuration may depend on neither.
 FORWARD_LOADS = {"32 x 256": Load(32, 256), "32 x 60": Load(32, 60)}
 BACKWARD_LOADS = {"32 x 256, most active": Load(32, 256), "32 x 256, 200 active": Load(32, 256, 200)}
-# What results are compared on: lengths and words that fill no tile.
-CHECKED_LOAD, CHECKED_VOCAB_SIZE = Load(3, 40), 4099
+# What results are compared on: lengths and words that fill no tile, and in the longest tiles one sequence alone.
+CHECKED_LOAD = Load(3, 300)
+# The second where the vocabulary is a multiple of 16, which kernels are compiled anew for: what is timed is checked.
+CHECKED_VOCAB_SIZES = 4099, 4112
 
 
 def loads(question: Question) -> dict[str, Load]:
@@ -135,7 +137,8 @@ def disagreement(question: Question, config: Config, device: str) -> str | None:
 
     Dots are exact, so maxima and positions have to be equal; sums of activated values are only as close as rounding.
     """
-    small = dataclasses.replace(question, vocab_size=min(question.vocab_size, CHECKED_VOCAB_SIZE))
+    largest = CHECKED_VOCAB_SIZES[question.vocab_size % 16 == 0]
+    small = dataclasses.replace(question, vocab_size=min(question.vocab_size, largest))
     run = step(small, CHECKED_LOAD, device, exact=True)
     for number, (ours, theirs) in enumerate(zip(run(config), run(shipped(question)), strict=True)):
         if ours is None or theirs is None:
@@ -188,6 +191,19 @@ def verdict(question: Question, config: Config, device: str) -> list[str]:
     return problems if difference is None else [difference]
 
 
+def admit(question: Question, configs: Sequence[Config], device: str) -> tuple[list[Config], list[dict[str, Any]]]:
+    """The configurations to be timed, and a row for each of the others: dropped, and why."""
+    admitted, rows = [], []
+    tasks = [(question, config, device) for config in configs]
+    for config, found in zip(configs, side_by_side(verdict, tasks), strict=True):
+        dropped = [found] if isinstance(found, str) else found
+        if dropped:
+            rows.append(_row(question, config, dropped=dropped))
+        else:
+            admitted.append(config)
+    return admitted, rows
+
+
 def measure(
     question: Question, device: str, keep: Callable[[Config, list[dict[str, Any]]], None] = lambda best, rows: None
 ) -> tuple[Config, list[dict[str, Any]]]:
@@ -196,17 +212,9 @@ def measure(
     ``keep(best, rows)`` is called with what is known so far, which a later call replaces.
     """
     first = shipped(question)
-    dropped_rows: list[dict[str, Any]] = []
-    configs, entrants = candidates(question), []
-    tasks = [(question, config, device) for config in configs]
-    for config, found in zip(configs, side_by_side(verdict, tasks), strict=True):
-        dropped = [found] if isinstance(found, str) else found
-        if dropped and config == first:
-            raise SystemExit(f"the shipped configuration {first} of {question} is unusable: {dropped}")
-        if dropped:
-            dropped_rows.append(_row(question, config, dropped=dropped))
-        else:
-            entrants.append(config)
+    entrants, dropped_rows = admit(question, candidates(question), device)
+    if first not in entrants:
+        raise SystemExit(f"the shipped configuration {first} of {question} is unusable: {dropped_rows[0]['dropped']}")
     keep(first, dropped_rows)
     runs = [step(question, load, device) for load in loads(question).values()]
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -221,7 +229,9 @@ def measure(
     times = tournament(entrants, first, relative, ROUNDS)
     best, _ = choose(times, first)
     keep(best, dropped_rows + _timed(question, times, first))
-    refined = refinements(best)
+    # Of the best, which has passed, another kernel each.
+    refined, more_dropped = admit(question, refinements(best, question.kind), device)
+    dropped_rows += more_dropped
     if len(refined) > 1:
         again = tournament(list(dict.fromkeys([first, *refined])), first, relative, ((25, 1),))
         times |= again

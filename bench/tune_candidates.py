@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +12,10 @@ from bench.kernel_cases import Case, Maker, hidden_cases, matmuls, weight_case
 from bench.resources import SHARED_LIMIT, Row, measure
 from splade_kernels.backends.triton.grad_hidden import HiddenConfig, hidden_config
 from splade_kernels.backends.triton.pool_backward import WeightConfig, weight_config
+from splade_kernels.backends.triton.pool_sum import MAX_BLOCK_T, logit_grad_config, sum_config
 from splade_kernels.backends.triton.tuning import (
     ARCHITECTURES,
+    ORDERS,
     MatmulConfig,
     default_config,
     matmul_config,
@@ -28,7 +30,6 @@ DTYPES = {
     "float16": ("fp16", torch.float16, "ieee"),
     "tf32": ("fp32", torch.float32, "tf32"),
 }
-_TILES = ((64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
 # What the compiler's own buffers may add to the tiles of a pipeline.
 _SHARED_SLACK = 2048
 
@@ -59,33 +60,83 @@ def shipped(question: Question) -> Config:
 def candidates(question: Question) -> list[Config]:
     """The shipped configuration, then all others that can fit."""
     first = shipped(question)
-    makers: dict[str, Callable[[], Iterator[Config]]] = {"backward-weight": _weight, "backward-hidden": _hidden}
-    others = makers[question.kind]() if question.kind in makers else _matmul(question)
-    return list(dict.fromkeys([first, *others]))
+    if question.kind == "backward-weight":
+        return list(dict.fromkeys([first, *_weight()]))
+    if question.kind == "backward-hidden":
+        return list(dict.fromkeys([first, *_hidden()]))
+    assert isinstance(first, MatmulConfig)
+    if question.kind == "sum":
+        # Several are one and the same once sum pooling has cut their tiles.
+        distinct: dict[tuple[MatmulConfig, MatmulConfig], MatmulConfig] = {}
+        for config in [first, *_fitting(question, _sum(question))]:
+            plain = replace(config, tma=False, resident=1)
+            distinct.setdefault((sum_config(plain), logit_grad_config(plain)), config)
+        return [*distinct.values()]
+    makers = _maximum_by_descriptors if uses_descriptors(question.arch) else _maximum_by_pointers
+    return list(dict.fromkeys([first, *_fitting(question, makers(question, first))]))
 
 
-def refinements(best: Config) -> list[Config]:
-    """Second round: the best with other orders of its programs, which only the caches feel."""
-    if isinstance(best, MatmulConfig):
-        return [best, *(replace(best, group_v=group_v) for group_v in (4, 16, 32) if group_v != best.group_v)]
-    return [best]
+def refinements(best: Config, kind: str = "maximum") -> list[Config]:
+    """Second round: the best with other orders of its programs, and for the maximum with the options of its kernel."""
+    if not isinstance(best, MatmulConfig):
+        return [best]
+    found = [best, *(replace(best, group_v=group_v) for group_v in (4, 16, 32))]
+    if kind == "maximum":
+        orders = ORDERS if best.tma else ("strips",)
+        slices = sorted({1, 2, best.epilogue_slices})
+        for order, epilogue_slices, partials in itertools.product(orders, slices, (False, True)):
+            found.append(replace(best, order=order, epilogue_slices=epilogue_slices, partials=partials))
+    return list(dict.fromkeys(found))
 
 
-def _matmul(question: Question) -> Iterator[MatmulConfig]:
-    size = DTYPES[question.dtype][1].itemsize
-    descriptors = uses_descriptors(question.arch) and question.kind == "maximum"
-    for tma in (False, True) if descriptors else (False,):
-        # Rows of a tile of 64 and 128 bytes, and of 256 where TMA fetches them.
-        depths = [bytes_a_row // size for bytes_a_row in ((128, 256) if tma else (64, 128))]
-        tiles = itertools.product(_TILES, depths, (4, 8), (3, 4, 5) if tma else (2, 3, 4))
-        for (block_v, block_t), block_k, num_warps, num_stages in tiles:
-            needed = (block_v + block_t) * block_k * size * (num_stages - (0 if tma else 1))
-            # A float32 accumulator of more than 128 registers a thread leaves too few for the rest.
-            sums = block_v * block_t // (32 * num_warps)
-            limit = SHARED_LIMIT.get(question.arch, 48 << 10)
-            for resident in (1, 2) if tma else (1,):
-                if resident * (needed + _SHARED_SLACK) <= limit and sums <= 128:
-                    yield MatmulConfig(block_v, block_t, block_k, num_warps, num_stages, tma=tma, resident=resident)
+def _maximum_by_descriptors(question: Question, first: MatmulConfig) -> Iterator[MatmulConfig]:
+    depth = 128 // DTYPES[question.dtype][1].itemsize
+    yield from _singles(first)
+    yield MatmulConfig(128, 128, depth, 8, 4, tma=True)
+    for block_v, block_t in ((128, 256), (256, 128)):
+        wide = MatmulConfig(block_v, block_t, depth, 8, 3, tma=True)
+        deeper = replace(wide, num_stages=4)
+        # Slices of 64 tokens: in one piece the tile of 256 spills.
+        yield from (wide, *_singles(wide), deeper, replace(deeper, epilogue_slices=block_t // 64))
+    # What a weight without descriptors takes.
+    yield MatmulConfig(128, 128, depth, 8, 3)
+
+
+def _maximum_by_pointers(question: Question, first: MatmulConfig) -> Iterator[MatmulConfig]:
+    shallow, deep = (bytes_a_row // DTYPES[question.dtype][1].itemsize for bytes_a_row in (64, 128))
+    for num_stages, num_warps, depth in itertools.product((3, 2, 4), (8, 4), (shallow, deep)):
+        yield MatmulConfig(128, 128, depth, num_warps, num_stages)
+    yield MatmulConfig(256, 128, shallow, 8, 3)
+    yield MatmulConfig(128, 256, shallow, 8, 3)
+    # In slices of 64 tokens: on sm_86 the tile in one piece spills.
+    yield MatmulConfig(128, 256, shallow, 8, 3, epilogue_slices=4)
+    for (block_v, block_t), depth in itertools.product(((64, 128), (128, 64)), (shallow, deep)):
+        yield MatmulConfig(block_v, block_t, depth, 4, 3)
+    yield from _singles(first)
+
+
+def _singles(config: MatmulConfig) -> Iterator[MatmulConfig]:
+    """One option at a time, so that each is measured alone."""
+    if config.tma:
+        yield replace(config, order="runs")
+    yield replace(config, epilogue_slices=2)
+    yield replace(config, partials=True)
+
+
+def _sum(question: Question) -> Iterator[MatmulConfig]:
+    depths = [bytes_a_row // DTYPES[question.dtype][1].itemsize for bytes_a_row in (64, 128)]
+    for block_v, depth, warps, stages in itertools.product((64, 128, 256), depths, (4, 8), (2, 3, 4)):
+        yield MatmulConfig(block_v, MAX_BLOCK_T, depth, warps, stages)
+
+
+def _fitting(question: Question, configs: Iterator[MatmulConfig]) -> Iterator[MatmulConfig]:
+    """Those whose tiles fit into shared memory."""
+    for config in configs:
+        buffers = config.num_stages - (0 if config.tma else 1)
+        tile_bytes = (config.block_v + config.block_t) * config.block_k * DTYPES[question.dtype][1].itemsize
+        limit = SHARED_LIMIT.get(question.arch, 48 << 10)
+        if config.resident * (buffers * tile_bytes + _SHARED_SLACK) <= limit:
+            yield config
 
 
 def _weight() -> Iterator[WeightConfig]:
@@ -102,7 +153,7 @@ def _hidden() -> Iterator[HiddenConfig]:
 
 
 _KERNELS = {
-    "maximum": ("_maximum_kernel",),
+    "maximum": ("_maximum_kernel", "_finalise_kernel"),
     "sum": ("_sum_kernel", "_logit_grad_kernel"),
 }
 

@@ -52,7 +52,6 @@ def shrink() -> None:
 
 def tune(tune: object) -> None:
     """Candidates run in the interpreter, in this process; times are the host's."""
-    from bench.tune_candidates import Question
     from splade_kernels.backends.triton.tuning import MatmulConfig
 
     first = MatmulConfig(32, 32, 16, 4, 1)
@@ -73,11 +72,10 @@ def tune(tune: object) -> None:
         shipped=lambda question: first,
         candidates=lambda question: [first, replace(first, block_v=16), replace(first, block_t=64)],
         verdict=lambda question, config, device: [],
-        refinements=lambda best: [best],
+        refinements=lambda best, kind: [best],
         side_by_side=lambda work, tasks: [work(*task) for task in tasks],
         measure=lambda question, device, keep, measure=tune.measure: measure(question, "cpu", keep),
     ).start()
-    assert Question  # what the candidates are sought for
     mock.patch.object(torch.cuda, "is_available", lambda: True).start()
     mock.patch("bench.result_file.describe", lambda: {"device": "stand-in", "gpu": True, "arch": 86}).start()
 

@@ -19,7 +19,9 @@ from bench import gpu, sanitize, side_by_side, smoke, summary
 from bench.environment import NOT_HERE
 from bench.result_file import Result
 
-ROWS = "from pathlib import Path; from bench.result_file import Result; Result('x', 'x', P({path!r})).add({{'a': 1}})"
+ROWS = (
+    "from pathlib import Path as P; from bench.result_file import Result; Result('x', 'x', P({path!r})).add({{'a': 1}})"
+)
 HANG = (
     "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(97.5)']); "
     "time.sleep(300)"
@@ -200,6 +202,7 @@ def test_the_smokes_launch_every_kernel_of_the_package(monkeypatch):
 
     import splade_kernels.backends.triton as package
 
+    monkeypatch.setenv("SPLADE_KERNELS_BACKEND", "triton")
     launched = set()
     call = GridExecutor.__call__
 

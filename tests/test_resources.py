@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 triton = pytest.importorskip("triton")
 
-from bench import resources  # noqa: E402
+from bench import resources, tune_candidates  # noqa: E402
 from splade_kernels.backends.triton import tuning  # noqa: E402
 
 
@@ -50,9 +51,57 @@ def test_tiles_arrive_asynchronously(rows):
 
 def test_a_problem_would_be_seen():
     row = resources.Row("k", 86, "bfloat16", {"PRECISION": "ieee"}, 255, 8, 120_000, {}, matmul=True)
-    assert len(row.problems()) == 3
-    exempt = resources.Row("k", 86, "float32", {"PRECISION": "ieee"}, 128, 0, 1000, {}, matmul=True)
+    assert len(row.problems()) == 5
+    config, stores = {"PRECISION": "ieee"}, {"write": 1}
+    exempt = resources.Row("k", 86, "float32", config, 128, 0, 1000, {"STG": 1}, matmul=True, ptx=stores)
     assert exempt.problems() == []
+
+
+@pytest.mark.parametrize("dropped", [("multiply", "has no matrix instruction"), ("write", "writes no result")])
+def test_a_dropped_product_or_result_would_be_seen(dropped):
+    name, problem = dropped
+    whole = resources.Row(
+        "k", 90, "bfloat16", {}, 128, 0, 1000, {"HGMMA": 4, "REDG": 1}, matmul=True, ptx={"multiply": 4, "write": 1}
+    )
+    assert whole.problems() == []
+    (found,) = replace(whole, ptx=whole.ptx | {name: 0}).problems()
+    assert problem in found
+
+
+def test_what_counts_as_a_product_and_as_a_write():
+    products = """
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 };
+        wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 { %f1 }, %rd1, %rd2, p, 1, 1;
+        wgmma.fence.sync.aligned;
+        tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r2, %p1;
+    """
+    writes = """
+        atom.global.gpu.relaxed.max.s64 %rd1, [ %rd2 + 0 ], %rd3;
+        red.relaxed.gpu.global.max.s32 [ %rd2 + 0 ], %r3;
+        st.global.b32 [ %rd1 + 0 ], { %r1 };
+        ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+        st.shared.b32 [ %r1 ], %r2;
+    """
+    counts = [[len(re.findall(pattern, code)) for pattern in resources.PTX.values()] for code in (products, writes)]
+    assert counts == [[3, 0], [0, 3]]
+
+
+OPTIONS = ({"order": "runs"}, {"epilogue_slices": 2}, {"partials": True}, {"epilogue_slices": 4, "partials": True})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("arch", [86, 90])
+def test_the_options_of_the_maximum_kernel_neither_spill_nor_drop_anything(arch, options):
+    config = replace(tuning.default_config(arch, "bfloat16"), **options)
+    if config.order == "runs" and not config.tma:
+        pytest.skip("one tile a program")
+    question = tune_candidates.Question("maximum", arch, "bfloat16", 768, 30522)
+    rows, problems = tune_candidates.examine(question, config)
+    assert problems == []
+    written = {row.config["PARTIALS"]: row.instructions for row in rows if row.kernel == "maximum_kernel"}
+    atomic = {partials: any(name in found for name in resources.ATOMIC) for partials, found in written.items()}
+    assert atomic == {False: True, True: False} if config.partials else {False: True}
+    assert ("finalise_kernel" in {row.kernel for row in rows}) == config.partials
 
 
 def test_every_kernel_of_the_package_is_in_the_report(rows):

@@ -21,7 +21,7 @@ def test_candidates_are_distinct_and_begin_with_what_is_shipped(arch):
         question = tune_candidates.Question(kind, arch, "bfloat16", 768, 30522)
         found = tune_candidates.candidates(question)
         assert found[0] == tune_candidates.shipped(question)
-        assert len(set(found)) == len(found) > 20
+        assert len(set(found)) == len(found) > 15
     question = tune_candidates.Question("maximum", arch, "bfloat16", 768, 30522)
     descriptors = {config.tma for config in tune_candidates.candidates(question)}
     assert descriptors == ({False, True} if arch in (90, 100) else {False})

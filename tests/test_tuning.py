@@ -121,6 +121,15 @@ def test_a_file_for_another_gpu_is_an_error(user_file):
         ({"config": CONFIG | {"tma": 1}}, "table[0].config.tma: expected true or false, got 1"),
         ({"config": CONFIG | {"tma": True}}, "table[0].config.tma: expected false, since sm_86"),
         ({"config": CONFIG | {"warps": 4}}, "table[0].config.warps: expected one of the fields"),
+        ({"config": CONFIG | {"order": "rows"}}, "config.order: expected one of ('strips', 'runs'), got 'rows'"),
+        ({"config": CONFIG | {"order": "runs"}}, "config.order: expected 'strips', since without tma"),
+        ({"config": CONFIG | {"epilogue_slices": 3}}, "config.epilogue_slices: expected one of (1, 2, 4), got 3"),
+        ({"config": CONFIG | {"epilogue_slices": True}}, "config.epilogue_slices: expected one of (1, 2, 4), got True"),
+        (
+            {"config": CONFIG | {"epilogue_slices": 4, "block_t": 32}},
+            "config.epilogue_slices: expected at most 2, so that a part of a tile holds a group of 16 tokens, got 4",
+        ),
+        ({"config": CONFIG | {"partials": 1}}, "table[0].config.partials: expected true or false, got 1"),
         ({"config": {"block_v": 64}}, "table[0].config.block_t: expected a power of two of at least 16, got None"),
     ],
 )
@@ -170,6 +179,30 @@ def test_the_tournament_keeps_the_fast_and_the_shipped_configuration():
     }
     assert ran[: 2 * len(seconds)] == [*seconds] * 2  # interleaved
     assert tune.choose(times, "shipped") == ("c0", 0.5)
+
+
+def test_what_is_checked_is_specialised_like_what_is_timed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tune, "step", lambda question, *_, **__: seen.append(question.vocab_size) or (lambda c: ()))
+    for vocab_size in (30522, 151936, 40, 32):
+        tune.disagreement(candidates.Question("maximum", 86, "bfloat16", 32, vocab_size), None, "cpu")
+    assert seen == [4099, 4112, 40, 32]
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+def test_every_candidate_and_refinement_is_one_that_the_table_takes(arch):
+    for dtype in candidates.DTYPES:
+        question = candidates.Question("maximum", arch, dtype, 768, 30522)
+        for best in candidates.candidates(question):
+            refined = candidates.refinements(best)
+            assert refined[0] == best
+            assert {config.partials for config in refined} == {False, True}
+            assert {config.order for config in refined} == ({"strips", "runs"} if best.tma else {"strips"})
+            for config in refined:
+                entry = {**ENTRY, "architecture": arch, "dtype": dtype, "config": dataclasses.asdict(config)}
+                assert [*tuning.parse_table({"table": [entry]}).values()] == [config]
+            regrouped = {dataclasses.replace(config, group_v=8) for config in candidates.refinements(best, "sum")}
+            assert regrouped == {dataclasses.replace(best, group_v=8)}
 
 
 def test_a_lead_within_the_margin_changes_nothing():
@@ -230,15 +263,18 @@ def test_measuring_drops_what_is_unusable_and_takes_the_fastest(monkeypatch):
     regrouped = dataclasses.replace(fast, group_v=16)
     milliseconds = {first: 2.0, fast: 1.0, regrouped: 0.5}
     monkeypatch.setattr(tune, "candidates", lambda question: [first, fast, spilling, wrong])
-    monkeypatch.setattr(
-        tune, "_examined", lambda question, configs: [(c, ["spills"] if c == spilling else []) for c in configs]
-    )
+    monkeypatch.setattr(tune, "side_by_side", lambda work, tasks: [work(*task) for task in tasks])
+    monkeypatch.setattr(tune, "examine", lambda question, config: ([], ["spills"] if config == spilling else []))
     monkeypatch.setattr(tune, "disagreement", lambda question, config, device: "differs" if config == wrong else None)
     monkeypatch.setattr(tune, "loads", lambda question: {"tiny": tune.Load(2, 20)})
     monkeypatch.setattr(tune, "_FLUSH_BYTES", 1)
     monkeypatch.setattr(tune, "_milliseconds", lambda run, config, flush: milliseconds.get(config, 9.0))
-    best, rows = tune.measure(question, "cpu")
+    kept = []
+    best, rows = tune.measure(question, "cpu", lambda *what: kept.append(what))
     assert best == regrouped
+    # After the candidates were admitted, after the first tournament, at the end.
+    assert [found for found, _ in kept] == [first, fast, regrouped]
+    assert [len(known) for _, known in kept] == [2, 4, len(rows)]
     dropped = {row["config"]["num_warps"]: row["dropped"] for row in rows if "dropped" in row}
     assert dropped == {2: ["spills"], 4: ["differs"]}
     timed = [(row["config"], row["time_over_shipped"]) for row in rows if "time_over_shipped" in row]
@@ -252,7 +288,13 @@ def test_the_written_result_is_a_file_that_the_package_takes(monkeypatch, tmp_pa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("bench.result_file.describe", lambda: {"device": "GPU X"})
     monkeypatch.setattr(tune, "_architecture", lambda: 87)
-    monkeypatch.setattr(tune, "measure", lambda question, *_: (best, [tune._row(question, best, chosen=True)]))
+
+    def measure(question, device, keep):
+        keep(best, [tune._row(question, best)] * 3)
+        keep(best, [tune._row(question, best, chosen=True)])
+        return best, []
+
+    monkeypatch.setattr(tune, "measure", measure)
     path = tmp_path / "tuned.json"
     result = tune.main(["--output", str(path), "--kind", "maximum", "backward-hidden", "--dtype", "bfloat16", "tf32"])
     assert [row["kind"] for row in result["rows"]] == ["maximum"] * 8 + ["backward-hidden"] * 4

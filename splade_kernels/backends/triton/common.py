@@ -139,8 +139,26 @@ def activate(x, DOUBLE_LOG: tl.constexpr):
 
 
 @triton.jit
-def tile_of(program, tiles_v, tiles_t, GROUP_V: tl.constexpr):
-    """Tile of a program: strips of GROUP_V vocabulary tiles, tokens inside, so that a strip's rows of W stay in L2."""
+def tiles_of_program(tiles, ORDER: tl.constexpr):
+    """First tile of a program of a persistent grid, the end and the step: one run of tiles for ORDER "runs"."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if ORDER == "runs":
+        longer = tiles % programs
+        first = program * (tiles // programs) + tl.minimum(program, longer)
+        return first, first + tiles // programs + (program < longer).to(tl.int32), 1
+    else:
+        return program, tiles, programs
+
+
+@triton.jit
+def tile_of(program, tiles_v, tiles_t, GROUP_V: tl.constexpr, ORDER: tl.constexpr = "strips"):
+    """Tile of a program: strips of GROUP_V vocabulary tiles, tokens inside, so that a strip's rows of W stay in L2.
+
+    ORDER "runs": row by row, so that consecutive tiles share their rows of W.
+    """
+    if ORDER == "runs":
+        return program // tiles_t, program % tiles_t
     strip = program // (GROUP_V * tiles_t)
     first = strip * GROUP_V
     height = tl.minimum(tiles_v - first, GROUP_V)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..pooling import PoolingCall
 from .common import GROUP, GROUP_ROWS, LARGEST_BLOCK_T, narrow
 
-# Bytes of the packed rows, and of the [sequences, V] keys, of one slice.
+# Bytes of the packed rows, and of the [sequences, V] keys or the partial maxima, of one slice.
 SLICE_BYTES = 64 << 20
 # Times the packed tokens that there are, up to which the bound on their lengths is taken to mean something.
 LOOSE_BOUND = 4
@@ -69,20 +69,27 @@ def find_tokens(call: PoolingCall, hidden: Tensor) -> Tokens:
     return Tokens(edges[:-1], lengths, listed, group_offsets)
 
 
-def slices(call: PoolingCall, vocab_size: int, hidden: Tensor, key_bytes: int, group_bytes: int = 0) -> Iterator[slice]:
+def slices(
+    call: PoolingCall, vocab_size: int, hidden: Tensor, key_bytes: int, group_bytes: int = 0, partial_rows: int = 0
+) -> Iterator[slice]:
     """The batch in pieces whose keys and packed rows stay below ``SLICE_BYTES`` each, as far as the host can tell.
 
-    So does whatever else takes ``group_bytes`` for each group of packed rows.
+    So does whatever else takes ``group_bytes`` for each group of packed rows, and, unless ``partial_rows`` is 0, the
+    keys together with as many again for every ``partial_rows`` packed rows.
     """
     total_rows, hidden_size = hidden.shape
     group_bytes = max(group_bytes, GROUP * hidden_size * call.compute_dtype.itemsize)
-    step = SLICE_BYTES // max(1, vocab_size * key_bytes)
-    if group_capacity(call, call.batch_size, total_rows) * group_bytes > SLICE_BYTES:
-        # Pieces of packed tokens would each pack as many rows as the bound on a length says. Where that is several
-        # times what there is, all rows of a piece are packed at once, no more than a copy of the hidden states.
-        groups = triton.cdiv(call.max_seqlen, GROUP)
-        if call.cu_seqlens is None or call.batch_size * groups * GROUP <= LOOSE_BOUND * total_rows:
-            step = min(step, SLICE_BYTES // max(1, groups * group_bytes))
+    sequence_bytes = vocab_size * key_bytes
+    partial_bytes = triton.cdiv(sequence_bytes * GROUP, partial_rows) if partial_rows else 0
+    step = SLICE_BYTES // max(1, sequence_bytes)
+    capacity = group_capacity(call, call.batch_size, total_rows)
+    # Pieces of packed tokens would each pack as many rows as the bound on a length says. Where that is several times
+    # what there is, all rows of a piece are packed at once, no more than a copy of the hidden states.
+    groups = triton.cdiv(call.max_seqlen, GROUP)
+    if call.cu_seqlens is None or call.batch_size * groups * GROUP <= LOOSE_BOUND * total_rows:
+        for fixed, growing in ((0, group_bytes), (sequence_bytes, partial_bytes)):
+            if call.batch_size * fixed + capacity * growing > SLICE_BYTES:
+                step = min(step, SLICE_BYTES // max(1, fixed + groups * growing))
     step = max(1, step)
     for first in range(0, call.batch_size, step):
         yield slice(first, min(first + step, call.batch_size))

@@ -26,6 +26,8 @@ from .common import GROUP, INTERPRETED, LARGEST_BLOCK_T
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_CONFIG"
+ORDERS = ("strips", "runs")
+EPILOGUE_SLICES = (1, 2, 4)
 # "tf32" is float32 whose products may use it. IEEE float32 products have one configuration and are not tuned.
 TUNED_DTYPES = ("bfloat16", "float16", "tf32")
 
@@ -45,6 +47,12 @@ class MatmulConfig:
     tma: bool = False
     # Programs of that grid for each multiprocessor: while one reduces its tile, another one multiplies.
     resident: int = 1
+    # Which tiles a program of that grid takes: each a tile of every strip in turn, or one run of tiles, row by row.
+    order: str = "strips"
+    # Parts of a tile that are reduced one after another by the maximum kernel, so that fewer values are live.
+    epilogue_slices: int = 1
+    # Whether the maximum of each tile and sequence is stored, instead of all meeting in atomic maxima.
+    partials: bool = False
 
 
 class Shape(NamedTuple):
@@ -262,6 +270,11 @@ def _parse_config(where: str, fields: Any, arch: int) -> MatmulConfig:
             _check(f"{where}.{name}", value, "true or false", isinstance(value, bool))
         elif name.startswith("block_"):
             _check(f"{where}.{name}", value, f"a power of two of at least {GROUP}", _is_power_of_two(value, GROUP))
+        elif name == "order":
+            _check(f"{where}.{name}", value, f"one of {ORDERS}", value in ORDERS)
+        elif name == "epilogue_slices":
+            valid = _is_positive(value) and value in EPILOGUE_SLICES
+            _check(f"{where}.{name}", value, f"one of {EPILOGUE_SLICES}", valid)
         elif name == "num_warps":
             _check(f"{where}.{name}", value, "a power of two up to 32", _is_power_of_two(value) and value <= 32)
         else:
@@ -270,6 +283,11 @@ def _parse_config(where: str, fields: Any, arch: int) -> MatmulConfig:
     _check(f"{where}.block_t", config.block_t, f"at most {LARGEST_BLOCK_T}", config.block_t <= LARGEST_BLOCK_T)
     allowed = uses_descriptors(arch) or not config.tma
     _check(f"{where}.tma", config.tma, f"false, since sm_{arch} does not use TMA descriptors", allowed)
+    allowed = config.tma or config.order == "strips"
+    _check(f"{where}.order", config.order, "'strips', since without tma a program has one tile", allowed)
+    most = config.block_t // GROUP
+    expected = f"at most {most}, so that a part of a tile holds a group of {GROUP} tokens"
+    _check(f"{where}.epilogue_slices", config.epilogue_slices, expected, config.epilogue_slices <= most)
     return config
 
 
