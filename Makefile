@@ -15,7 +15,7 @@ demo: $(VENV)/.ready extension
 
 # Two processes: Triton's interpreter, in which every kernel runs on the CPU, is on for all of a process or not at all,
 # and nothing can be compiled where it is on.
-APART := tests/test_resources.py tests/test_triton_specialization.py tests/test_tune.py
+APART := tests/test_resources.py tests/test_resources_ptx.py tests/test_triton_specialization.py tests/test_tune.py
 test: $(VENV)/.ready extension
 	@interpreted=0; others=0; \
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(APART:%=--ignore=%) || interpreted=$$?; \
