@@ -279,5 +279,38 @@ def test_the_command_writes_a_result_file(tmp_path, monkeypatch, unweighed):
     }
 
 
+def test_what_was_measured_before_a_crash_is_in_the_file(tmp_path, monkeypatch, unweighed):
+    monkeypatch.setattr(measure, "plan", lambda kind, names, device: iter([("tiny", TINY)]))
+    monkeypatch.setattr(measure, "document", lambda *_: {"machine": {"float32": {}}, "rows": [], "left_out": []})
+    run, done = measure.measure, []
+
+    def crash(*arguments):
+        if done:
+            raise SystemExit("the device is gone")
+        done.append(run(*arguments))
+        return done[-1]
+
+    monkeypatch.setattr(measure, "measure", crash)
+    path = tmp_path / "head.json"
+    arguments = ["head", f"--output={path}", "--device=cpu", "--precision=float32", "--variant=ours", "--seconds=0"]
+    monkeypatch.setattr(sys, "argv", ["measure", *arguments])
+    with pytest.raises(SystemExit, match="gone"):
+        measure.main()
+    assert [row["job"] for row in json.loads(path.read_text())["rows"]] == ["forward"] * 3
+
+
+def test_a_job_begun_too_late_is_left_out(tmp_path, monkeypatch, unweighed):
+    monkeypatch.setattr(measure, "plan", lambda kind, names, device: iter([("tiny", TINY)]))
+    monkeypatch.setattr(measure, "document", lambda *_: {"machine": {"float32": {}}, "rows": [], "left_out": []})
+    clock = iter([0.0, 1.0, 2.0, 11.0])
+    monkeypatch.setattr(measure, "measure", lambda *_: [])
+    monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
+    path = tmp_path / "head.json"
+    arguments = ["head", f"--output={path}", "--device=cpu", "--precision=float32", "--budget-seconds=10"]
+    monkeypatch.setattr(sys, "argv", ["measure", *arguments])
+    measure.main()
+    assert json.loads(path.read_text())["left_out"] == ["tiny float32 forward_backward"]
+
+
 def test_what_the_sanitizer_runs_computes():
     assert sanitize.exercise(CPU, (torch.float32,)) == 18
