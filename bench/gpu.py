@@ -96,8 +96,8 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         Stage("backward", 12, "bench.measure backward --precision bf16 --case splade-v3", "uniform zipf hot trained"),
         Stage("screening", 18, f"bench.measure screening --precision bf16 --case {_SHARES} --variant stock unscreened "
               "screened", "active-1.5% active-0.1% active-5% active-100%"),
-        Stage("rivals", 35, "bench.measure head --precision bf16 --case splade-v3 dev --variant ours rival sparton compile",
-              "compile-splade-v3 compile-dev rival sparton"),
+        Stage("rivals", 35, "bench.measure head --precision bf16 --case splade-v3 dev --variant ours rival sparton "
+              "compile", "compile-splade-v3 compile-dev rival sparton"),
         Stage("precisions", 8, "bench.measure head --precision tf32 bf16-autocast --case dev --variant stock ours",
               "dev-tf32 dev-autocast"),
         Stage("flops", 5, "bench.measure flops --precision bf16 --case B4096-V30522", "flops-B4096"),
