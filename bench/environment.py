@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import re
 import subprocess
@@ -28,7 +30,9 @@ def describe() -> dict[str, object]:
         "cpu_flags": _cpu_flags(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "commit": _commit(),
+        "commit": _commit() or _hash(),
+        # The table of configurations in use, if not the package's own.
+        "config": os.environ.get("SPLADE_KERNELS_CONFIG"),
     }
 
 
@@ -89,6 +93,14 @@ def _commit(folder: Path = Path(__file__).parent) -> str | None:
     others = [":/", *(f":(top,exclude){path}" for path in _WRITTEN)]
     changes = _output(["git", "status", "--porcelain", "--untracked-files=no", "--", *others], folder)
     return f"{commit}-dirty" if changes else commit
+
+
+def _hash() -> str:
+    """In place of a commit where git does not know it: of the sources that are measured and measure."""
+    root = Path(__file__).parents[1]
+    files = sorted(path for folder in ("bench", "csrc", "splade_kernels") for path in (root / folder).rglob("*.[pch]*"))
+    contents = b"".join(path.read_bytes() for path in files if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"))
+    return f"sources {hashlib.sha256(contents).hexdigest()[:12]}"
 
 
 def _output(command: list[str], folder: Path = Path(__file__).parent) -> str | None:

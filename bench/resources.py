@@ -30,6 +30,8 @@ from splade_kernels.backends.triton.tuning import ARCHITECTURES
 
 # Shared memory one program may have: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Every architecture has so much; what one that is not listed has beyond it is not counted on.
+LEAST_SHARED = 99 << 10
 TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "QMMA", "OMMA")
 ASYNCHRONOUS_COPY = ("LDGSTS", "UTMALDG")
 ATOMIC = ("RED", "REDG", "ATOM", "ATOMG")
@@ -57,8 +59,9 @@ class Row:
         found = []
         if self.spill_bytes:
             found.append(f"spills {self.spill_bytes} bytes")
-        if self.shared_bytes > SHARED_LIMIT[self.arch]:
-            found.append(f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {SHARED_LIMIT[self.arch]}")
+        limit = SHARED_LIMIT.get(self.arch, LEAST_SHARED)
+        if self.shared_bytes > limit:
+            found.append(f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {limit}")
         exempt = self.config.get("PRECISION") == "ieee" and self.dtype == "float32"
         if self.matmul and not exempt:
             if not self.ptx.get("multiply"):

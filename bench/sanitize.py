@@ -86,7 +86,10 @@ def sanitize(tool: str) -> None:
     exercise_unwatched()
     # With PyTorch's cache of memory, a read past the end of one tensor lands in another and is not seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [found, "--tool", tool, "--error-exitcode", str(ERRORS_FOUND), sys.executable, "-m", "bench.sanitize"]
+    # Libraries ask the driver for what it may not have; such calls fail without anything being wrong.
+    options = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    watched = [sys.executable, "-m", "bench.sanitize"]
+    command = [found, "--tool", tool, *options, "--error-exitcode", str(ERRORS_FOUND), *watched]
     lines = []
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -97,7 +100,7 @@ def sanitize(tool: str) -> None:
     output = "".join(lines)
     # Its own lines, not the program's.
     refused = re.search(r"^=+ .*(?:not supported|[Ff]ailed to initialize).*", output, re.MULTILINE)
-    if refused:
+    if refused and "ERROR SUMMARY" not in output:
         not_here(f"the device refuses compute-sanitizer: {refused.group()}")
     if "ERROR SUMMARY" not in output and process.returncode == 0:
         raise SystemExit(f"{tool}: expected a line with ERROR SUMMARY, found none")

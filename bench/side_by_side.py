@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -15,13 +15,18 @@ import torch
 Result = TypeVar("Result")
 # A process has a context of CUDA of its own, about half a GiB of the GPU's memory.
 PROCESSES = 16
+SECONDS = 60.0
 
 
 _pool: ProcessPoolExecutor | None = None
 
 
-def side_by_side(work: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) -> list[Result | str]:
+def side_by_side(
+    work: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], seconds: float = SECONDS
+) -> list[Result | str]:
     """``work(*task)`` of every task, in their order; in place of a result why there is none.
+
+    What has no result after so many seconds, since a kernel hangs or waits behind one that does, is given up.
 
     An error of CUDA stays with its process, and what crashes a process takes its pool down. So a task that met neither
     its own error nor a result is tried again in new processes, and alone once a whole round brought no result. The
@@ -30,15 +35,19 @@ def side_by_side(work: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) 
     found: dict[int, Result | str] = {}
     while len(found) < len(tasks):
         left = [number for number in range(len(tasks)) if number not in found]
-        decided = _round(work, tasks, left, found)
+        decided = _round(work, tasks, left, found, seconds)
         if not decided:
-            _round(work, tasks, left[:1], found)
+            _round(work, tasks, left[:1], found, seconds)
             found.setdefault(left[0], "failed: it took its process down")
     return [found[number] for number in range(len(tasks))]
 
 
 def _round(
-    work: Callable[..., Result], tasks: Sequence[Any], numbers: Sequence[int], found: dict[int, Result | str]
+    work: Callable[..., Result],
+    tasks: Sequence[Any],
+    numbers: Sequence[int],
+    found: dict[int, Result | str],
+    seconds: float,
 ) -> bool:
     """Whether any task was decided; a pool that was not equal to all of them is given up."""
     global _pool
@@ -49,12 +58,16 @@ def _round(
     with contextlib.suppress(BrokenProcessPool):
         for number in numbers:
             futures[number] = pool.submit(_try, work, tasks[number])
+    _, late = wait(futures.values(), seconds)
     for number, future in futures.items():
         with contextlib.suppress(BrokenProcessPool):
-            result = future.result()
+            result = f"failed: no answer after {seconds:.0f} s" if future in late else future.result()
             if result is not None:
                 found[number] = result
-    if any(number not in found for number in numbers):
+    if late:
+        for process in list(pool._processes.values()):
+            process.kill()
+    if late or any(number not in found for number in numbers):
         pool.shutdown()
         _pool = None
     return len(found) > before

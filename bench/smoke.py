@@ -16,11 +16,13 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from bench.result_file import Result
 from bench.rows import reason
 from bench.truth import relative_distance
 from splade_kernels.backends import compaction
+from splade_kernels.backends.triton import tuning
 
 PROCESSES = 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,6 +84,12 @@ def pool(
     exact = pooled(wide, training, sk.reference.splade_pool, **definition)
     run = partial(pooled, inputs, training, sk.splade_pool, **{"backend": "triton", "screening": False, **options})
     return _twice(run, exact)
+
+
+def persistent(dtype: str) -> Found:
+    """A grid of so few programs that each walks many tiles, as one for a real vocabulary does."""
+    with mock.patch.object(tuning, "multiprocessors", lambda device: 3):
+        return pool(dtype, True)
 
 
 def packed(dtype: str) -> Found:
@@ -144,7 +153,7 @@ def rival(dtype: str) -> Found:
 
 
 def captured(dtype: str) -> Found:
-    """A CUDA graph of a training step's forward gives the bits of the call.
+    """A CUDA graph of an inference call gives the bits of the call.
 
     Raises:
         NotImplementedError: no CUDA device.
@@ -186,6 +195,7 @@ def errors(found: Found) -> dict[str, float]:
 SMOKES: dict[str, Callable[[], Found]] = {
     **{f"inference-{dtype}": partial(pool, dtype, False) for dtype in DTYPES},
     **{f"training-{dtype}": partial(pool, dtype, True) for dtype in DTYPES},
+    "persistent-bf16": partial(persistent, "bf16"),
     "pointers-bf16": partial(pool, "bf16", True, ODD_HIDDEN_SIZE),
     # Two tokens a sequence win half of the vocabulary each.
     "long-runs-bf16": partial(pool, "bf16", True, lengths=(2, 1, 2)),
@@ -223,26 +233,30 @@ def row(name: str) -> dict[str, Any]:
 
 def run(names: Sequence[str], result: Result, seconds: float) -> None:
     """Each in a process of its own; a row is written when its process ends."""
-    waiting, running = list(names), dict[str, subprocess.Popen[str]]()
+    waiting, running = list(names), dict[str, tuple[subprocess.Popen[str], IO[str]]]()
     end = time.monotonic() + seconds
     while waiting or running:
         while waiting and len(running) < PROCESSES:
             name = waiting.pop(0)
             command = [sys.executable, "-m", "bench.smoke", "--only", name]
-            running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            # A file and no pipe, which would fill up: a compiler that fails prints what it had.
+            written = tempfile.TemporaryFile("w+")
+            running[name] = subprocess.Popen(command, stdout=written, stderr=written, text=True), written
         time.sleep(0.05)
         late = time.monotonic() > end
-        for name, process in list(running.items()):
+        for name, (process, log) in list(running.items()):
             if late:
                 process.kill()
             elif process.poll() is None:
                 continue
-            output, _ = process.communicate()
+            code = process.wait()
+            log.seek(0)
+            output = log.read()
+            log.close()
             del running[name]
-            added = {"smoke": name, "status": f"failed: no time left after {seconds:.0f} s" if late else ""}
-            lines = [line for line in output.splitlines() if line.startswith("{")]
-            if not added["status"]:
-                added = json.loads(lines[-1]) if lines else added | {"status": f"failed: exit {process.returncode}"}
+            lines = [line for line in output.splitlines() if line.startswith('{"smoke"')]
+            status = f"no answer after {seconds:.0f} s" if late else f"failed: exit {code}"
+            added = json.loads(lines[-1]) if lines else {"smoke": name, "status": status}
             result.add(added)
             print(f"{name:24} {added['status']}", flush=True)
             if not added["status"].startswith(("passed", "not here")):

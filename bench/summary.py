@@ -141,7 +141,9 @@ def _tuning(result: Result) -> Iterator[str]:
         if row.get("chosen"):
             question = f"{row['kind']} {row['dtype']} D{row['hidden_size']} V{row['vocab_size']}"
             mine = [
-                one for one in result["rows"] if all(one[key] == row[key] for key in ("kind", "vocab_size", "dtype"))
+                one
+                for one in result["rows"]
+                if all(one[key] == row[key] for key in ("kind", "dtype", "hidden_size", "vocab_size"))
             ]
             ratios = [
                 one["time_over_shipped"]

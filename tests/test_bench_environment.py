@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -29,3 +30,12 @@ def test_a_commit_is_dirty_by_code_and_not_by_what_measuring_writes(tmp_path: Pa
     (tmp_path / "bench/code.py").write_text("new")
     assert environment._commit(tmp_path / "bench") == f"{clean}-dirty"
     assert environment._commit(tmp_path.parent) is None
+
+
+def test_without_git_a_hash_of_the_sources_stands_for_the_commit(monkeypatch):
+    monkeypatch.setattr(environment, "_commit", lambda: None)
+    found = environment.describe()["commit"]
+    assert found == environment.describe()["commit"]
+    assert re.fullmatch(r"sources [0-9a-f]{12}", str(found))
+    monkeypatch.setattr(environment.Path, "read_bytes", lambda path: str(path).encode())
+    assert environment.describe()["commit"] != found

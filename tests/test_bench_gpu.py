@@ -233,6 +233,18 @@ def test_the_smokes_launch_every_kernel_of_the_package(monkeypatch):
     assert launched >= kernels
 
 
+def waits(number: int) -> int:
+    time.sleep(600 if number == 1 else 0)
+    return number
+
+
+def test_side_by_side_gives_up_what_hangs(monkeypatch):
+    monkeypatch.undo()
+    side_by_side.side_by_side(waits, [(0,)])  # starts the processes
+    assert side_by_side.side_by_side(waits, [(0,), (1,), (2,)], 5) == [0, "failed: no answer after 5 s", 2]
+    assert side_by_side.side_by_side(waits, [(3,)]) == [3]
+
+
 def half(number: int) -> float:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -248,6 +260,7 @@ def test_side_by_side_gives_every_result_beside_an_error_and_a_crash(monkeypatch
 @pytest.mark.parametrize(("says", "status"), [
     ("========= Error: Device not supported. Please refer to the docs\n", NOT_HERE),
     ("UserWarning: Failed to initialize NumPy\n========= ERROR SUMMARY: 0 errors\n", 0),
+    ("========= Program hit cudaErrorNotSupported: operation not supported\n========= ERROR SUMMARY: 1 error\n", 9),
     ("========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error\n", 9),
     ("", "expected a line with ERROR SUMMARY"),
 ])  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +104,30 @@ def test_the_options_of_the_maximum_kernel_neither_spill_nor_drop_anything(arch,
     atomic = {partials: any(name in found for name in resources.ATOMIC) for partials, found in written.items()}
     assert atomic == {False: True, True: False} if config.partials else {False: True}
     assert ("finalise_kernel" in {row.kernel for row in rows}) == config.partials
+
+
+@pytest.mark.parametrize(
+    ("arch", "tile"),
+    [(86, (256, 128, 32, 8, 3)), (90, (256, 128, 64, 8, 4))],
+    ids=str,
+)
+def test_a_wide_tile_that_wins_for_the_maximum_does_not_spill_in_sum_pooling(arch, tile):
+    question = tune_candidates.Question("sum", arch, "bfloat16", 768, 30522)
+    assert tune_candidates.examine(question, tuning.MatmulConfig(*tile, tma=arch == 90))[1] == []
+
+
+def test_no_device_function_has_a_plain_string_for_a_default():
+    """Which Triton 3.6 does not take, though later ones do."""
+    folder = Path(tuning.__file__).parent
+    functions = [
+        function
+        for path in folder.glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in function.decorator_list)
+    ]
+    defaults = [default for function in functions for default in function.args.defaults]
+    assert len(functions) > 30
+    assert [ast.unparse(default) for default in defaults if isinstance(default, ast.Constant)] == []
 
 
 def test_every_kernel_of_the_package_is_in_the_report(rows):

@@ -13,6 +13,8 @@ GROUP = 16
 GROUP_ROWS = tl.constexpr(GROUP)
 # Most tokens of a tile: how far past the last one packed rows are read, and so zeroed.
 LARGEST_BLOCK_T = 256
+# Triton 3.6 takes no plain string as the default of a device function's argument.
+STRIPS = tl.constexpr("strips")
 # Whether kernels run on the CPU through Triton's interpreter (``TRITON_INTERPRET=1`` before the import).
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -152,7 +154,7 @@ def tiles_of_program(tiles, ORDER: tl.constexpr):
 
 
 @triton.jit
-def tile_of(program, tiles_v, tiles_t, GROUP_V: tl.constexpr, ORDER: tl.constexpr = "strips"):
+def tile_of(program, tiles_v, tiles_t, GROUP_V: tl.constexpr, ORDER: tl.constexpr = STRIPS):
     """Tile of a program: strips of GROUP_V vocabulary tiles, tokens inside, so that a strip's rows of W stay in L2.
 
     ORDER "runs": row by row, so that consecutive tiles share their rows of W.

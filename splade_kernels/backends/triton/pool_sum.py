@@ -37,7 +37,7 @@ from .pack import find_tokens, group_capacity, pack_groups, pack_sequences, slic
 from .tuning import MatmulConfig, architecture, matmul_config
 
 # Every sequence has its last block of tokens to itself: shorter blocks waste less of it.
-MAX_BLOCK_T = 64
+MAX_BLOCK_T, MAX_BLOCK_V = 64, 128
 # Logits of one tile of the backward: the derivative keeps several values of each in registers.
 MAX_TILE = 8192
 WARP_LOGITS = 1024
@@ -146,13 +146,14 @@ def sum_config(config: MatmulConfig) -> MatmulConfig:
 
 def logit_grad_config(config: MatmulConfig) -> MatmulConfig:
     """What the backward makes of it."""
-    return _with_short_blocks(config, MAX_TILE // config.block_v)
+    return _with_short_blocks(config, MAX_TILE // min(config.block_v, MAX_BLOCK_V))
 
 
 def _with_short_blocks(config: MatmulConfig, longest: int) -> MatmulConfig:
-    """Fewer tokens at a time, and warps enough to work on every logit without spills."""
-    block_t = min(config.block_t, longest)
-    return replace(config, block_t=block_t, num_warps=max(config.num_warps, config.block_v * block_t // WARP_LOGITS))
+    """Fewer tokens at a time, no more than ``MAX_BLOCK_V`` words, and warps enough for every logit without spills."""
+    block_v, block_t = min(config.block_v, MAX_BLOCK_V), min(config.block_t, longest)
+    num_warps = max(config.num_warps, block_v * block_t // WARP_LOGITS)
+    return replace(config, block_v=block_v, block_t=block_t, num_warps=num_warps)
 
 
 def _configure(
