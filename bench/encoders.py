@@ -1,5 +1,7 @@
 """Sparse encoders of a given size with random weights, and texts for them, without a network.
 
+The libraries are imported where they are used: machines that measure the head alone may not have all of them.
+
 The tokenizer knows the words ``w5``, ``w6``, … up to the size of the vocabulary, one id each, so a text of n words is a
 sequence of n + 2 tokens whose ids spread over the whole vocabulary.
 """
@@ -8,22 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
-from sentence_transformers import SparseEncoder
-from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
-from sentence_transformers.util import batch_to_device
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import (
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    PreTrainedTokenizerFast,
-    XLMRobertaConfig,
-    XLMRobertaForMaskedLM,
-)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from sentence_transformers import SparseEncoder
 
 ATTENTION = "sdpa"
 # In the order of their ids; XLM-R counts its positions from the padding id, so that comes second.
@@ -52,6 +46,8 @@ GOOAQ_LENGTHS = {"question": (14.0, 4.0), "answer": (60.0, 20.0)}
 
 def build(size: Size, max_length: int, folder: Path) -> None:
     """Write a masked language model with random weights, and its tokenizer, to ``folder``."""
+    from transformers import DistilBertConfig, DistilBertForMaskedLM, XLMRobertaConfig, XLMRobertaForMaskedLM
+
     heads, width = max(1, size.hidden_size // 64), 4 * size.hidden_size
     tokenizer = _tokenizer(size.vocab_size, max_length)
     torch.manual_seed(0)
@@ -88,6 +84,9 @@ def load(folder: str, max_length: int, device: str, active_terms: int | None) ->
     None: nearly every word is active in every text, as at the start of a training. A number: about as many words are
     active in an answer, as late in one.
     """
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
+
     transformer = Transformer(folder, transformer_task="fill-mask", model_kwargs={"attn_implementation": ATTENTION})
     model = SparseEncoder(modules=[transformer, SpladePooling(pooling_strategy="max")], device=device)
     model.max_seq_length = max_length
@@ -125,6 +124,8 @@ def mean_active_terms(model: SparseEncoder, texts: list[str]) -> float:
 
 def pairs(count: int, lengths: str, max_length: int, vocab_size: int, seed: int = 0) -> Dataset:
     """``count`` pairs of random words. ``lengths``: "gooaq", or "full" for ``max_length`` tokens in every text."""
+    from datasets import Dataset
+
     generator = torch.Generator().manual_seed(seed)
     columns = {}
     for name, (mean, deviation) in GOOAQ_LENGTHS.items():
@@ -148,6 +149,8 @@ def _gamma(count: int, mean: float, deviation: float, generator: torch.Generator
 
 
 def _embed(model: SparseEncoder, texts: list[str]) -> Tensor:
+    from sentence_transformers.util import batch_to_device
+
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -158,6 +161,9 @@ def _embed(model: SparseEncoder, texts: list[str]) -> Tensor:
 
 
 def _tokenizer(vocab_size: int, max_length: int) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     special = list(_SPECIAL.values())
     vocabulary = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(len(special), vocab_size))])}
     backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=_SPECIAL["unk_token"]))

@@ -85,20 +85,20 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         _EXTENSION,
         Stage("smoke", 25, "bench.smoke"),  # also compiles, on all cores
         Stage("head", 30, f"bench.measure head --precision bf16 --case {_SHAPES} --variant stock ours", _SHAPES),
-        Stage("training", 40, "bench.training --model distilbert --case gooaq full --timed-steps 10",
+        Stage("training", 37, "bench.training --model distilbert --case gooaq full --timed-steps 10",
               "step-gooaq step-full", _TRAINER),
         Stage("backward", 12, "bench.measure backward --precision bf16 --case splade-v3", "uniform zipf hot trained"),
         Stage("screening", 18, f"bench.measure screening --precision bf16 --case {_SHARES} --variant stock unscreened "
               "screened", "active-1.5% active-0.1% active-5% active-100%"),
         Stage("rivals", 35, "bench.measure head --precision bf16 --case splade-v3 dev --variant ours rival sparton "
               "compile", "compile-splade-v3 compile-dev rival sparton"),
-        Stage("precisions", 8, "bench.measure head --precision tf32 bf16-autocast --case dev --variant stock ours",
+        Stage("precisions", 10, "bench.measure head --precision tf32 bf16-autocast --case dev --variant stock ours",
               "dev-tf32 dev-autocast"),
-        Stage("flops", 5, "bench.measure flops --precision bf16 --case B4096-V30522", "flops-B4096"),
-        Stage("compaction", 5, "bench.compaction --rows=420 --vocab-size=250002 --active=250002", "bucket-B420"),
-        Stage("limits", 25, "bench.limits --model distilbert --no-checkpointing --resolution=0.2 --start=64",
+        Stage("flops", 8, "bench.measure flops --precision bf16 --case B4096-V30522", "flops-B4096"),
+        Stage("compaction", 12, "bench.compaction --rows=420 --vocab-size=250002 --active=250002", "bucket-B420"),
+        Stage("limits", 18, "bench.limits --model distilbert --no-checkpointing --resolution=0.2 --start=64",
               "largest-256 largest-512", _TRAINER),
-        Stage("short-sequences", 12, "bench.short_sequences --length 14 60 --share 0.05 1.0",
+        Stage("short-sequences", 10, "bench.short_sequences --length 14 60 --share 0.05 1.0",
               "short-14-5% short-14-100% short-60-5% short-60-100%"),
     ),
 }

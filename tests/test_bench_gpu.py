@@ -93,6 +93,18 @@ def test_budgets_add_up_and_thirty_rows_are_named():
     assert len(named) == len(set(named)) <= 30
 
 
+def test_what_a_machine_without_network_may_lack_is_not_imported():
+    """datasets and others that only whole models need; and what takes seconds to import, once a stage."""
+    modules = {stage.command.split()[0] for stages in gpu.STAGES.values() for stage in stages if not stage.needs}
+    modules = {name for name in modules if name.startswith("bench.")} | {"bench.gpu", "bench.sanitize"}
+    absent = ("datasets", "bm25s", "peft", "sentence_transformers", "transformers", "matplotlib", "tokenizers")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n" + "\n".join(
+        f"import {name}" for name in modules
+    )
+    assert "bench.measure" in modules
+    subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
+
+
 def test_the_plan_says_what_fits_and_what_is_missing():
     stages = (
         gpu.Stage("a", 60, ""),
