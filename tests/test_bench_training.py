@@ -84,7 +84,7 @@ def test_texts_have_the_lengths_and_ids_they_should(jobs: dict[str, Job]) -> Non
 def test_a_run_writes_a_file_and_a_table_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(training, "_run", lambda work, job: work(job))
-    monkeypatch.setattr(training, "cases", lambda job, names: [replace(job, lengths="full", gradient_checkpointing=True)])
+    monkeypatch.setattr(training, "cases", lambda job, _: [replace(job, lengths="full", gradient_checkpointing=True)])
     path = tmp_path / "result.json"
     result = training.main(["--output", str(path), "--model", "distilbert", *TINY])
     assert json.loads(path.read_text()) == result
