@@ -153,7 +153,7 @@ def _tuning(result: Result) -> Iterator[str]:
             dropped = sum("dropped" in one for one in mine)
             times = ", ".join(f"{name}: {value:.3f} ms" for name, value in row["shipped_milliseconds"].items())
             ratio = f"{ratios[-1] if ratios else 1:.3f} of the shipped time ({times})"
-            yield f"- {question}: {ratio}; {dropped} candidates dropped; {row['config']}"
+            yield f"- {question}: {ratio}; {dropped} candidates dropped; {row['configuration']}"
 
 
 def _tables(result: Result) -> Iterator[str]:

@@ -260,7 +260,10 @@ def _timed(question: Question, times: dict[Config, list[float]], first: Config) 
 
 
 def _row(question: Question, config: Config, **more: Any) -> dict[str, Any]:
-    return {**dataclasses.asdict(question), "config": dataclasses.asdict(config), **more}
+    fields = dataclasses.asdict(config)
+    # In one column of a table, what the package reads in another form.
+    text = ", ".join(f"{name} {value}" for name, value in fields.items())
+    return {**dataclasses.asdict(question), "configuration": text, "config": fields, **more}
 
 
 def _milliseconds(run: Callable[[Config], Results], config: Config, flush: Tensor) -> float:

@@ -79,6 +79,9 @@ def test_a_command_runs_end_to_end_on_a_stand_in(name, tmp_path, monkeypatch):
         ],
     }
     assert [word for word in expected[name] if word not in text] == []
+    if name == "tune":
+        tuned = json.loads((tmp_path / name / "headline-tuned.json").read_text())
+        assert tuned["environment"]["config"] == str(tmp_path / name / "tuning.json")
     with tarfile.open(tmp_path / f"gpu-{name}.tar.gz") as tar:
         names = tar.getnames()
     assert {f"{name}/{file}" for file in ("status.json", "SUMMARY.md", "plan.txt", f"logs/{stages[0].name}.log")} <= {
