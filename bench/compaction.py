@@ -9,7 +9,6 @@ of interleaved runs. ``read`` is the sum of the embeddings: their one trip throu
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.environment import command, describe, not_here
+from bench.result_file import write
 from bench.timing import copy_rate
 from splade_kernels.backends import compaction
 
@@ -150,8 +150,7 @@ def main() -> None:
         result["bucket_bytes_per_second"] = moved / seconds["bucket"]
         result["copy_bytes_per_second"] = copy_rate(torch.device(args.device))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write(args.output, result)
     for row in rows:
         ratio = f"{row['ratio']:8.1f}x against {row['against']}" if row["against"] else ""
         print(f"{row['operation']:<20} {row['milliseconds']:9.2f} ms {ratio}")

@@ -98,8 +98,9 @@ def _commit(folder: Path = Path(__file__).parent) -> str | None:
 def _hash() -> str:
     """In place of a commit where git does not know it: of the sources that are measured and measure."""
     root = Path(__file__).parents[1]
-    files = sorted(path for folder in ("bench", "csrc", "splade_kernels") for path in (root / folder).rglob("*.[pch]*"))
-    contents = b"".join(path.read_bytes() for path in files if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"))
+    files = sorted(path for folder in ("bench", "csrc", "splade_kernels") for path in (root / folder).rglob("*.*"))
+    suffixes = (".py", ".cpp", ".cu", ".cuh", ".h", ".inc")
+    contents = b"".join(path.read_bytes() for path in files if path.suffix in suffixes)
     return f"sources {hashlib.sha256(contents).hexdigest()[:12]}"
 
 

@@ -26,6 +26,7 @@ import torch
 
 from bench import summary
 from bench.environment import NOT_HERE
+from bench.result_file import write
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable]
@@ -183,7 +184,7 @@ def run(name: str, stages: Sequence[Stage], output: Path, seconds: float) -> lis
         try:
             outcomes[-1] = outcome = run_stage(stage, folder, granted, environment)
         finally:
-            (folder / "status.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
+            write(folder / "status.json", [asdict(one) for one in outcomes])
             summary.write(name, folder)
             summary.archive(folder, output / f"gpu-{name}.tar.gz")
         tuned = folder / "tuning.json"

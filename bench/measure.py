@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -27,6 +25,7 @@ from bench import cases as shapes
 from bench import distributions, encode, jobs, roofline, rows, screening, screening_model, timing, variants
 from bench.cases import Precision
 from bench.environment import command, describe
+from bench.result_file import write
 from bench.rows import Job, Row
 
 SCHEMA = 1
@@ -151,14 +150,6 @@ def document(kind: str, device: torch.device, precisions: Sequence[str], command
         "rows": [],
         "left_out": [],
     }
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """In one move, so that an end by timeout leaves the last whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(draft, path)
 
 
 def measure_all(result: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:

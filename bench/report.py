@@ -27,6 +27,7 @@ from bench import (
 )
 from bench.cases import GOOAQ
 from bench.ratios import against, speedup
+from bench.result_file import left_out_text
 from bench.roofline import Machine, Work
 
 Result = dict[str, Any]
@@ -67,7 +68,10 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
         ratios.NOTE,
     ]
     if not _on_gpu(results):
-        parts += [NOT_ON_A_GPU + " What a GPU would need at least is computed below, from its datasheet.", floors()]
+        parts += [
+            NOT_ON_A_GPU + " What a GPU would need at least is computed below, from its datasheet.",
+            roofline.floors_section(),
+        ]
     parts += [_picture(figure) for figure in figures]
     parts += [SECTIONS.get(result["kind"], plain_section)(result) for result in ranked]
     parts.append(head_limits.section([row for result in results if result["kind"] == "head" for row in result["rows"]]))
@@ -207,14 +211,6 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
 }
 
 
-def floors() -> str:
-    """Computed, not measured: the RTX 3090's datasheet against the work of the named cases."""
-    machine = roofline.RTX_3090["bf16"]
-    rates = f"{machine.bytes_per_second / 1e9:.0f} GB/s and {machine.operations_per_second / 1e12:.0f} TFLOP/s"
-    note = f"Floors of the forward in bfloat16 from the datasheet's {rates} (dense, float32 accumulation)."
-    return f"## RTX 3090: computed, not measured\n\n{note}\n\n{table(roofline.floor_rows(machine))}"
-
-
 def caption(result: Result) -> str:
     """Machine, versions, commit, command; and whether the machine was quiet."""
     environment = result.get("environment")
@@ -231,7 +227,7 @@ def caption(result: Result) -> str:
     if any(_beside_others(row) for row in result["rows"]):
         text += f" \\* other programs kept more than {BUSY_PROCESSORS} processors busy meanwhile."
     if result.get("left_out"):
-        text += f" Left out: {'; '.join(result['left_out'])}."
+        text += f" Left out: {'; '.join(map(left_out_text, result['left_out']))}."
     return text
 
 
@@ -245,14 +241,15 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def replace_block(text: str, block: str) -> str:
-    """The text with what lies between the markers replaced.
+    """The text with what lies between the markers, first and last line of the block, replaced by the block.
 
     Raises:
         ValueError: a marker is missing.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"expected the markers {BEGIN!r} and {END!r}")
-    return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
+    begin, *_, end = block.split("\n")
+    if begin not in text or end not in text:
+        raise ValueError(f"expected the markers {begin!r} and {end!r}")
+    return text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
 
 
 def _picture(figure: str) -> str:

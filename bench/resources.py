@@ -30,14 +30,17 @@ from splade_kernels.backends.triton.tuning import ARCHITECTURES
 
 # Shared memory one program may have: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-# Every architecture has so much; what one that is not listed has beyond it is not counted on.
-LEAST_SHARED = 99 << 10
 TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "QMMA", "OMMA")
 ASYNCHRONOUS_COPY = ("LDGSTS", "UTMALDG")
 ATOMIC = ("RED", "REDG", "ATOM", "ATOMG")
 STORE = ("STG",)
 # In PTX, before the assembler: what multiplies matrices, and what leaves a result in global memory.
 PTX = {"multiply": r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma)\.", "write": r"\b(?:atom|red|st)(?:\.\w+)*?\.global\b"}
+
+
+def shared_limit(arch: int) -> int:
+    """Bytes of shared memory of one program; of an architecture that is not listed, what every one since sm_80 has."""
+    return SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Row:
         found = []
         if self.spill_bytes:
             found.append(f"spills {self.spill_bytes} bytes")
-        limit = SHARED_LIMIT.get(self.arch, LEAST_SHARED)
+        limit = shared_limit(self.arch)
         if self.shared_bytes > limit:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {limit}")
         exempt = self.config.get("PRECISION") == "ieee" and self.dtype == "float32"

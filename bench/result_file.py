@@ -13,6 +13,19 @@ from typing import Any
 from bench.environment import command, describe
 
 
+def write(path: Path, content: Any) -> None:
+    """As JSON, in one move: an end at any time leaves the last whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(draft, path)
+
+
+def left_out_text(entry: str | dict[str, Any]) -> str:
+    """What was left out, in words."""
+    return entry if isinstance(entry, str) else " ".join(f"{name} {value}" for name, value in entry.items())
+
+
 @dataclass
 class Budget:
     """Room for one more piece of work is judged by the longest piece so far."""
@@ -64,7 +77,4 @@ class Result:
 
     def write(self) -> None:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(".part")
-            draft.write_text(json.dumps(self.content, indent=2) + "\n")
-            os.replace(draft, self.path)
+            write(self.path, self.content)

@@ -75,8 +75,13 @@ def logits_bytes(case: Case, precision: Precision) -> int:
     return case.batch_size * case.length * case.vocab_size * precision.compute_dtype.itemsize
 
 
-def floor_rows(machine: Machine) -> list[list[str]]:
-    """A header and the floors of named cases' forward in bfloat16, all tokens and the real ones."""
+def floors_section() -> str:
+    """Computed, not measured: the RTX 3090's datasheet against the forward of named cases."""
+    from bench.report import table
+
+    machine = RTX_3090["bf16"]
+    rates = f"{machine.bytes_per_second / 1e9:.0f} GB/s and {machine.operations_per_second / 1e12:.0f} TFLOP/s"
+    note = f"Floors of the forward in bfloat16 from the datasheet's {rates} (dense, float32 accumulation)."
     rows = [["case", "shape", "forward, all tokens real, ms", "forward, real tokens, ms", "binds"]]
     for case in (CASES[name] for name in FLOOR_CASES):
         real = int(case.draw_lengths().sum())
@@ -84,4 +89,4 @@ def floor_rows(machine: Machine) -> list[list[str]]:
         compute, memory = works[1].operations / machine.operations_per_second, works[1].bytes / machine.bytes_per_second
         cells = [f"{machine.seconds(work) * 1e3:.3f}" for work in works]
         rows.append([case.name, case.shape, *cells, "operations" if compute > memory else "bytes"])
-    return rows
+    return f"## RTX 3090: computed, not measured\n\n{note}\n\n{table(rows)}"

@@ -25,6 +25,7 @@ from torch import Tensor
 from bench import distributions, roofline, rows, short_sequences_tables, timing, truth
 from bench.cases import PRECISIONS, Case, Inputs, Precision, for_device, input_sets
 from bench.jobs import backward_operator, gradient_errors, training_forward
+from bench.report import replace_block
 from bench.result_file import Budget, Result
 from bench.rows import Job, Row
 from bench.short_sequences_model import Rates, Shape, costs
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     args = parser.parse_args(arguments)
     if args.output is None:
         if args.document:
-            args.document.write_text(short_sequences_tables.replace_block(args.document.read_text()))
+            args.document.write_text(replace_block(args.document.read_text(), short_sequences_tables.block()))
         else:
             print(short_sequences_tables.block())
         return None

@@ -45,17 +45,6 @@ def _crosses(share: float) -> str:
     return f"up to {min(longest)} tokens with the worst and {max(longest)} with the best of these parameters for it"
 
 
-def replace_block(text: str) -> str:
-    """The text with the model's tables of today.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"expected the markers {BEGIN!r} and {END!r}")
-    return text[: text.index(BEGIN)] + block() + text[text.index(END) + len(END) :]
-
-
 def section(result: dict[str, Any]) -> str:
     """Both ways beside the forward, measured and as the model has it."""
     from bench import report

@@ -13,6 +13,7 @@ from typing import Any
 
 from bench import training_tables
 from bench.environment import describe
+from bench.result_file import left_out_text
 
 MAX_LINES = 60
 MAX_ARCHIVE_BYTES = 16 << 20
@@ -98,11 +99,7 @@ def _result(path: Path) -> Iterator[str]:
         return
     left_out = result.get("left_out") or []
     if left_out:
-        yield f"- {path.name}: left out {len(left_out)}: {'; '.join(map(_short, left_out[:3]))}"
-
-
-def _short(left_out: Any) -> str:
-    return left_out if isinstance(left_out, str) else " ".join(str(value) for value in left_out.values())
+        yield f"- {path.name}: left out {len(left_out)}: {'; '.join(map(left_out_text, left_out[:3]))}"
 
 
 def _smoke(result: Result) -> Iterator[str]:

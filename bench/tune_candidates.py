@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bench.kernel_cases import Case, Maker, hidden_cases, matmuls, weight_case
-from bench.resources import SHARED_LIMIT, Row, measure
+from bench.resources import Row, measure, shared_limit
 from splade_kernels.backends.triton.grad_hidden import HiddenConfig, hidden_config
 from splade_kernels.backends.triton.pool_backward import WeightConfig, weight_config
 from splade_kernels.backends.triton.pool_sum import MAX_BLOCK_T, logit_grad_config, sum_config
@@ -134,8 +134,7 @@ def _fitting(question: Question, configs: Iterator[MatmulConfig]) -> Iterator[Ma
     for config in configs:
         buffers = config.num_stages - (0 if config.tma else 1)
         tile_bytes = (config.block_v + config.block_t) * config.block_k * DTYPES[question.dtype][1].itemsize
-        limit = SHARED_LIMIT.get(question.arch, 48 << 10)
-        if config.resident * (buffers * tile_bytes + _SHARED_SLACK) <= limit:
+        if config.resident * (buffers * tile_bytes + _SHARED_SLACK) <= shared_limit(question.arch):
             yield config
 
 

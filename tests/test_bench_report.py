@@ -178,7 +178,7 @@ def test_the_block_between_the_markers_is_replaced():
     assert "old\n" not in new
     assert cells(new, "dev (")[0][1:] == ["10 ms", "2 ms", "5.0x faster (5.0 to 5.0)", "900 MiB", "30 MiB"]
     with pytest.raises(ValueError, match="expected the markers"):
-        report.replace_block("no markers", "")
+        report.replace_block("no markers", "<!-- begin -->\n<!-- end -->")
 
 
 def test_curves_are_plotted_with_their_roofline(tmp_path):
@@ -201,3 +201,14 @@ def test_the_documents_are_those_of_the_checked_in_results():
     assert (ROOT / "bench/RESULTS.md").read_text() == report.render(results, [f"../{figure}" for figure in figures])
     assert report.readme_block(results, figures) in (ROOT / "README.md").read_text()
     assert report.screening_block(results) in (ROOT / "docs/screening.md").read_text()
+
+
+def test_what_was_left_out_may_be_described_by_its_fields():
+    result = {
+        "kind": "tuning",
+        "file": "t.json",
+        "rows": [],
+        "left_out": [{"kind": "maximum", "arch": 90}, "dev: no time"],
+    }
+    environment = {"packages": {}, "python": "3.12", "commit": "c", "device": "GPU X", "gpu": True}
+    assert "Left out: kind maximum arch 90; dev: no time." in report.caption(result | {"environment": environment})
