@@ -15,7 +15,7 @@ demo: $(VENV)/.ready extension
 
 # Two processes: Triton's interpreter, in which every kernel runs on the CPU, is on for all of a process or not at all,
 # and nothing can be compiled where it is on.
-APART := tests/test_resources.py tests/test_resources_ptx.py tests/test_triton_specialization.py tests/test_tune.py
+APART := tests/bench/test_resources.py tests/bench/test_resources_ptx.py tests/triton/test_specialization.py tests/bench/test_tune.py
 test: $(VENV)/.ready extension
 	@interpreted=0; others=0; \
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(APART:%=--ignore=%) || interpreted=$$?; \
@@ -27,8 +27,8 @@ test: $(VENV)/.ready extension
 
 # The tests that depend on the kind of CPU, on the other kinds that this CPU can pass for (tests/cpus.py): held back, and
 # simulated. Programs that tests start are not held back further, so those tests are left to `make test`.
-CPU_TESTS := $(addprefix tests/test_,cpus.py screening.py screening_auto.py screening_int_mm.py compaction.py sparsify.py \
-	pool_values.py::test_small_whole_numbers_are_exact)
+CPU_TESTS := tests/tiled tests/backends/test_compaction.py tests/contract/test_sparsify.py \
+	tests/contract/test_pool_values.py::test_small_whole_numbers_are_exact
 test-cpus: $(VENV)/.ready extension
 	@failed=; \
 	for kind in ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 "PYTEST_ADDOPTS=--cpu plain" "PYTEST_ADDOPTS=--cpu vnni" \

@@ -19,10 +19,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.environment import command, describe, not_here
-from bench.result_file import write
-from bench.timing import copy_rate
-from splade_kernels.backends import compaction
+from bench.harness.environment import command, describe, not_here
+from bench.harness.result_file import write
+from bench.harness.timing import copy_rate
+from splade_kernels.backends import compaction, compiled
 
 Result = tuple[Tensor, ...]
 # What the compiled operators are held against. The sort of all keys is what the sparse backward does without them.
@@ -127,8 +127,8 @@ def main() -> None:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="rounds after it are not begun")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     args = parser.parse_args()
-    if not compaction.is_compiled(torch.device(args.device)):
-        not_here(f"not compiled for {args.device}: {compaction.why_not_compiled()}")
+    if not compiled.serves(torch.device(args.device)):
+        not_here(f"not compiled for {args.device}: {compiled.why_not()}")
 
     check(args)
     seconds = median_seconds(steps(args), args.rounds, args.device, args.budget_seconds)

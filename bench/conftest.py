@@ -1,8 +1,8 @@
 """pytest-benchmark as a front end: ``pytest bench --benchmark-json=RESULT.json``.
 
 pytest-benchmark times one callable after another, which would let a drift of the machine pass for a difference between
-variants. So all variants of a case are measured together, in interleaved rounds, by :mod:`bench.rows`; each test then
-hands its own samples to pytest-benchmark, whose clock (``replay.clock``) they move.
+variants. So all variants of a case are measured together, in interleaved rounds, by :mod:`.harness.rows`; each test
+then hands its own samples to pytest-benchmark, whose clock (``replay.clock``) they move.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import measure, rows
-from bench.cases import PRECISIONS
-from bench.environment import describe
-from bench.rows import Job
+from bench import measure
+from bench.harness import rows
+from bench.harness.environment import describe
+from bench.harness.rows import Job
+from bench.inputs.cases import PRECISIONS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS = 2.0

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-from bench import summary
-from bench.environment import NOT_HERE
-from bench.result_file import write
+from bench.harness.environment import NOT_HERE
+from bench.harness.result_file import write
+from bench.tables import summary
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable]

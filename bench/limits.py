@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from bench import encoders
-from bench.result_file import Budget, Result
+from bench.harness.result_file import Budget, Result
+from bench.inputs import encoders
+from bench.jobs.training import Job, load, named, release, train
+from bench.tables.training import table
 from bench.training import HEADS
-from bench.training_run import Job, load, named, release, train
-from bench.training_tables import table
 
 TOTAL_GIB, ALLOWANCE_GIB = 24.0, 1.0
 TRIAL_STEPS = 2

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import cases, margins_tables, screening_model
-from bench.cases import PRECISIONS, SCREENING, Case
-from bench.result_file import Result
-from splade_kernels.backends import screening_plain
+from bench import screening_model
+from bench.harness.result_file import Result
+from bench.inputs import cases
+from bench.inputs.cases import PRECISIONS, SCREENING, Case
+from bench.tables import margins as margins_tables
+from splade_kernels.backends import int8_bound
 
 CASES = ("trained-squad", "sparse-normal", "dense")
 # int8's own, and those of the AVX2 kernel.
-LEVELS = (screening_plain.LEVELS, 63)
+LEVELS = (int8_bound.LEVELS, 63)
 BLOCKS = (1, 2, 4, 8)
 # Tokens of one sequence that the GPU's kernels screen together.
 GROUP = 16
@@ -44,8 +46,8 @@ class Rows(NamedTuple):
 def quantise(rows: Tensor, levels: int, blocks: int) -> Rows:
     """``rows [n, D]`` float32."""
     count, size = rows.shape
-    near, scale, _, _ = screening_plain.quantise(rows.reshape(count * blocks, size // blocks), levels)
-    radius, norm = screening_plain.radius_and_norm(rows, (near * scale[:, None]).view_as(rows))
+    near, scale, _, _ = int8_bound.quantise(rows.reshape(count * blocks, size // blocks), levels)
+    radius, norm = int8_bound.radius_and_norm(rows, (near * scale[:, None]).view_as(rows))
     parts = near.view(count, blocks, -1).transpose(0, 1).contiguous()
     return Rows(parts, scale.view(count, blocks).t(), radius, norm)
 

@@ -3,9 +3,9 @@
     python -m bench.measure head|backward|flops|screening|encode --output RESULT.json [--case NAME ...]
 
 Every variant is first checked against the truth and against a second run of itself: a red one is not timed. Then all
-variants of a case are timed in interleaved rounds (:mod:`bench.timing`). Extra memory is the peak above inputs, outputs
-and gradients. Running out of memory is a result. The file is rewritten after every job of a case, so that what was
-measured survives an end by timeout.
+variants of a case are timed in interleaved rounds (:mod:`.harness.timing`). Extra memory is the peak above inputs,
+outputs and gradients. Running out of memory is a result. The file is rewritten after every job of a case, so that what
+was measured survives an end by timeout.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from typing import Any
 
 import torch
 
-from bench import cases as shapes
-from bench import distributions, encode, jobs, roofline, rows, screening, screening_model, timing, variants
-from bench.cases import Precision
-from bench.environment import command, describe
-from bench.result_file import write
-from bench.rows import Job, Row
+from bench import screening_model
+from bench.harness import roofline, rows, timing
+from bench.harness.environment import command, describe
+from bench.harness.result_file import write
+from bench.harness.rows import Job, Row
+from bench.inputs import cases as shapes
+from bench.inputs import distributions, variants
+from bench.inputs.cases import Precision
+from bench.jobs import encode, screening
+from bench.jobs import operators as jobs
 
 SCHEMA = 1
 KINDS = ("head", "backward", "flops", "screening", "encode")

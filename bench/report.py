@@ -16,19 +16,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import (
-    head_limits,
-    margins_tables,
-    ratios,
-    roofline,
-    screening_tables,
-    short_sequences_tables,
-    training_tables,
-)
-from bench.cases import GOOAQ
-from bench.ratios import against, speedup
-from bench.result_file import left_out_text
-from bench.roofline import Machine, Work
+from bench.harness import roofline
+from bench.harness.result_file import left_out_text
+from bench.harness.roofline import Machine, Work
+from bench.inputs.cases import GOOAQ
+from bench.tables import head_limits, ratios
+from bench.tables import margins as margins_tables
+from bench.tables import screening as screening_tables
+from bench.tables import short_sequences as short_sequences_tables
+from bench.tables import training as training_tables
+from bench.tables.ratios import against, speedup
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -379,7 +376,7 @@ def main() -> None:
     results = load(args.results)
     figures: list[Path] = []
     if args.figures:
-        from bench.figures import plot_curves, plot_shares
+        from bench.tables.figures import plot_curves, plot_shares
 
         figures = sorted([*plot_curves(results, args.figures), *plot_shares(results, args.figures)])
 

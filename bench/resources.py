@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.kernel_cases import Case, cases
+from bench.jobs.kernels import Case, cases
 from splade_kernels.backends.triton.tuning import ARCHITECTURES
 
 # Shared memory one program may have: CUDA C++ Programming Guide, technical specifications per compute capability.

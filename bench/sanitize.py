@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import splade_kernels as sk
-from bench.environment import not_here
+from bench.harness.environment import not_here
 
 # (batch, length, hidden size, vocabulary): no power of two, one token, one sequence, a row stride no TMA can take.
 SHAPES = ((3, 37, 40, 203), (1, 1, 33, 17), (5, 19, 72, 131))

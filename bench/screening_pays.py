@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.ratios import ratio
+from bench.tables.ratios import ratio
 
 Result = dict[str, Any]
 PRECISION = "bf16"

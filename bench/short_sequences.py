@@ -4,9 +4,10 @@
     python -m bench.short_sequences --output RESULT.json [--device cuda] [--budget-seconds 25]
                                     [--length 14 60 256] [--share 0.05 1.0]
 
-:mod:`bench.short_sequences_model` says what each should cost; this measures both, and the training forward beside them.
-Gradients are first held against float64 sums. The second way is written with PyTorch's operations and is no part of the
-package: G is filled in tiles of the vocabulary of at most ``TILE_BYTES``, each multiplied by ``torch.mm`` twice.
+:mod:`bench.jobs.short_sequences_model` says what each should cost; this measures both, and the training forward
+beside them. Gradients are first held against float64 sums. The second way is written with PyTorch's operations and is
+no part of the package: G is filled in tiles of the vocabulary of at most ``TILE_BYTES``, each multiplied by
+``torch.mm`` twice.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import distributions, roofline, rows, short_sequences_tables, timing, truth
-from bench.cases import PRECISIONS, Case, Inputs, Precision, for_device, input_sets
-from bench.jobs import backward_operator, gradient_errors, training_forward
+from bench.harness import roofline, rows, timing, truth
+from bench.harness.result_file import Budget, Result
+from bench.harness.rows import Job, Row
+from bench.harness.steps import Step, Tensors, cuda_extra_bytes, unweighed
+from bench.inputs import distributions
+from bench.inputs.cases import PRECISIONS, Case, Inputs, Precision, for_device, input_sets
+from bench.jobs.operators import backward_operator, gradient_errors, training_forward
+from bench.jobs.short_sequences_model import Rates, Shape, costs
 from bench.report import replace_block
-from bench.result_file import Budget, Result
-from bench.rows import Job, Row
-from bench.short_sequences_model import Rates, Shape, costs
-from bench.steps import Step, Tensors, cuda_extra_bytes, unweighed
+from bench.tables import short_sequences as short_sequences_tables
 
 KIND = "short-sequences"
 TILE_BYTES = 256 << 20

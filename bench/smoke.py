@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 import splade_kernels as sk
-from bench.result_file import Result
-from bench.rows import reason
-from bench.truth import relative_distance
-from splade_kernels.backends import compaction
-from splade_kernels.backends.triton import tuning
+from bench.harness.result_file import Result
+from bench.harness.rows import reason
+from bench.harness.truth import relative_distance
+from splade_kernels.backends import compaction, compiled
+from splade_kernels.backends.triton import launch
 
 PROCESSES = 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,7 +88,7 @@ def pool(
 
 def persistent(dtype: str) -> Found:
     """A grid of so few programs that each walks many tiles, as one for a real vocabulary does."""
-    with mock.patch.object(tuning, "multiprocessors", lambda device: 3):
+    with mock.patch.object(launch, "multiprocessors", lambda device: 3):
         return pool(dtype, True)
 
 
@@ -123,8 +123,8 @@ def compacted() -> Found:
     Raises:
         NotImplementedError: they are not compiled for this device.
     """
-    if not compaction.is_compiled(DEVICE):
-        raise NotImplementedError(str(compaction.why_not_compiled()))
+    if not compiled.serves(DEVICE):
+        raise NotImplementedError(str(compiled.why_not()))
     embeddings = pooled(draw(torch.float32), False, sk.reference.splade_pool)[0]
     found, csr = sk.sparsify(embeddings), embeddings.to_sparse_csr()
     largest = sk.sparsify(embeddings, max_active_dims=7).to_dense()
@@ -144,8 +144,8 @@ def compacted() -> Found:
 
 
 def rival(dtype: str) -> Found:
-    """The rival forward of the benchmarks (:mod:`bench.rival`) against the definition."""
-    from bench.variants import rival as make
+    """The rival forward of the benchmarks (:mod:`bench.inputs.rival`) against the definition."""
+    from bench.inputs.variants import rival as make
 
     inputs = draw(DTYPES[dtype])
     wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}

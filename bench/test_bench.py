@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from bench.conftest import parameters, replay, report
-from bench.rows import Job
-from bench.screening import FLOOR
-from bench.variants import HEADS, MATMULS, SCREENING
+from bench.harness.rows import Job
+from bench.inputs.variants import HEADS, MATMULS, SCREENING
+from bench.jobs.screening import FLOOR
 
 Make = Callable[[], list[Job]]
 pytestmark = pytest.mark.benchmark(timer=replay.clock, min_rounds=1)

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from bench import encoders
-from bench.result_file import Budget, Result
-from bench.training_run import Job, measure, step_losses
-from bench.training_tables import table
+from bench.harness.result_file import Budget, Result
+from bench.inputs import encoders
+from bench.jobs.training import Job, measure, step_losses
+from bench.tables.training import table
 
 HEADS = ("stock", "fused")
 # Losses of one run, stock against fused, from the same seed. In bf16 stock rounds its logits, and fused does not.

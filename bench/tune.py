@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,18 +29,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.result_file import Budget, Result
-from bench.side_by_side import side_by_side
-from bench.tune_candidates import DTYPES, KINDS, Config, Question, candidates, examine, refinements, shipped
+from bench.harness.result_file import Budget, Result
+from bench.harness.side_by_side import side_by_side
+from bench.jobs.candidates import DTYPES, KINDS, Config, Question, candidates, examine, refinements, shipped
 from splade_kernels.backends.pooling import PoolingCall
-from splade_kernels.backends.triton import tuning
+from splade_kernels.backends.triton import grad_hidden, launch, max_backward, max_forward, sum_pool
 from splade_kernels.backends.triton.tuning import ARCHITECTURES, Shape
-
-# The package holds functions of the same names.
-grad_hidden, pool_backward, pool_forward, pool_sum = (
-    importlib.import_module(f"splade_kernels.backends.triton.{name}")
-    for name in ("grad_hidden", "pool_backward", "pool_forward", "pool_sum")
-)
 
 SIZES = ((768, 30522), (768, 250002), (1024, 30522), (1024, 250002))
 ROUNDS = ((3, 12), (9, 4), (25, 1))
@@ -103,28 +96,28 @@ def step(question: Question, load: Load, device: str, exact: bool = False) -> Ca
     grad = draw(load.batch_size, question.vocab_size).float()
     if kind == "maximum":
         return lambda config: _with(
-            pool_forward, "matmul_config", config, lambda: pool_forward.max_pool_forward(call, hidden, weight, bias)
+            max_forward, "matmul_config", config, lambda: max_forward.max_pool_forward(call, hidden, weight, bias)
         )
     if kind == "sum":
         return lambda config: _with(
-            pool_sum,
+            sum_pool,
             "matmul_config",
             config,
             lambda: (
-                pool_sum.sum_pool_forward(call, hidden, weight, bias)[0],
-                *pool_sum.sum_pool_backward(call, grad, hidden, weight, bias),
+                sum_pool.sum_pool_forward(call, hidden, weight, bias)[0],
+                *sum_pool.sum_pool_backward(call, grad, hidden, weight, bias),
             ),
         )
-    output, argmax = pool_forward.max_pool_forward(call, hidden, weight, bias)
+    output, argmax = max_forward.max_pool_forward(call, hidden, weight, bias)
     if load.active_terms is not None:
         least = output.topk(min(load.active_terms, question.vocab_size), dim=1).values[:, -1:]
         output = torch.where(output >= least, output, 0)
-    module, name = (pool_backward, "weight_config") if kind == "backward-weight" else (grad_hidden, "hidden_config")
+    module, name = (max_backward, "weight_config") if kind == "backward-weight" else (grad_hidden, "hidden_config")
     return lambda config: _with(
         module,
         name,
         config,
-        lambda: pool_backward.max_pool_backward(call, grad, output, argmax, hidden, weight, bias),
+        lambda: max_backward.max_pool_backward(call, grad, output, argmax, hidden, weight, bias),
     )
 
 
@@ -142,7 +135,7 @@ def disagreement(question: Question, config: Config, device: str) -> str | None:
     small = dataclasses.replace(question, vocab_size=min(question.vocab_size, largest))
     run = step(small, CHECKED_LOAD, device, exact=True)
     # So few programs that a persistent one walks many tiles, as it will.
-    with mock.patch.object(tuning, "multiprocessors", lambda device: 3):
+    with mock.patch.object(launch, "multiprocessors", lambda device: 3):
         pairs = list(zip(run(config), run(shipped(question)), strict=True))
     for number, (ours, theirs) in enumerate(pairs):
         if ours is None or theirs is None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import splade_kernels as sk
-import splade_kernels.backends.torch as torch_backend
-from splade_kernels.backends import screening, screening_plain
+from splade_kernels.backends import dispatch
+from splade_kernels.backends.tiled import screening, screening_plain
 from tests import cpus, interpreter
 from tests.other_devices import other_device
 from tests.screening_cases import need_compiled
@@ -55,8 +55,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             yield "torch"
         return
     if request.param == "torch-device":
-        monkeypatch.setattr(torch_backend, "_on_host", lambda tensor: False)
-        monkeypatch.setattr(torch_backend, "_may_wait", lambda tensor: False)
+        monkeypatch.setattr(dispatch, "on_host", lambda tensor: False)
+        monkeypatch.setattr(dispatch, "may_wait", lambda tensor: False)
     elif request.param == "triton":
         reason = sk.available_backends()["triton"]
         if reason != "available":
@@ -77,7 +77,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def packs(backend: str) -> bool:
     """Whether the backend under test packs the real tokens, so that their rows do not depend on the padding."""
-    return backend == "triton" or torch_backend._on_host(torch.empty(0))
+    return backend == "triton" or dispatch.on_host(torch.empty(0))
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from splade_kernels.backends import compaction, screening, screening_plain
+from splade_kernels.backends import compiled
+from splade_kernels.backends.tiled import screening, screening_plain
 
 # Kinds add up: `--cpu vnni --cpu bf16 --cpu plain` is a Zen 4 without a compiler.
 KINDS = {
@@ -26,12 +27,12 @@ def simulate(kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
         patch.setattr(torch, "_int_mm", int_mm_with_vnni)
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-        if compaction.is_compiled(torch.device("cpu")):
+        if compiled.serves(torch.device("cpu")):
             _ask_for_avx512(patch)
     elif kind == "bf16":
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     elif kind == "plain":
-        patch.setattr(compaction, "_load", lambda name: f"{name}.so was not built, says --cpu plain")
+        patch.setattr(compiled, "_load", lambda name: f"{name}.so was not built, says --cpu plain")
 
 
 def forget_answers() -> None:

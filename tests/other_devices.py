@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import splade_kernels.backends.torch as torch_backend
 from splade_kernels.backends import dispatch
 
 # Without a kernel on some device: the first on MPS, the others on devices whose kernels come from elsewhere.
@@ -36,7 +35,7 @@ def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert tensor.dtype != torch.bool, "booleans are sorted"
         return tensor.argsort(*args, **kwargs)
 
-    monkeypatch.setattr(torch_backend, "_on_host", lambda tensor: False)
+    monkeypatch.setattr(dispatch, "on_host", lambda tensor: False)
     monkeypatch.setattr(dispatch, "has_kernel", lambda operation, device_type: operation not in MISSING)
     monkeypatch.setattr(torch, "argsort", argsort)
     library = torch.library.Library("aten", "IMPL")

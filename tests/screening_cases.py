@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 import splade_kernels as sk
-from splade_kernels.backends import compaction
+from splade_kernels.backends import compiled
 from tests.oracle import Case, make_case
 
 
 def need_compiled() -> None:
     """Skips a test of the compiled kernels where there are none."""
-    if not compaction.is_compiled(torch.device("cpu")):
-        pytest.skip(f"csrc: {compaction.why_not_compiled()}")
+    if not compiled.serves(torch.device("cpu")):
+        pytest.skip(f"csrc: {compiled.why_not()}")
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         pytest.skip("this CPU, or what ATEN_CPU_CAPABILITY leaves of it, has no AVX2")
 

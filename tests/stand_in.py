@@ -35,8 +35,11 @@ MORE = {
 
 def shrink() -> None:
     """Shapes, rounds and rates; memory is not weighed, which would take a process each."""
-    from bench import cases, jobs, screening, timing
-    from bench.steps import unweighed
+    from bench.harness import timing
+    from bench.harness.steps import unweighed
+    from bench.inputs import cases
+    from bench.jobs import operators as jobs
+    from bench.jobs import screening
 
     for table in (cases.CASES, cases.SCREENING):
         for name, case in table.items():
@@ -77,7 +80,7 @@ def tune(tune: object) -> None:
         measure=lambda question, device, keep, measure=tune.measure: measure(question, "cpu", keep),
     ).start()
     mock.patch.object(torch.cuda, "is_available", lambda: True).start()
-    mock.patch("bench.result_file.describe", lambda: {"device": "stand-in", "gpu": True, "arch": 86}).start()
+    mock.patch("bench.harness.result_file.describe", lambda: {"device": "stand-in", "gpu": True, "arch": 86}).start()
 
 
 def limits(limits: object) -> None:

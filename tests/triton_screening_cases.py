@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from tests.oracle import Case, make_case
 
 REASON = sk.available_backends()["triton"]
 if REASON == "available":
-    forward = importlib.import_module("splade_kernels.backends.triton.pool_forward")
+    from splade_kernels.backends.triton import max_forward as forward
 
 
 def sparse_case(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, **options: Any) -> Case:

@@ -7,15 +7,11 @@ device, except :func:`sparsify`, whose result has the exact size.
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_PACKAGE = Path(__file__).parents[1]
-_BUILD = "build it in a clone with `python setup.py build_ext --inplace`, or `pip install --no-build-isolation .`"
+from . import compiled
 
 
 def bucket_by_token(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +34,7 @@ def bucket_by_token(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> t
     """
     # Whatever they hold, no two sequences share a row then: rows are what entries are counted by.
     edges = edges.to(torch.int64).cummax(0).values
-    if is_compiled(grad.device):
+    if compiled.serves(grad.device):
         result: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_kernels_csrc.bucket_by_token(argmax, grad, edges, rows)
         return result
     starts = (edges[:-1] - edges[0])[:, None]
@@ -64,7 +60,7 @@ def sparsify(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, T
             lowest id. None: all.
     """
     count = _limit(embeddings, max_active_dims)
-    if is_compiled(embeddings.device):
+    if compiled.serves(embeddings.device):
         if embeddings.device.type == "cpu":
             result: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_kernels_csrc.sparsify(embeddings, max(count, 1))
             return result
@@ -84,7 +80,7 @@ def sparsify_bounded(embeddings: Tensor, max_active_dims: int | None) -> tuple[T
     """
     count = _limit(embeddings, max_active_dims)
     capacity = embeddings.shape[0] * count
-    if is_compiled(embeddings.device):
+    if compiled.serves(embeddings.device):
         counts, mask = torch.ops.splade_kernels_csrc.active_mask(embeddings, max(count, 1))
         crow = _row_pointers(counts)
         return crow, *torch.ops.splade_kernels_csrc.gather_active(embeddings, crow, mask, capacity)
@@ -96,78 +92,6 @@ def sparsify_bounded(embeddings: Tensor, max_active_dims: int | None) -> tuple[T
     col = ids.new_zeros(capacity + 1).scatter_(0, place, ids)
     values = embeddings.new_zeros(capacity + 1).scatter_(0, place, embeddings.reshape(-1))
     return crow, col[:capacity].clone(), values[:capacity].clone()
-
-
-def why_not_compiled() -> str | None:
-    """Why the compiled operators cannot serve every device of this machine; None if they can."""
-    reason = _load("_csrc")
-    if reason is None and torch.cuda.is_available():
-        cuda_reason = _why_not_cuda(torch.cuda.current_device())
-        return cuda_reason and f"CPU tensors only: {cuda_reason}"
-    return reason
-
-
-def is_compiled(device: torch.device) -> bool:
-    """Whether tensors on ``device`` are served by the compiled operators."""
-    if device.type == "cpu":
-        return _load("_csrc") is None
-    if device.type != "cuda" or _load("_csrc") is not None:
-        return False
-    return _why_not_cuda(torch.cuda.current_device() if device.index is None else device.index) is None
-
-
-@functools.cache
-def _why_not_cuda(index: int) -> str | None:
-    """Why the CUDA library cannot serve a GPU: not built, or not for its architecture, which only a launch shows."""
-    if torch.version.cuda is None:
-        return "this PyTorch is not built for CUDA"
-    reason = _load(f"_csrc_cuda{torch.version.cuda.split('.')[0]}")
-    if reason is None:
-        try:
-            torch.ops.splade_kernels_csrc.active_mask(torch.zeros(1, 1, device=f"cuda:{index}"), 1)
-        except RuntimeError as error:
-            return f"the compiled CUDA operators do not run on {torch.cuda.get_device_name(index)}: {error}"
-    return reason
-
-
-@functools.cache
-def _load(name: str) -> str | None:
-    """Load one of the shared libraries, once; why it cannot be."""
-    path = _PACKAGE / f"{name}.so"
-    if not path.exists():
-        return f"{path.name} was not built; {_BUILD}"
-    try:
-        torch.ops.load_library(path)
-        if name == "_csrc":
-            if not hasattr(torch.ops.splade_kernels_csrc, "screened_maximum"):
-                return f"{path.name} is of an earlier version; {_BUILD}"
-            _register_fakes()
-    except (OSError, RuntimeError) as error:
-        return f"{path.name} does not load: {error}"
-    return None
-
-
-def _register_fakes() -> None:
-    def bucket_by_token(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        entries = grad.shape[0] * grad.shape[1]
-        words = grad.new_empty(entries, dtype=torch.int32)
-        return grad.new_empty((rows, 2), dtype=torch.int64), words, grad.new_empty(entries)
-
-    def active_mask(embeddings: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        rows, columns = embeddings.shape
-        mask = embeddings.new_empty((rows, (columns + 31) // 32), dtype=torch.int32)
-        return embeddings.new_empty(rows, dtype=torch.int64), mask
-
-    def gather_active(embeddings: Tensor, crow: Tensor, mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-        return embeddings.new_empty(capacity, dtype=torch.int64), embeddings.new_empty(capacity)
-
-    def sparsify(embeddings: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        nonzeros = torch.library.get_ctx().new_dynamic_size()
-        col = embeddings.new_empty(nonzeros, dtype=torch.int64)
-        return embeddings.new_empty(embeddings.shape[0] + 1, dtype=torch.int64), col, embeddings.new_empty(nonzeros)
-
-    for fake in (bucket_by_token, sparsify, active_mask, gather_active):
-        torch.library.register_fake(f"splade_kernels_csrc::{fake.__name__}", fake)
 
 
 def _limit(embeddings: Tensor, max_active_dims: int | None) -> int:

@@ -1,10 +1,11 @@
-"""What PyTorch can compute on a device, asked of its dispatcher."""
+"""What PyTorch and the host can do on a device."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -17,3 +18,14 @@ def has_kernel(operation: str, device_type: str) -> bool:
     """
     key = torch._C._dispatch_key_for_device(device_type)
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operation}", key))
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading the data of ``tensor`` costs the host no sync."""
+    return tensor.device.type == "cpu"
+
+
+def may_wait(tensor: Tensor) -> bool:
+    """Whether the host may wait for a count on the device of ``tensor``: everywhere but on CUDA, whose work is queued
+    far ahead of the GPU and may be captured into a graph."""
+    return tensor.device.type != "cuda"

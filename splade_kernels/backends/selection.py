@@ -1,7 +1,4 @@
-"""The choice between the backends.
-
-Not in the package's ``__init__``: there, importing the backend ``torch`` would replace the name of the library.
-"""
+"""The choice between the backends."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from . import compaction
+from . import compiled
 
 ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_BACKEND"
 BACKENDS = ("torch", "triton")
@@ -25,7 +22,7 @@ def available_backends() -> dict[str, str]:
     return {
         "torch": "available",
         "triton": _why_not_triton() or "available",
-        "csrc": compaction.why_not_compiled() or "available",
+        "csrc": compiled.why_not() or "available",
     }
 
 
@@ -46,9 +43,9 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     if name == "auto":
         name = "triton" if device.type == "cuda" and _why_not_triton(device, dtype) is None else "torch"
     if name == "torch":
-        from . import torch as torch_backend
+        from . import tiled
 
-        return torch_backend
+        return tiled
     reason = _why_not_triton(device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend 'triton' cannot run: {reason}")

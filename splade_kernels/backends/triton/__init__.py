@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..pooling import PoolingCall
 from .flops import flops_sums
-from .pool_backward import max_pool_backward
-from .pool_forward import max_pool_forward
-from .pool_sum import sum_pool_backward, sum_pool_forward
+from .max_backward import max_pool_backward
+from .max_forward import max_pool_forward
+from .sum_pool import sum_pool_backward, sum_pool_forward
 
 __all__ = ["flops_sums", "max_pool_backward", "pool_forward", "sum_pool_backward"]
 

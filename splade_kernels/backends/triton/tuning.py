@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import GROUP, INTERPRETED, LARGEST_BLOCK_T
+from .common import GROUP, LARGEST_BLOCK_T
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_CONFIG"
@@ -85,55 +83,6 @@ _HOPPER_INT8 = MatmulConfig(128, 128, 128, 4, 3, tma=True, resident=2)
 _BLACKWELL_INT8 = MatmulConfig(128, 128, 128, 8, 3, tma=True)
 # For a GPU nobody has compiled for: 16 KiB of shared memory in half precision, 32 KiB in float32.
 _SAFE = MatmulConfig(64, 64, 32, 4, 2)
-
-
-def architecture(device: torch.device) -> int:
-    """Compute capability as an integer, 90 for 9.0; 0 in the interpreter."""
-    if INTERPRETED:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """What a persistent grid is counted in; a few in the interpreter, so that its loop is run."""
-    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def fits_descriptor(matrix: Tensor) -> bool:
-    """Whether a TMA descriptor can describe it: dense rows, base address and row stride multiples of 16 bytes."""
-    row_bytes = matrix.stride(0) * matrix.element_size()
-    dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] and matrix.numel() > 0
-    return dense and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
-
-
-def tiled_launch(
-    config: MatmulConfig, weight: Tensor, rows: Tensor
-) -> tuple[int, tuple[Tensor | TensorDescriptor, ...], dict[str, Any]]:
-    """Programs, the matrices as a kernel of tiles ``[block_v, block_t]`` fetches them, its constants and options."""
-    programs = -(-weight.shape[0] // config.block_v) * -(-rows.shape[0] // config.block_t)
-    matrices: tuple[Tensor | TensorDescriptor, ...] = (weight, rows)
-    descriptors = config.tma and fits_descriptor(weight) and fits_descriptor(rows)
-    if descriptors:
-        programs = min(programs, config.resident * multiprocessors(weight.device))
-        matrices = (
-            TensorDescriptor.from_tensor(weight, [config.block_v, config.block_k]),
-            TensorDescriptor.from_tensor(rows, [config.block_t, config.block_k]),
-        )
-    return (
-        programs,
-        matrices,
-        {
-            "DESCRIPTORS": descriptors,
-            "BLOCK_V": config.block_v,
-            "BLOCK_T": config.block_t,
-            "BLOCK_K": config.block_k,
-            "GROUP_V": config.group_v,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        },
-    )
 
 
 def uses_descriptors(arch: int) -> bool:

@@ -1,0 +1,92 @@
+"""Floors: the operations and the fewest bytes of each job, and the time a machine needs for them at best.
+
+A multiply-add counts as two operations. Bytes are what has to come from and go to memory once, with perfect caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bench.inputs.cases import CASES, PRECISIONS, Case, Precision
+
+PASSES = ("forward", "forward_backward")
+FLOOR_CASES = ("gooaq-question", "gooaq-answer", "dev", "splade-v3", "long", "xlmr-16", "qwen", "query")
+
+
+class Work(NamedTuple):
+    operations: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one device in one precision: measured ones, or a datasheet's."""
+
+    name: str
+    bytes_per_second: float
+    operations_per_second: float
+
+    def seconds(self, work: Work) -> float:
+        """The slower of the two, as if they overlapped perfectly."""
+        return max(work.operations / self.operations_per_second, work.bytes / self.bytes_per_second)
+
+
+# NVIDIA's GA102 whitepaper: dense tensor-core rate with float32 accumulation, and float32 without tensor cores.
+RTX_3090 = {
+    "bf16": Machine("RTX 3090 (datasheet)", 936e9, 71e12),
+    "bf16-autocast": Machine("RTX 3090 (datasheet)", 936e9, 71e12),
+    "tf32": Machine("RTX 3090 (datasheet)", 936e9, 35.6e12),
+    "float32": Machine("RTX 3090 (datasheet)", 936e9, 35.6e12),
+}
+
+
+def forward(case: Case, precision: Precision, tokens: int) -> Work:
+    """Projection of ``tokens`` rows: read h, W and c, write y (and nothing of size tokens × vocabulary)."""
+    size = precision.dtype.itemsize
+    read = (tokens * case.hidden_size + case.vocab_size * (case.hidden_size + 1)) * size
+    written = case.batch_size * case.vocab_size * precision.out_dtype.itemsize
+    return Work(2 * tokens * case.hidden_size * case.vocab_size, read + written)
+
+
+def backward(case: Case, precision: Precision, active: int, tokens: int) -> Work:
+    """Two gathers of D numbers for each of the ``active`` entries; read y, dy, a, h and W, write dh, dW and dc."""
+    size = precision.dtype.itemsize
+    entries = case.batch_size * case.vocab_size
+    index = 2 if case.length <= 32767 else 4
+    moved = entries * (2 * precision.out_dtype.itemsize + index)
+    matrices = (tokens + case.batch_size * case.length + 2 * case.vocab_size) * case.hidden_size * size
+    return Work(4 * active * case.hidden_size, moved + matrices + case.vocab_size * size)
+
+
+def forward_backward(case: Case, precision: Precision, active: int, tokens: int) -> Work:
+    """Both, one after the other; the argmax is written and read once."""
+    first, second = forward(case, precision, tokens), backward(case, precision, active, tokens)
+    return Work(first.operations + second.operations, first.bytes + second.bytes)
+
+
+def flops(rows: int, columns: int, itemsize: int) -> Work:
+    """Read every embedding once."""
+    return Work(rows * columns, rows * columns * itemsize)
+
+
+def logits_bytes(case: Case, precision: Precision) -> int:
+    """``[B, S, V]`` in the dtype of the products: what the dense head holds and this one does not."""
+    return case.batch_size * case.length * case.vocab_size * precision.compute_dtype.itemsize
+
+
+def floors_section() -> str:
+    """Computed, not measured: the RTX 3090's datasheet against the forward of named cases."""
+    from bench.report import table
+
+    machine = RTX_3090["bf16"]
+    rates = f"{machine.bytes_per_second / 1e9:.0f} GB/s and {machine.operations_per_second / 1e12:.0f} TFLOP/s"
+    note = f"Floors of the forward in bfloat16 from the datasheet's {rates} (dense, float32 accumulation)."
+    rows = [["case", "shape", "forward, all tokens real, ms", "forward, real tokens, ms", "binds"]]
+    for case in (CASES[name] for name in FLOOR_CASES):
+        real = int(case.draw_lengths().sum())
+        works = [forward(case, PRECISIONS["bf16"], count) for count in (case.batch_size * case.length, real)]
+        compute, memory = works[1].operations / machine.operations_per_second, works[1].bytes / machine.bytes_per_second
+        cells = [f"{machine.seconds(work) * 1e3:.3f}" for work in works]
+        rows.append([case.name, case.shape, *cells, "operations" if compute > memory else "bytes"])
+    return f"## RTX 3090: computed, not measured\n\n{note}\n\n{table(rows)}"

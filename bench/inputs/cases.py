@@ -1,0 +1,266 @@
+"""The named cases, the curves and the precisions: shapes and inputs of everything that is measured.
+
+GooAQ's questions have about 14 tokens and its answers about 60, in batches padded to 256: the lengths drawn here are a
+stand-in with those means, not GooAQ itself, which is not downloaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bench import screening_model
+from bench.harness import timing
+
+# Multiply-adds of one projection that a CPU is asked for.
+CPU_MULTIPLY_ADDS = 1 << 34
+MIN_BATCH = 2
+
+LengthGenerator = Callable[[int, int, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: ``[batch_size, length, hidden_size]`` times ``[vocab_size, hidden_size]``, and the lengths in it."""
+
+    name: str
+    batch_size: int
+    length: int
+    hidden_size: int = 768
+    vocab_size: int = 30522
+    lengths: str = "full"
+    # The share of (sequence, word) pairs that a shift of the bias makes active; None: the bias is as it was drawn.
+    active_share: float | None = None
+    # Hidden states, weight and bias are those of the model that bench.screening_model trains.
+    from_text: bool = False
+    # Batch and length on a CPU, where they are given rather than scaled.
+    on_cpu: tuple[int, int] | None = None
+    # The shape this one stands in for, where a CPU could not do it.
+    scaled_from: str | None = None
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch_size} S{self.length} D{self.hidden_size} V{self.vocab_size}"
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.batch_size * self.length * self.hidden_size * self.vocab_size
+
+    def draw_lengths(self) -> Tensor:
+        """``[B]`` real tokens of each sequence; the same on every call."""
+        generator = torch.Generator().manual_seed(self.batch_size * 1_000_003 + self.length)
+        return LENGTHS[self.lengths](self.batch_size, self.length, generator)
+
+
+def full_lengths(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
+    """Nothing is padded."""
+    return torch.full((batch_size,), length)
+
+
+def ragged_lengths(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
+    """Evenly from a third of the length to all of it, in random order: a third of the tokens is padding."""
+    lengths = torch.linspace(length / 3, length, batch_size).round().long().clamp_(1, length)
+    return lengths[torch.randperm(batch_size, generator=generator)]
+
+
+def gamma_lengths(mean: float, deviation: float) -> LengthGenerator:
+    """Gamma-distributed, clamped to the padded length: the shape of text lengths, skewed to the right."""
+
+    def draw(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
+        # A sum of exponentials is gamma of that order; torch's own sampler takes no generator.
+        order = max(1, round((mean / deviation) ** 2))
+        uniform = torch.rand(batch_size, order, generator=generator).clamp_min_(1e-6)
+        return (-uniform.log().sum(dim=1) * mean / order).round().long().clamp_(1, length)
+
+    return draw
+
+
+LENGTHS: dict[str, LengthGenerator] = {
+    "full": full_lengths,
+    "ragged": ragged_lengths,
+    "gooaq-question": gamma_lengths(14, 4),
+    "gooaq-answer": gamma_lengths(60, 20),
+}
+
+
+def _named() -> Iterator[Case]:
+    yield Case("gooaq-question", 32, 256, lengths="gooaq-question")
+    yield Case("gooaq-answer", 32, 256, lengths="gooaq-answer")
+    shapes = [
+        Case("dev", 32, 128),
+        Case("splade-v3", 320, 512),
+        Case("qwen", 16, 512, hidden_size=1024, vocab_size=151936),
+        Case("query", 64, 10),
+        Case("long", 8, 8192, vocab_size=50368),
+        *(Case(f"xlmr-{batch}", batch, 256, vocab_size=250002) for batch in (16, 64, 420)),
+    ]
+    for case in shapes:
+        yield case
+        yield replace(case, name=f"{case.name}-ragged", lengths="ragged")
+
+
+def _curves() -> dict[str, list[Case]]:
+    return {
+        "S": [Case(f"curve-S-{length}", 8, length) for length in (32, 64, 128, 256, 512, 1024, 2048, 8192)],
+        "V": [Case(f"curve-V-{size}", 8, 64, vocab_size=size) for size in (8192, 30522, 50368, 151936, 250002)],
+        "B": [Case(f"curve-B-{batch}", batch, 10) for batch in (1, 4, 16, 64, 256, 1024, 4096)],
+    }
+
+
+def _screening() -> Iterator[Case]:
+    shape = Case("", 32, 256, lengths="ragged", on_cpu=(16, 128))
+    yield replace(shape, name="trained-squad", length=128, hidden_size=128, from_text=True)
+    yield replace(shape, name="sparse-normal", active_share=0.015)
+    yield replace(shape, name="dense", active_share=1.0)
+    for share in (0.001, 0.05, 0.5):
+        yield replace(shape, name=f"share-{100 * share:g}", active_share=share)
+
+
+CASES: dict[str, Case] = {case.name: case for case in _named()}
+# What decides how much exact screening leaves to do: the share of active pairs, on random numbers and on text.
+SCREENING: dict[str, Case] = {case.name: case for case in _screening()}
+CURVES: dict[str, list[Case]] = _curves()
+# Both batches of a GooAQ step are reported together under this name.
+GOOAQ = ("gooaq-question", "gooaq-answer")
+# Rows and columns of the FLOPS regulariser's cases.
+FLOPS_SHAPES = ((32, 30522), (512, 30522), (4096, 30522), (420, 250002), (4096, 250002))
+CPU_FLOPS_ELEMENTS = 1 << 27
+
+
+def for_device(case: Case, device: torch.device) -> Case:
+    """The case itself on a GPU. On a CPU the shape it names for one, else one with at most ``CPU_MULTIPLY_ADDS``: the
+    batch is halved, to no less than ``MIN_BATCH``, then the length; hidden size and vocabulary stay."""
+    if device.type != "cpu":
+        return case
+    batch_size, length = case.on_cpu or (case.batch_size, case.length)
+    scales, entries = case.on_cpu is None, case.hidden_size * case.vocab_size
+    while scales and batch_size * length * entries > CPU_MULTIPLY_ADDS:
+        if batch_size > MIN_BATCH:
+            batch_size = max(MIN_BATCH, batch_size // 2)
+        elif length > 1:
+            length //= 2
+        else:
+            break
+    if (batch_size, length) == (case.batch_size, case.length):
+        return case
+    return replace(case, batch_size=batch_size, length=length, scaled_from=case.shape)
+
+
+def curve_points(axis: str, device: torch.device) -> list[Case]:
+    """Points of one curve; a CPU leaves out what it would have to scale."""
+    return [case for case in CURVES[axis] if for_device(case, device) == case]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype mode: what inputs and parameters are held in, what is multiplied, and the settings in force."""
+
+    name: str
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
+    tf32: bool = False
+    autocast: bool = False
+
+    @contextlib.contextmanager
+    def settings(self) -> Iterator[None]:
+        """TF32 on or off, for forward and backward."""
+        matmul = torch.backends.cuda.matmul
+        before = matmul.allow_tf32
+        matmul.allow_tf32 = self.tf32
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
+
+    def forward(self, device: torch.device) -> torch.autocast:
+        """Autocast where the mode has it: around the forward alone, as in training. Its cache of cast weights is off,
+        since every step casts a weight that has just been updated."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False)
+
+
+_F32, _BF16 = torch.float32, torch.bfloat16
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("float32", _F32, _F32, _F32),
+        Precision("tf32", _F32, _F32, _F32, tf32=True),
+        # Under autocast the layer before the decoder, a LayerNorm, returns float32.
+        Precision("bf16-autocast", _F32, _BF16, _F32, autocast=True),
+        Precision("bf16", _BF16, _BF16, _BF16),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaves that require a gradient, the mask, and the gradient that arrives at the output."""
+
+    hidden: Tensor  # [B, S, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor  # [V]
+    mask: Tensor  # [B, S] int64, as a tokenizer makes it
+    grad: Tensor  # [B, V]
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.bias
+
+
+def make_inputs(case: Case, precision: Precision, device: torch.device, seed: int = 0) -> Inputs:
+    """Random normal hidden states and weights: dots of variance one, nearly every entry active. Padding holds numbers
+    like any other token, as an encoder leaves it.
+
+    With ``active_share`` the same numbers and a bias shifted by one number, so that this share of the (sequence, word)
+    pairs is active. At B16 S128, a third padding, 1.5 % of the pairs are active and 0.018 % of all logits are positive;
+    the logits of single tokens have mean -3.6 and deviation 1, and their maxima, one a pair, mean -1.17 and deviation
+    0.47: 1.1 % of the pairs are within 0.1 of zero. These margins are the hard case: numbers without structure crowd
+    where a trained model leaves a gap.
+
+    With ``from_text`` what a trained model gives for unseen passages, each cut to the length that the case draws.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*size: int, scale: float = 1.0, dtype: torch.dtype = precision.dtype) -> Tensor:
+        values = torch.randn(size, generator=generator, device=device, dtype=dtype)
+        return values.mul_(scale)
+
+    positions = torch.arange(case.length, device=device)
+    mask = (positions < case.draw_lengths().to(device)[:, None]).long()
+    if case.from_text:
+        given = screening_model.decoder_inputs(case.draw_lengths(), case.length, case.vocab_size)
+        hidden, weight, bias = (tensor.to(device, precision.dtype) for tensor in given)
+    else:
+        hidden = draw(case.batch_size, case.length, case.hidden_size)
+        weight = draw(case.vocab_size, case.hidden_size, scale=case.hidden_size**-0.5)
+        bias = draw(case.vocab_size, scale=0.1)
+    if case.active_share is not None:
+        bias -= _threshold(hidden, weight, bias, mask, case.active_share)
+    grad = draw(case.batch_size, case.vocab_size, dtype=precision.out_dtype)
+    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), mask, grad)
+
+
+def input_sets(case: Case, precision: Precision, device: torch.device) -> list[Inputs]:
+    """As many as one sample walks through."""
+    size = case.hidden_size * (case.batch_size * case.length + case.vocab_size) * precision.dtype.itemsize
+    return [make_inputs(case, precision, device, seed) for seed in range(timing.rotation(size, device))]
+
+
+def why_absent(case: Case) -> str | None:
+    """Why a case has no inputs here, or None."""
+    return screening_model.why_not() if case.from_text else None
+
+
+def _threshold(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, share: float) -> Tensor:
+    """The number that this share of the pairs' largest logits exceeds."""
+    columns = weight.float().t()
+    tokens = [rows[real != 0].float() for rows, real in zip(hidden, mask, strict=True)]
+    largest = torch.stack([(rows @ columns).amax(dim=0) for rows in tokens])
+    ranked = (largest + bias.float()).flatten().sort(descending=True).values
+    above = max(1, round(share * len(ranked)))
+    below = ranked[above] if above < len(ranked) else ranked[-1] - (ranked[0] - ranked[-1]) / 100
+    return ((ranked[above - 1] + below) / 2).to(bias.dtype)

@@ -1,0 +1,187 @@
+"""The heads that are compared: each a function ``(hidden, weight, bias, mask) -> [B, V]``, made for one case.
+
+Sparton (arXiv:2603.25011) is measured when it can be imported. Its adapter is written against the API of its
+README: ``SpartonHead(vocab_size, hidden_dim, use_bias=True)``, its weight and bias, ``head(hidden, attention_mask)``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import splade_kernels as sk
+from bench.inputs.cases import Case, Inputs, Precision
+from splade_kernels.backends import weight_cache
+
+Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# The bare matmul writes its logits in slices of at most this size, so that there is a floor for every case.
+MATMUL_SLICE_BYTES = 4 << 30
+
+
+def stock(training: bool) -> Head:
+    """As sentence-transformers runs it: the decoder, a Linear to the vocabulary, and then ``SpladePooling``."""
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    pooling = SpladePooling().train(training)
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        logits = nn.functional.linear(hidden, weight, bias)
+        output: Tensor = pooling({"token_embeddings": logits, "attention_mask": mask})["sentence_embedding"]
+        return output
+
+    return head
+
+
+def compiled(training: bool) -> Head:
+    """``torch.compile`` of :func:`stock`, for this shape alone (others would count towards the limit of recompiles)."""
+    torch._dynamo.reset()
+    head: Head = torch.compile(stock(training), fullgraph=True, dynamic=False)
+    return head
+
+
+def ours(training: bool, **options: Any) -> Head:
+    return partial(_splade_pool, **options)
+
+
+def _splade_pool(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    return sk.splade_pool(hidden, weight, bias, mask, **options)
+
+
+def first_call(training: bool, **options: Any) -> Head:
+    """Ours without what earlier inference calls kept of the weight."""
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        weight_cache.forget(weight)
+        return sk.splade_pool(hidden, weight, bias, mask, **options)
+
+    return head
+
+
+def sparton(training: bool) -> Head:
+    from sparton import SpartonHead
+
+    heads: dict[int, nn.Module] = {}
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        if id(weight) not in heads:
+            with torch.device("meta"):
+                fused = SpartonHead(weight.shape[0], weight.shape[1], use_bias=True)
+            # What tie_weights does; the leaves of a case are plain tensors, which must not take a Parameter's place.
+            del fused.weight, fused.bias
+            fused.weight, fused.bias = weight, bias
+            heads[id(weight)] = fused
+        output: Tensor = heads[id(weight)](hidden, mask)
+        return output
+
+    return head
+
+
+def rival(training: bool) -> Head:
+    """A program owns a sequence (:mod:`.rival`), with the tiles of ours, fetched by pointers; forward only."""
+    from bench.inputs.rival import max_pool_forward
+    from splade_kernels.backends.pooling import PoolingCall
+    from splade_kernels.backends.triton.common import dot_precision
+    from splade_kernels.backends.triton.launch import architecture
+    from splade_kernels.backends.triton.tuning import matmul_config
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        batch, length, _ = hidden.shape
+        cast = torch.is_autocast_enabled(hidden.device.type)
+        dtype = torch.get_autocast_dtype(hidden.device.type) if cast else hidden.dtype
+        vocab_size, hidden_size = weight.shape
+        config = matmul_config(architecture(hidden.device), hidden_size, vocab_size, dtype, dot_precision(dtype))
+        call = PoolingCall(batch, mask, None, length, "max", "relu", dtype, torch.float32 if cast else dtype)
+        return max_pool_forward(call, hidden.flatten(0, 1), weight, bias, config)[0]
+
+    return head
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``make(training)`` gives the head. ``on_cpu``: whether it means anything there. ``trains``: has a backward.
+    ``keeps(device)``: inference there finds the quantised weight that an earlier call made, which a CUDA graph would
+    make at every replay."""
+
+    make: Callable[[bool], Head]
+    on_cpu: bool = True
+    trains: bool = True
+    keeps: Callable[[torch.device], bool] = lambda device: False
+
+    def captured(self, training: bool, device: torch.device) -> bool:
+        """Whether a CUDA graph of it computes what a call does."""
+        return training or not self.keeps(device)
+
+
+def auto_may_screen(device: torch.device) -> bool:
+    """Whether "ours" may screen on this device; on an unmeasured GPU it is "unscreened"."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    from splade_kernels.backends.triton.launch import architecture
+    from splade_kernels.backends.triton.tuning import screening_may_pay
+
+    return screening_may_pay(architecture(device))
+
+
+VARIANTS: dict[str, Variant] = {
+    "stock": Variant(stock),
+    "compile": Variant(compiled),
+    # On a CPU this is what "ours" is.
+    "tiled": Variant(partial(ours, backend="torch"), on_cpu=False),
+    "sparton": Variant(sparton, on_cpu=False),
+    "rival": Variant(rival, on_cpu=False, trains=False),
+    "unscreened": Variant(partial(ours, screening=False)),
+    # screening="auto": on a CPU this call's inputs decide, on a GPU a checked-in result of its architecture, too.
+    "ours": Variant(ours, keeps=auto_may_screen),
+    "screened": Variant(partial(ours, screening=True), keeps=lambda device: True),
+    # Training keeps nothing of the weight: there every call is a first one.
+    "screened-first": Variant(partial(first_call, screening=True), trains=False),
+}
+# What is compared where: heads with each other, screening with itself.
+HEADS = ("stock", "compile", "tiled", "sparton", "rival", "ours")
+MODES: dict[str, str | bool] = {"unscreened": False, "ours": "auto", "screened": True}
+OURS = (*MODES, "screened-first")
+SCREENING = ("stock", *OURS)
+# Floors, forward only: the same product without anything after it, of all tokens and of the real ones.
+MATMULS = ("matmul-padded", "matmul-real")
+
+
+def why_not(name: str, device: torch.device, training: bool) -> str | None:
+    """Why a variant cannot be measured here, or None."""
+    if training and not VARIANTS[name].trains:
+        return "forward only"
+    if device.type == "cpu" and not VARIANTS[name].on_cpu:
+        return "for GPUs only"
+    if name == "sparton" and importlib.util.find_spec("sparton") is None:
+        return "the package sparton is not installed"
+    if name in ("stock", "compile") and importlib.util.find_spec("sentence_transformers") is None:
+        return "the package sentence-transformers is not installed"
+    return None
+
+
+def matmul(name: str, inputs: Inputs, precision: Precision) -> Callable[[], tuple[Tensor]]:
+    """``h @ W.T`` of operands already in the dtype of the products, into memory already there."""
+    rows = inputs.hidden.detach().flatten(0, 1)
+    if name == "matmul-real":
+        rows = rows[inputs.mask.flatten() != 0]
+    rows = rows.to(precision.compute_dtype)
+    columns = inputs.weight.detach().to(precision.compute_dtype).t()
+    step = max(1, MATMUL_SLICE_BYTES // (columns.shape[1] * rows.element_size()))
+    buffer = rows.new_empty(min(step, len(rows)), columns.shape[1])
+
+    def run() -> tuple[Tensor]:
+        for part in rows.split(step):
+            torch.mm(part, columns, out=buffer[: len(part)])
+        return (buffer,)
+
+    return run
+
+
+def tokens(case: Case, padded: bool) -> int:
+    """Rows that are multiplied."""
+    return case.batch_size * case.length if padded else int(case.draw_lengths().sum())

@@ -1,0 +1,175 @@
+"""What is measured: the jobs of one case in one precision, to be interleaved with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import splade_kernels as sk
+from bench.harness import roofline, timing, truth
+from bench.harness.rows import Job, Row
+from bench.harness.steps import Step, Tensors, cuda_extra_bytes, train_or_infer, unweighed, weigher
+from bench.inputs import distributions, variants
+from bench.inputs.cases import Case, Inputs, Precision, input_sets
+
+
+def head_row(case: Case, precision: Precision, job: str, exact: truth.Truth) -> Row:
+    """What the variants of ``forward`` or ``forward_backward`` share: shape, work, share of active pairs."""
+    real = variants.tokens(case, padded=False)
+    active = int((exact.output > 0).sum())
+    work = (
+        roofline.forward_backward(case, precision, active, real)
+        if job == "forward_backward"
+        else roofline.forward(case, precision, real)
+    )
+    row = Row(case.name, case.shape, precision.name, job, "", scaled_from=case.scaled_from, real_tokens=real)
+    return replace(row, operations=work.operations, bytes=work.bytes, active_share=active / exact.output.numel())
+
+
+def head(case: Case, precision: Precision, job: str, device: torch.device, names: Sequence[str]) -> list[Job]:
+    """The variants of ``forward`` or ``forward_backward``."""
+    training = job == "forward_backward"
+    sets = input_sets(case, precision, device)
+    exact = truth.compute(sets[0], precision)
+    row = head_row(case, precision, job, exact)
+
+    def check(found: Tensors) -> dict[str, float]:
+        return truth.differences(exact, found[0], found[1:], sets[0])
+
+    def steps(make: Callable[[bool], variants.Head]) -> list[Step]:
+        function = make(training)
+        return [train_or_infer(function, inputs, precision, training) for inputs in sets]
+
+    def floors(name: str) -> list[Step]:
+        return [variants.matmul(name, inputs, precision) for inputs in sets]
+
+    jobs = []
+    for name in names:
+        reason = variants.why_not(name, device, training)
+        mine = replace(row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
+        make = variants.VARIANTS[name].make
+        weigh = weigher(case, precision, name, training, device)
+        one = Job(mine, partial(steps, make), check, truth.BOUNDS[precision.name], name in variants.OURS, weigh)
+        one.captured = variants.VARIANTS[name].captured(training, device)
+        jobs.append(one)
+    for name in () if training else variants.MATMULS:
+        rows = variants.tokens(case, padded=name == "matmul-padded")
+        mine = replace(row, variant=name, errors={}, real_tokens=rows)
+        jobs.append(Job(mine, partial(floors, name)))
+    return jobs
+
+
+def backward_operator(case: Case, precision: Precision, inputs: Inputs, drawn: distributions.Draw) -> Step:
+    """The package's backward operator alone: gradients of hidden states, weight and bias."""
+    output, argmax, grad = drawn
+
+    def gradients() -> Tensors:
+        hidden, weight, bias = (leaf.detach() for leaf in inputs.leaves)
+        found: Tensors = torch.ops.splade_kernels.pool_backward(
+            grad=grad,
+            output=output,
+            argmax=argmax,
+            hidden_states=hidden,
+            weight=weight,
+            bias=bias,
+            attention_mask=inputs.mask,
+            cu_seqlens=None,
+            max_seqlen=case.length,
+            pooling_strategy="max",
+            activation_function="relu",
+            compute_dtype=precision.compute_dtype,
+            out_dtype=precision.out_dtype,
+            screening="off",
+            backend="auto",
+            need_hidden=True,
+            need_weight=True,
+            need_bias=True,
+        )
+        return found
+
+    return gradients
+
+
+def training_forward(precision: Precision, inputs: Inputs, screening: str | bool = "auto") -> Step:
+    """The forward that keeps what the backward needs."""
+
+    def step() -> Tensors:
+        with precision.forward(inputs.hidden.device):
+            return (sk.splade_pool(*inputs.leaves, inputs.mask, screening=screening).detach(),)
+
+    return step
+
+
+def gradient_errors(found: Tensors, exact: Tensors) -> dict[str, float]:
+    """Relative distance of the gradients of hidden states, weight and bias, by name."""
+    names = ("grad_hidden", "grad_weight", "grad_bias")
+    return {name: truth.relative_distance(*pair) for name, *pair in zip(names, found, exact, strict=True)}
+
+
+def backward(case: Case, precision: Precision, distribution: str, device: torch.device) -> list[Job]:
+    """The backward operator alone on one distribution, beside the training forward of the same shape."""
+    sets = input_sets(case, precision, device)
+    drawn = [distributions.draw(distribution, case, precision, device, seed) for seed in range(len(sets))]
+    exact = truth.backward(*drawn[0], sets[0])
+    real, active = variants.tokens(case, padded=False), int((drawn[0][0] > 0).sum())
+    row = Row(case.name, case.shape, precision.name, f"backward-{distribution}", "ours", scaled_from=case.scaled_from)
+    row = replace(row, real_tokens=real, active_share=active / drawn[0][0].numel())
+    work, base = roofline.backward(case, precision, active, real), roofline.forward(case, precision, real)
+    weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
+    mine = replace(row, operations=work.operations, bytes=work.bytes)
+    beside = replace(row, variant="training-forward", errors={}, operations=base.operations, bytes=base.bytes)
+    steps = [backward_operator(case, precision, *pair) for pair in zip(sets, drawn, strict=True)]
+    bound = 1e-4 if precision.compute_dtype == torch.float32 else 1e-2
+    return [
+        Job(mine, lambda: steps, lambda found: gradient_errors(found, exact), bound, True, weigh),
+        Job(beside, lambda: [training_forward(precision, inputs) for inputs in sets]),
+    ]
+
+
+def flops(shape: tuple[int, int], precision: Precision, job: str, device: torch.device) -> list[Job]:
+    """The regulariser, as sentence-transformers computes it and ours."""
+    rows, columns = shape
+    training = job == "forward_backward"
+    dtype = precision.out_dtype
+    count = timing.rotation(rows * columns * dtype.itemsize, device)
+    tensors = [torch.rand(rows, columns, device=device).sub_(0.9).relu_().to(dtype) for _ in range(count)]
+    mean = torch.cat([part.sum(0, dtype=torch.float64)[None] for part in tensors[0].split(64)]).sum(0) / rows
+    exact = (mean.square().sum(), (2 / rows * mean).expand(rows, -1))
+    work = roofline.flops(rows, columns, dtype.itemsize)
+    row = Row("flops", f"B{rows} V{columns}", precision.name, job, "", operations=work.operations, bytes=work.bytes)
+
+    def stock(embeddings: Tensor) -> Tensor:
+        return torch.sum(torch.mean(embeddings, dim=0) ** 2)
+
+    def make(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Step:
+        leaf = tensor.requires_grad_(training)
+
+        def one() -> Tensors:
+            value = function(leaf)
+            return (value.detach(), *torch.autograd.grad(value, leaf)) if training else (value,)
+
+        return one
+
+    def steps(function: Callable[[Tensor], Tensor]) -> list[Step]:
+        return [make(function, tensor) for tensor in tensors]
+
+    def check(found: Tensors) -> dict[str, float]:
+        errors = {"value": truth.relative_distance(found[0], exact[0])}
+        return errors | ({"grad": truth.relative_distance(found[1][0], exact[1][0])} if training else {})
+
+    weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
+    return [
+        Job(
+            replace(row, variant=name, errors={}),
+            partial(steps, function),
+            check,
+            1e-5 if dtype == torch.float32 else 2e-2,
+            name == "ours",
+            weigh,
+        )
+        for name, function in (("stock", stock), ("ours", sk.flops_loss))
+    ]

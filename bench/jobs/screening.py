@@ -1,0 +1,86 @@
+"""Exact screening on, left to itself and off, beside stock and the bare matmul: the head alone, inference and training.
+
+Outputs are held against the unscreened ones and against the truth, within the band that two summation orders span,
+before anything is timed. A whole ``encode``: :mod:`bench.jobs.encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from bench.harness import roofline, truth
+from bench.harness.rows import Job
+from bench.harness.steps import Step, Tensors, train_or_infer, unweighed, weigher
+from bench.inputs import variants
+from bench.inputs.cases import Case, Inputs, Precision, input_sets
+from bench.inputs.variants import OURS, VARIANTS
+from bench.jobs.operators import head_row
+from splade_kernels.backends.tiled.screening import survivors
+
+FLOOR = "matmul-real"
+# Largest distances from the unscreened output and from the truth, in bands.
+BANDS = {"bands_from_unscreened": 1.0, "bands_from_truth": 1.0}
+
+
+def passes(case: Case) -> Sequence[str]:
+    """Points of the curve over the active share are inference alone."""
+    return roofline.PASSES[:1] if case.name.startswith("share-") else roofline.PASSES
+
+
+def head(case: Case, precision: Precision, job: str, device: torch.device, names: Sequence[str]) -> list[Job]:
+    """``forward`` or ``forward_backward`` of the head with one case's inputs. Training quantises the weight in every
+    step."""
+    training = job == "forward_backward"
+    sets = input_sets(case, precision, device)
+    exact = truth.compute(sets[0], precision)
+    row = head_row(case, precision, job, exact)
+
+    def steps(make: Callable[[bool], variants.Head]) -> list[Step]:
+        function = make(training)
+        return [train_or_infer(function, inputs, precision, training) for inputs in sets]
+
+    allowed = truth.band(sets[0], precision)
+    unscreened = steps(VARIANTS["unscreened"].make)[0]()[0]
+
+    def check(found: Tensors) -> dict[str, float]:
+        return truth.differences(exact, found[0], found[1:], sets[0])
+
+    def distances(found: Tensors) -> dict[str, float]:
+        others = dict(zip(BANDS, (unscreened, exact.output), strict=True))
+        return {name: truth.in_bands(found[0], other, allowed, precision) for name, other in others.items()}
+
+    jobs = []
+    for name in (name for name in names if VARIANTS[name].trains or not training):
+        reason = variants.why_not(name, device, training)
+        mine = replace(row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
+        weigh = unweighed if training else weigher(case, precision, name, training, device)
+        one = Job(mine, partial(steps, VARIANTS[name].make), check, truth.BOUNDS[precision.name], weigh=weigh)
+        one.captured = VARIANTS[name].captured(training, device)
+        if name == "screened":
+            one.row.survivors = surviving_share(sets[0], precision)
+        jobs.append(hold_in_bands(one, distances) if name in OURS else one)
+    if not training:
+        floor = replace(row, variant=FLOOR, errors={})
+        jobs.append(Job(floor, lambda: [variants.matmul(FLOOR, inputs, precision) for inputs in sets]))
+    return jobs
+
+
+def hold_in_bands(job: Job, distances: Callable[[Tensors], dict[str, float]]) -> Job:
+    """The job, whose output is also held entry by entry, and to the bit in a second run."""
+    norms = job.check or (lambda found: {})
+    job.check = lambda found: norms(found) | distances(found)
+    job.strict, job.bounds = True, BANDS
+    return job
+
+
+def surviving_share(inputs: Inputs, precision: Precision) -> float | None:
+    """Share of the (real token, word) pairs whose dots a CPU computes exactly; None on a GPU, which does not tell."""
+    if inputs.hidden.device.type != "cpu":
+        return None
+    hidden, weight, bias = (leaf.detach().to(precision.compute_dtype) for leaf in inputs.leaves)
+    computed, pairs = survivors(hidden, weight, bias, inputs.mask)
+    return computed / pairs

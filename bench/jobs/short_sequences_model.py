@@ -1,0 +1,158 @@
+"""Two ways to the gradients of the maximum, and what each should cost by sequence length: a model, no measurement.
+
+gather (what the package does): for every active entry (b, v) one row of h, for dW, and one row of W, for dh.
+scatter: g[b, v] into row (b, a[b, v]) of a matrix G [T, V] of zeros, then the products dh = G W and dW = Gᵀ h.
+
+Times come from operations and bytes over rates that are given, and are expressed in forwards: the product of all
+T = B·S tokens with the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bench.harness.roofline import RTX_3090
+
+# A write of a few bytes into zeros reads and writes one of these.
+SECTOR_BYTES = 32
+# What the backward of the package writes and reads again for an active entry: g as float32, a row and a word of int32.
+SORTED_BYTES = 2 * (4 + 8)
+LENGTHS = (8, 14, 32, 60, 128, 256, 512)
+SHARES = (0.005, 0.01, 0.05, 0.2, 0.5, 1.0)
+# Operations for each byte of memory: the RTX 3090's datasheet, and two rounder numbers above it. Parameters, all three.
+INTENSITIES = (RTX_3090["bf16"].operations_per_second / RTX_3090["bf16"].bytes_per_second, 150.0, 300.0)
+# How many times memory's rate rows of h are gathered at from L2, where they are.
+L2_FACTOR = 3.0
+
+
+class Shape(NamedTuple):
+    """``[batch_size, length, hidden_size]`` times ``[vocab_size, hidden_size]``, all tokens real."""
+
+    length: int
+    batch_size: int = 32
+    hidden_size: int = 768
+    vocab_size: int = 30522
+    itemsize: int = 2
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.length
+
+    @property
+    def entries(self) -> int:
+        return self.batch_size * self.vocab_size
+
+    @property
+    def hidden_bytes(self) -> int:
+        return self.tokens * self.hidden_size * self.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.vocab_size * self.hidden_size * self.itemsize
+
+    @property
+    def entry_bytes(self) -> int:
+        """Of y, its gradient and the argmax (int16)."""
+        return self.entries * (2 * self.itemsize + 2)
+
+
+class Rates(NamedTuple):
+    """Operations a second of a matmul; bytes a second of memory, and of gathered rows of h and of W."""
+
+    operations: float
+    bytes: float
+    gathered_hidden: float
+    gathered_weight: float
+
+    @classmethod
+    def of(cls, intensity: float, l2_factor: float = 1.0) -> Rates:
+        """In units of memory's rate; rows of h come ``l2_factor`` times as fast as memory."""
+        return cls(intensity, 1.0, l2_factor, 1.0)
+
+
+class Costs(NamedTuple):
+    """In forwards."""
+
+    gather: float
+    scatter: float
+
+
+def forward_seconds(shape: Shape, rates: Rates) -> float:
+    """One product; h and W are read, y and the argmax written."""
+    written = shape.entries * (shape.itemsize + 2)
+    return _product_seconds(shape, rates, shape.hidden_bytes + shape.weight_bytes + written)
+
+
+def gather_seconds(shape: Shape, share: float, rates: Rates) -> float:
+    active = share * shape.entries
+    row_bytes = shape.hidden_size * shape.itemsize
+    gathered = active * row_bytes / rates.gathered_hidden + active * row_bytes / rates.gathered_weight
+    streamed = shape.entry_bytes + active * SORTED_BYTES + shape.hidden_bytes + shape.weight_bytes
+    return gathered + streamed / rates.bytes
+
+
+def scatter_seconds(shape: Shape, share: float, rates: Rates) -> float:
+    """G is zeroed and filled before the products, each of which reads it, one factor, and writes one gradient."""
+    gradient_bytes = shape.tokens * shape.vocab_size * shape.itemsize
+    filled = shape.entry_bytes + gradient_bytes + share * shape.entries * 2 * SECTOR_BYTES
+    product = _product_seconds(shape, rates, gradient_bytes + shape.hidden_bytes + shape.weight_bytes)
+    return filled / rates.bytes + 2 * product
+
+
+def costs(shape: Shape, share: float, rates: Rates) -> Costs:
+    """Both ways, ``share`` of the (sequence, word) pairs active."""
+    forward = forward_seconds(shape, rates)
+    return Costs(gather_seconds(shape, share, rates) / forward, scatter_seconds(shape, share, rates) / forward)
+
+
+def crossing_share(shape: Shape, rates: Rates) -> float | None:
+    """The active share above which scattering costs less; None: no share does. Both costs are straight lines in it."""
+    none, everything = costs(shape, 0.0, rates), costs(shape, 1.0, rates)
+    behind, ahead = none.scatter - none.gather, everything.gather - everything.scatter
+    return behind / (behind + ahead) if ahead > 0 else None
+
+
+def crossing_length(share: float, rates: Rates, lengths: Sequence[int] = range(1, 1025)) -> int | None:
+    """The longest of these lengths, in the default shape, at which scattering costs less."""
+    cheaper = [length for length in lengths if _scatters(Shape(length), share, rates)]
+    return max(cheaper, default=None)
+
+
+def _scatters(shape: Shape, share: float, rates: Rates) -> bool:
+    found = costs(shape, share, rates)
+    return found.scatter < found.gather
+
+
+def _product_seconds(shape: Shape, rates: Rates, moved: int) -> float:
+    operations = 2 * shape.tokens * shape.hidden_size * shape.vocab_size
+    return max(operations / rates.operations, moved / rates.bytes)
+
+
+def length_rows() -> list[list[str]]:
+    """A header and a row for each length and intensity."""
+    header = ["operations per byte", "S", "gather, all active", "with h from L2", "gather, 5 %", "scatter, all active"]
+    rows = [[*header, "scatter, 5 %", "scatter costs less above a share of", "with h from L2"]]
+    for intensity in INTENSITIES:
+        memory, cached = Rates.of(intensity), Rates.of(intensity, L2_FACTOR)
+        for length in LENGTHS:
+            shape = Shape(length)
+            everything, few = costs(shape, 1.0, memory), costs(shape, 0.05, memory)
+            found = [everything.gather, costs(shape, 1.0, cached).gather, few.gather, everything.scatter, few.scatter]
+            crossings = [_percent(crossing_share(shape, rates)) for rates in (memory, cached)]
+            rows.append([f"{intensity:.0f}", str(length), *(f"{value:.2f}" for value in found), *crossings])
+    return rows
+
+
+def share_rows() -> list[list[str]]:
+    """A header and a row for each intensity: up to which length scattering costs less, by active share."""
+    rows = [["operations per byte", "rows of h", *(f"{share:.1%}" for share in SHARES)]]
+    for intensity in INTENSITIES:
+        for factor, source in ((1.0, "memory"), (L2_FACTOR, "L2")):
+            longest = [crossing_length(share, Rates.of(intensity, factor)) for share in SHARES]
+            rows.append([f"{intensity:.0f}", source, *("-" if length is None else str(length) for length in longest)])
+    return rows
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

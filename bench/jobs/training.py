@@ -1,0 +1,285 @@
+"""One training run through ``SparseEncoderTrainer``, stock or fused, and what its steps cost.
+
+The user's configuration: ``SpladeLoss`` around ``SparseMultipleNegativesRankingLoss``, AdamW, bf16 autocast, batches
+without duplicates. Everything is the trainer's default unless a :class:`Job` says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.sparse_encoder import losses
+from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import PrinterCallback, TrainerCallback
+
+from bench.harness import memory
+from bench.inputs import encoders
+from splade_kernels.integrations.sentence_transformers import FlopsLoss, fuse
+
+LEARNING_RATE = 2e-5
+QUERY_WEIGHT, DOCUMENT_WEIGHT = 5e-5, 3e-5
+SEED = 42
+# Kernels run one after the other on one stream; a sum above the wall clock has counted something twice.
+_CLOCK_TOLERANCE = 1.05
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. ``active_terms``: see :func:`.encoders.load`; ``folder`` holds what :func:`.encoders.build` wrote."""
+
+    folder: str
+    head: str
+    batch_size: int
+    max_length: int
+    lengths: str
+    precision: str
+    device: str
+    active_terms: int | None = None
+    gradient_checkpointing: bool = False
+    warm_up_steps: int = 3
+    timed_steps: int = 10
+    profiled_steps: int = 3
+
+    @property
+    def steps(self) -> int:
+        return self.warm_up_steps + self.timed_steps + self.profiled_steps
+
+
+def load(job: Job) -> SparseEncoder:
+    model = encoders.load(job.folder, job.max_length, job.device, job.active_terms)
+    return fuse(model) if job.head == "fused" else model
+
+
+def make_loss(model: SparseEncoder, head: str) -> losses.SpladeLoss:
+    flops = FlopsLoss if head == "fused" else losses.FlopsLoss
+    return losses.SpladeLoss(
+        model,
+        loss=losses.SparseMultipleNegativesRankingLoss(model),
+        query_regularizer_weight=QUERY_WEIGHT,
+        document_regularizer_weight=DOCUMENT_WEIGHT,
+        query_regularizer=flops(model),
+        document_regularizer=flops(model),
+    )
+
+
+class Trainer(SparseEncoderTrainer):
+    """Keeps every step's loss; the trainer's own log averages and rounds."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: list[Tensor] = []
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss: Any = super().compute_loss(*args, **kwargs)
+        self.losses.append(loss.detach())
+        return loss
+
+
+def train(model: SparseEncoder, dataset: Dataset, job: Job, steps: int, *callbacks: TrainerCallback) -> Trainer:
+    """Train ``model`` in place for ``steps`` steps; returns the trainer with its arguments and losses."""
+    on_device = job.device == "cuda"
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if job.gradient_checkpointing else {}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SparseEncoderTrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=job.batch_size,
+            learning_rate=LEARNING_RATE,
+            bf16=job.precision == "bf16",
+            batch_sampler=BatchSamplers.NO_DUPLICATES,
+            seed=SEED,
+            use_cpu=not on_device,
+            dataloader_pin_memory=on_device,
+            logging_steps=steps + 1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            # Named only where it is wanted: transformers warns of the name.
+            **checkpointing,
+        )
+        loss = make_loss(model, job.head)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            loss=loss,
+            callbacks=[SpladeRegularizerWeightSchedulerCallback(loss), *callbacks],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer
+
+
+def named(model: SparseEncoder, trainer: Trainer) -> dict[str, str]:
+    """What the libraries chose themselves and the memory depends on."""
+    inner: Any = model.transformers_model
+    return {
+        "attention": str(inner.config._attn_implementation),
+        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+    }
+
+
+def step_losses(job: Job) -> list[float]:
+    """Loss of every one of ``job.steps`` steps."""
+    model = load(job)
+    found = [loss.item() for loss in train(model, _dataset(model, job), job, job.steps).losses]
+    del model
+    release()
+    return found
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Train for ``job.steps`` steps and say what the timed ones cost; running out of memory is a result, too."""
+    row = {**_described(job), "out_of_memory": True}
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        row = _measure(job)
+    # Not in a handler: there, the exception's frames still hold what the run allocated.
+    release()
+    return row
+
+
+def release() -> None:
+    """Hand back what a finished or failed run left to Python's collector and to the allocator."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _measure(job: Job) -> dict[str, Any]:
+    model = load(job)
+    dataset = _dataset(model, job)
+    tokens = {name: _tokens(model, dataset[name], job.batch_size) for name in encoders.GOOAQ_LENGTHS}
+    active = {name: encoders.mean_active_terms(model, dataset[name]) for name in encoders.GOOAQ_LENGTHS}
+    meter = StepMeter(job)
+    trainer = train(model, dataset, job, job.steps, meter)
+    return {
+        **_described(job),
+        **named(model, trainer),
+        "out_of_memory": False,
+        "wall_ms_per_step": _median(meter.milliseconds()),
+        "wall_ms_of_every_step": [round(value, 3) for value in meter.milliseconds()],
+        "gpu_ms_per_step": meter.device_milliseconds,
+        "profiler_problem": meter.profiler_problem,
+        "cpu_ms_per_step": None if meter.on_device else _median(meter.processor_milliseconds()),
+        "peak_memory_mib": meter.peak_bytes / 2**20,
+        "peak_memory_of": "CUDA memory allocated by PyTorch" if job.device == "cuda" else "resident set of the process",
+        "real_tokens_per_step": sum(real for real, _ in tokens.values()),
+        "padded_tokens_per_step": sum(padded for _, padded in tokens.values()),
+        "active_terms_before": active,
+        "active_terms_after": {name: encoders.mean_active_terms(model, dataset[name]) for name in active},
+    }
+
+
+def _described(job: Job) -> dict[str, Any]:
+    row = asdict(job)
+    del row["folder"]
+    row["pairs_per_batch"] = row.pop("batch_size")
+    return row
+
+
+def _dataset(model: SparseEncoder, job: Job) -> Dataset:
+    return encoders.pairs(job.steps * job.batch_size, job.lengths, job.max_length, len(model.tokenizer))
+
+
+def _tokens(model: SparseEncoder, texts: list[str], batch_size: int) -> tuple[float, float]:
+    """Real and padded tokens of an average batch, each padded to its longest text."""
+    lengths = torch.tensor([len(ids) for ids in model.tokenizer(list(texts))["input_ids"]]).view(-1, batch_size)
+    return lengths.sum(dim=1).float().mean().item(), (lengths.amax(dim=1) * batch_size).float().mean().item()
+
+
+class StepMeter(TrainerCallback):
+    """Warm-up steps, then steps on the clock, then steps under the profiler.
+
+    On a GPU a step's time is the distance of two events recorded at the ends of steps: what the host cannot keep ahead
+    of counts, and nothing waits for the device that would not wait without being measured.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.on_device = job.device == "cuda"
+        self.device_milliseconds: float | None = None
+        self.profiler_problem: str | None = None
+        self.peak_bytes = 0
+        self._marks: list[Any] = []
+        self._processor: list[float] = []
+        self._profiler: profile | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done, job = state.global_step, self.job
+        if done == job.warm_up_steps:
+            self._synchronize()
+            if self.on_device:
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                memory.reset_peak()
+        if job.warm_up_steps <= done <= job.warm_up_steps + job.timed_steps:
+            self._marks.append(self._mark())
+            self._processor.append(time.process_time())
+        if done == job.warm_up_steps + job.timed_steps:
+            self._synchronize()
+            self.peak_bytes = torch.cuda.max_memory_allocated() if self.on_device else memory.peak()
+            if self.on_device and job.profiled_steps:
+                self._profiler = profile(activities=[ProfilerActivity.CUDA])
+                self._profiler.start()
+                self._began = time.perf_counter()
+        if done == job.steps and self._profiler is not None:
+            self._synchronize()
+            wall = 1e3 * (time.perf_counter() - self._began)
+            self._profiler.stop()
+            try:
+                self.device_milliseconds = kernel_milliseconds(self._profiler.events(), wall) / job.profiled_steps
+            except RuntimeError as error:  # the other figures of the run stand
+                self.profiler_problem = str(error)
+
+    def milliseconds(self) -> list[float]:
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if self.on_device:
+            return [float(start.elapsed_time(end)) for start, end in pairs]
+        return [1e3 * (end - start) for start, end in pairs]
+
+    def processor_milliseconds(self) -> list[float]:
+        """Processor time of this process, all threads: what other programs on the machine do not stretch."""
+        return [1e3 * (end - start) for start, end in zip(self._processor, self._processor[1:], strict=False)]
+
+    def _mark(self) -> Any:
+        if not self.on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _synchronize(self) -> None:
+        if self.on_device:
+            torch.cuda.synchronize()
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 3)
+
+
+def kernel_milliseconds(events: Any, wall_milliseconds: float) -> float:
+    """Sum of the time of everything that ran on the device: kernels, copies, fills.
+
+    Raises:
+        RuntimeError: nothing ran there as far as the profiler saw, or more than the wall clock has room for.
+    """
+    ran = [event for event in events if event.device_type.name != "CPU" and not event.is_user_annotation]
+    total = sum(float(event.time_range.elapsed_us()) for event in ran) / 1e3
+    if not 0 < total <= _CLOCK_TOLERANCE * wall_milliseconds:
+        raise RuntimeError(
+            f"profiler: expected between 0 and {wall_milliseconds:.1f} ms of device time, got {total:.1f} ms from "
+            f"{len(ran)} events"
+        )
+    return total

@@ -1,0 +1,182 @@
+"""What a command of :mod:`bench.gpu` found, in 60 lines, and everything it left in one archive."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.harness.environment import describe
+from bench.harness.result_file import left_out_text
+from bench.tables import training as training_tables
+
+MAX_LINES = 60
+MAX_ARCHIVE_BYTES = 16 << 20
+NOTE = "In brackets: how many times as fast as the first variant of the job; after +: memory beyond inputs and results."
+# Names of failed tests that are shown.
+SHOWN = 5
+
+Result = dict[str, Any]
+
+
+def machine() -> str:
+    """Device, architecture, driver and versions in one line."""
+    found = describe()
+    packages: Any = found["packages"]
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    gpu = f", sm_{found['arch']}, driver {found['driver']}" if found["gpu"] else ""
+    return f"{found['device']}{gpu}; python {found['python']}, {versions}; commit {found['commit']}"
+
+
+def write(name: str, folder: Path) -> None:
+    """``folder/SUMMARY.md`` from what is in ``folder``."""
+    lines = [f"# gpu-{name}: {machine()}", "", *stages(folder), NOTE, ""]
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
+        if path.name != "status.json":
+            lines += [line for line in _result(path) if line]
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES - 1 :] = [f"- {len(lines) - MAX_LINES + 1} lines more: the result files have them."]
+    (folder / "SUMMARY.md").write_text("\n".join(lines) + "\n")
+
+
+def archive(folder: Path, path: Path) -> None:
+    """``path``, a tar.gz of everything in ``folder`` of at most ``MAX_ARCHIVE_BYTES``: the largest files are left out
+    as long as it would be larger, and named in its ``LEFT_OUT.txt``."""
+    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    draft, left_out = path.with_suffix(".part"), list[str]()
+    while True:
+        with tarfile.open(draft, "w:gz") as tar:
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):  # a draft that has got its name meanwhile
+                    tar.add(file, arcname=str(file.relative_to(folder.parent)))
+            if left_out:
+                names = "\n".join(left_out).encode() + b"\n"
+                entry = tarfile.TarInfo(f"{folder.name}/LEFT_OUT.txt")
+                entry.size = len(names)
+                tar.addfile(entry, io.BytesIO(names))
+        if draft.stat().st_size <= MAX_ARCHIVE_BYTES:
+            break
+        left_out.append(str(files.pop().relative_to(folder)))
+    draft.replace(path)
+
+
+def stages(folder: Path) -> Iterator[str]:
+    """One line with the outcome of each stage; of tests and of the sanitizer what their logs say."""
+    for outcome in json.loads((folder / "status.json").read_text()):
+        log = folder / "logs" / f"{outcome['name']}.log"
+        more = _of_log(log.read_text(errors="replace")) if log.exists() else ""
+        yield f"- {outcome['name']}: **{outcome['status']}** in {outcome['seconds']:.0f} s{more}"
+    yield ""
+
+
+def _of_log(text: str) -> str:
+    found = re.findall(
+        r"\b(PASSED|FAILED|ERROR|SKIPPED)\b(?: +\[ *\d+%\])?(?: +(tests/\S+))?|(tests/\S+) (FAILED|ERROR)", text
+    )
+    verdicts = [first or last for first, _, _, last in found]
+    failed = [
+        name
+        for first, after, before, last in found
+        if (first or last) in ("FAILED", "ERROR") and (name := after or before)
+    ]
+    counts = ", ".join(f"{verdicts.count(one)} {one.lower()}" for one in dict.fromkeys(verdicts))
+    errors = re.findall(r"=+ ERROR SUMMARY: (\d+ errors?)", text)
+    shown = f" ({', '.join(dict.fromkeys(failed[:SHOWN]))})" if failed else ""
+    return f": {counts}{shown}" if counts else f": {errors[-1]}" if errors else ""
+
+
+def _result(path: Path) -> Iterator[str]:
+    try:
+        result = json.loads(path.read_text())
+        yield from SECTIONS.get(result["kind"], _plain)(result)
+    except Exception as error:  # the summary of nine files, and the stages to come, must not fail on the tenth
+        yield f"- {path.name}: cannot be summarised: {type(error).__name__}: {error}"
+        return
+    left_out = result.get("left_out") or []
+    if left_out:
+        yield f"- {path.name}: left out {len(left_out)}: {'; '.join(map(left_out_text, left_out[:3]))}"
+
+
+def _smoke(result: Result) -> Iterator[str]:
+    rows = result["rows"]
+    passed = [row for row in rows if row["status"] == "passed"]
+    yield f"- kernels against float64: {len(passed)} of {len(rows)} passed"
+    yield from (f"  - {row['smoke']}: {row['status'][:160]}" for row in rows if row not in passed)
+
+
+def _measured(result: Result) -> Iterator[str]:
+    """A line for every case and precision: job by job, each variant's time and extra memory."""
+    groups: dict[tuple[str, ...], dict[str, list[Result]]] = {}
+    for row in result["rows"]:
+        jobs = groups.setdefault((result["kind"], row["case"], row["precision"]), {})
+        jobs.setdefault(row["job"].removeprefix("backward-"), []).append(row)
+    for key, jobs in groups.items():
+        yield f"- {' '.join(key)}: " + " | ".join(f"{job}: {_job(rows)}" for job, rows in jobs.items())
+
+
+def _job(rows: list[Result]) -> str:
+    first = next((row["median"] for row in rows if row["median"]), None)
+    return ", ".join(_variant(row, first) for row in rows)
+
+
+def _variant(row: Result, first: float | None) -> str:
+    if not row["median"]:
+        return f"{row['variant']} {row['status'][:80]}"
+    ratio = f" ({first / row['median']:.2f}x)" if first and first != row["median"] else ""
+    extra = "" if row["extra_bytes"] is None else f" +{row['extra_bytes'] / 2**20:.0f} MiB"
+    bits = {True: "", None: "", False: " two runs differ"}[row["repeatable"]]
+    return f"{row['variant']} {1e3 * row['median']:.3f} ms{ratio}{extra}{bits}"
+
+
+def _tuning(result: Result) -> Iterator[str]:
+    for row in result["rows"]:
+        if row.get("chosen"):
+            question = f"{row['kind']} {row['dtype']} D{row['hidden_size']} V{row['vocab_size']}"
+            mine = [
+                one
+                for one in result["rows"]
+                if all(one[key] == row[key] for key in ("kind", "dtype", "hidden_size", "vocab_size"))
+            ]
+            ratios = [
+                one["time_over_shipped"]
+                for one in mine
+                if one["config"] == row["config"] and "time_over_shipped" in one
+            ]
+            dropped = sum("dropped" in one for one in mine)
+            times = ", ".join(f"{name}: {value:.3f} ms" for name, value in row["shipped_milliseconds"].items())
+            ratio = f"{ratios[-1] if ratios else 1:.3f} of the shipped time ({times})"
+            yield f"- {question}: {ratio}; {dropped} candidates dropped; {row['configuration']}"
+
+
+def _tables(result: Result) -> Iterator[str]:
+    yield from (f"  {line}" for line in training_tables.table(result).splitlines() if line)
+
+
+def _compaction(result: Result) -> Iterator[str]:
+    rate = result.get("bucket_bytes_per_second")
+    share = f", {rate / result['copy_bytes_per_second']:.0%} of the copy bandwidth" if rate else ""
+    milliseconds = {row["operation"]: row["milliseconds"] for row in result["rows"]}
+    times = ", ".join(f"{operation} {value:.2f} ms" for operation, value in milliseconds.items())
+    yield f"- compaction: {times}{share}"
+
+
+def _plain(result: Result) -> Iterator[str]:
+    for row in result["rows"]:
+        yield f"- {result['kind']}: " + " ".join(
+            f"{key} {value}" for key, value in row.items() if not isinstance(value, (list, dict))
+        )
+
+
+SECTIONS: dict[str, Callable[[Result], Iterator[str]]] = {
+    "smoke": _smoke,
+    **dict.fromkeys(("head", "backward", "flops", "screening", "short-sequences"), _measured),
+    "tuning": _tuning,
+    "training": _tables,
+    "limits": _tables,
+    "compaction": _compaction,
+}

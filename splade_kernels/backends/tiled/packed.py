@@ -1,0 +1,241 @@
+"""The torch backend on a CPU: real tokens packed, vocabulary tiles that stay in cache.
+
+The real tokens are packed first (padding is a third of a real batch), sequences of equal length side by side, and the
+vocabulary is walked in tiles whose ``[tokens, tile]`` dots stay in cache: one matmul, one reduction over the tokens,
+one store of ``[sequences, tile]``. Nothing of size tokens × vocabulary exists, forward or backward.
+
+bfloat16 dots use bfloat16 matmul instructions where the CPU has them and are then rounded to bfloat16 before the
+maximum is taken, as the dense head does: PyTorch's CPU matmul has no wider output. Every other half-precision dot is
+computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..pooling import PoolingCall, activate, activation_gradient
+from . import screening, screening_plain
+
+# A tile of dots is at most this many elements (16 MiB of float32), so that it is reduced from cache.
+TILE_ELEMENTS = 4 << 20
+MAX_TILE_COLUMNS = 4096
+# The sum and its gradient work on every dot and hold several tiles at a time.
+SUM_TILE_ELEMENTS = TILE_ELEMENTS // 8
+MIN_TILE_COLUMNS = 128
+# Packed rows of one slice of the batch: what bounds the packed copy and keeps a tile at full width.
+SLICE_ROWS = 4096
+# BLAS rows do not depend on the other rows of a call from 16 rows on (float32); smaller calls take other routines.
+MIN_ROWS = 16
+# Tokens whose maximum is taken before anybody asks which; used where filling sequences up to whole groups adds at most
+# this factor to the rows.
+MAXIMUM_GROUP = 8
+MAXIMUM_FILL = 1.07
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive packed sequences, handled together. Every sequence is a whole number of groups of ``group`` rows,
+    filled up with its own first token: a repeat changes neither a maximum nor its lowest position.
+    """
+
+    rows: Tensor  # [R] row of each packed token in the flat [N, D] hidden states
+    positions: Tensor  # [R] position of each packed token in its sequence
+    sequences: Tensor  # [n] index of each sequence in the batch
+    lengths: list[int]  # [n] packed rows of each sequence
+    group: int
+    groups: Tensor  # [n, most groups of a sequence] packed groups of each sequence; past its last one, its first
+
+    def offsets(self) -> Tensor:
+        """``[n + 1]`` first packed row of each sequence."""
+        return F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0))
+
+    def tile_columns(self, elements: int) -> int:
+        return max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, elements // max(len(self.rows), 1)))
+
+
+def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (call.batch_size, weight.shape[0])
+    dtype = call.accumulation_dtype
+    largest = hidden.new_full(shape, -torch.inf, dtype=dtype)
+    argmax = call.new_argmax(hidden, weight.shape[0]).zero_()
+    screen = screening.screen(call, weight, bias, native_half=_rounds_dots(call))
+    for part in _slices(call, hidden):
+        packed = _gather_rows(hidden, part.rows, call.compute_dtype)
+        rows, offsets = packed[: len(part.rows)], part.offsets()
+        if screen is not None and screen.pays(rows, offsets):
+            target = screening_plain.Target(
+                part.sequences, part.positions, largest, argmax if call.need_argmax else None
+            )
+            screen.maximise(rows, offsets, target)
+            if bias is not None and _rounds_dots(call):
+                largest.index_add_(0, part.sequences, bias.to(dtype).expand(len(part.sequences), -1))
+            continue
+        for columns, dots in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS):
+            values, positions = _segment_maximum(dots, part, call.need_argmax)
+            largest[:, columns].index_copy_(0, part.sequences, values.to(dtype))
+            if positions is not None:
+                argmax[:, columns].index_copy_(0, part.sequences, positions.to(argmax.dtype))
+    if bias is not None and not _rounds_dots(call):
+        largest += bias.to(dtype)
+    output = activate(largest, call.activation_function).to(call.out_dtype)
+    _, lengths = call.real_rows()
+    output.masked_fill_((lengths == 0)[:, None], 0)
+    if call.need_argmax:
+        argmax.masked_fill_(output <= 0, 0)
+    return output, argmax
+
+
+def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    output = hidden.new_zeros(call.batch_size, weight.shape[0], dtype=call.out_dtype)
+    for part in _slices(call, hidden):
+        packed = _gather_rows(hidden, part.rows, call.compute_dtype)
+        for columns, dots in _tiles(packed, part, weight, bias, call, SUM_TILE_ELEMENTS):
+            values = activate(_logits(dots, bias, columns, call), call.activation_function)
+            sums = torch.cat([block.sum(dim=0, keepdim=True) for block in values.split(part.lengths)])
+            output[:, columns].index_copy_(0, part.sequences, sums.to(call.out_dtype))
+    return output, call.new_argmax(hidden, weight.shape[0])
+
+
+def sum_pool_backward(
+    call: PoolingCall, grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Backward of the sum: recomputes the logits tile by tile and multiplies them out."""
+    dtype = call.accumulation_dtype
+    grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if call.need_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if call.need_weight else None
+    grad_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if call.need_bias else None
+    for part in _slices(call, hidden):
+        packed = _gather_rows(hidden, part.rows, call.compute_dtype)
+        exact = packed.to(dtype)
+        grad_packed = torch.zeros_like(exact) if call.need_hidden else None
+        for columns, dots in _tiles(packed, part, weight, bias, call, SUM_TILE_ELEMENTS):
+            logits = _logits(dots, bias, columns, call)
+            grad_values = grad[:, columns].index_select(0, part.sequences).to(dtype)
+            grad_logits = activation_gradient(
+                _spread(grad_values, part), activate(logits, call.activation_function), call
+            )
+            if grad_bias is not None:
+                grad_bias[columns] += grad_logits.sum(dim=0)
+            if grad_weight is not None:
+                grad_weight[columns].addmm_(grad_logits.t(), exact[: len(part.rows)])
+            if grad_packed is not None:
+                grad_packed[: len(part.rows)].addmm_(grad_logits, weight[columns].to(dtype))
+        if grad_hidden is not None and grad_packed is not None:
+            grad_hidden.index_copy_(0, part.rows, grad_packed[: len(part.rows)].to(hidden.dtype))
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _slices(call: PoolingCall, hidden: Tensor) -> Iterator[Slice]:
+    """The batch as packed slices: sequences sorted by length, at most ``SLICE_ROWS`` tokens unless one is longer."""
+    rows, lengths = call.real_rows()
+    first = lengths.cumsum(0) - lengths
+    starts = call.edges(hidden)[:-1]
+    order = torch.argsort(lengths, stable=True)
+    order = order[lengths[order] > 0]
+    sizes = lengths[order].tolist()
+    begin = size = 0
+    for end, length in enumerate([*sizes, SLICE_ROWS]):
+        size += length
+        if size > SLICE_ROWS and end > begin:
+            members = order[begin:end]
+            yield _slice(rows, first[members], lengths[members], starts[members], members, call.pooling_strategy)
+            begin, size = end, length
+
+
+def _slice(
+    rows: Tensor, first: Tensor, lengths: Tensor, starts: Tensor, members: Tensor, pooling_strategy: str
+) -> Slice:
+    group = 1
+    if pooling_strategy == "max":
+        filled = (lengths + MAXIMUM_GROUP - 1) // MAXIMUM_GROUP * MAXIMUM_GROUP
+        if int(filled.sum()) <= MAXIMUM_FILL * int(lengths.sum()):
+            group = MAXIMUM_GROUP
+    counts = (lengths + group - 1) // group
+    packed = counts * group
+    within = torch.arange(int(packed.sum())) - torch.repeat_interleave(packed.cumsum(0) - packed, packed)
+    within = torch.where(within < torch.repeat_interleave(lengths, packed), within, 0)
+    chosen = rows[torch.repeat_interleave(first, packed) + within]
+    positions = chosen - torch.repeat_interleave(starts, packed)
+    groups = torch.arange(int(counts.max()))
+    groups = torch.where(groups < counts[:, None], groups, 0) + (counts.cumsum(0) - counts)[:, None]
+    return Slice(chosen, positions, members, packed.tolist(), group, groups)
+
+
+def _gather_rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    packed = hidden.new_zeros(max(len(rows), MIN_ROWS), hidden.shape[1], dtype=dtype)
+    packed[: len(rows)] = hidden.index_select(0, rows)
+    return packed
+
+
+def _tiles(
+    packed: Tensor, part: Slice, weight: Tensor, bias: Tensor | None, call: PoolingCall, elements: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(columns, dots [R, columns])``, about ``elements`` dots at a time, all written into the same buffer.
+
+    A matmul that rounds its result to half precision gets the bias in its accumulator: dots far from zero would be
+    rounded more coarsely than the logits, and tie more often.
+    """
+    dtype = _matmul_dtype(call)
+    packed = packed.to(dtype)
+    vocab_size = weight.shape[0]
+    width = max(1, min(part.tile_columns(elements), vocab_size))
+    buffer = packed.new_empty(len(packed) * width)
+    for first in range(0, vocab_size, width):
+        columns = slice(first, min(first + width, vocab_size))
+        count = columns.stop - columns.start
+        tile = buffer[: len(packed) * count].view(len(packed), count)
+        words = weight[columns].to(call.compute_dtype).to(dtype).t()
+        if bias is not None and _rounds_dots(call):
+            torch.addmm(bias[columns].to(dtype), packed, words, out=tile)
+        else:
+            torch.mm(packed, words, out=tile)
+        yield columns, tile[: len(part.rows)]
+
+
+def _matmul_dtype(call: PoolingCall) -> torch.dtype:
+    """The compute dtype where this CPU multiplies it natively; emulation is slower than float32."""
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if call.compute_dtype == torch.bfloat16 and has_bfloat16 else call.accumulation_dtype
+
+
+def _rounds_dots(call: PoolingCall) -> bool:
+    """Whether the matmul's result is rounded to half precision, and so has the bias inside."""
+    return _matmul_dtype(call) != call.accumulation_dtype
+
+
+def _logits(dots: Tensor, bias: Tensor | None, columns: slice, call: PoolingCall) -> Tensor:
+    logits = dots.to(call.accumulation_dtype)
+    return logits if bias is None or _rounds_dots(call) else logits + bias[columns].to(call.accumulation_dtype)
+
+
+def _segment_maximum(dots: Tensor, part: Slice, need_position: bool) -> tuple[Tensor, Tensor | None]:
+    """Maximum over each sequence's tokens ``[n, columns]`` and its position in the sequence.
+
+    NaN is the largest, the lowest position wins ties. PyTorch's maximum without indices is vectorised, the one with is
+    not: groups are reduced without, then the winning group is found, and the winner inside it.
+    """
+    members = dots.view(-1, part.group, dots.shape[1])
+    heads = members.amax(dim=1) if part.group > 1 else dots
+    heads = heads.index_select(0, part.groups.view(-1)).view(*part.groups.shape, -1)
+    if not need_position:
+        return heads.amax(dim=1), None
+    largest, winner = heads.max(dim=1)
+    row = part.groups.gather(1, winner)
+    if part.group > 1:
+        candidates = members.gather(0, row[:, None].expand(-1, part.group, -1))
+        row.mul_(part.group).add_(candidates.max(dim=1).indices)
+    return largest, part.positions[row]
+
+
+def _spread(values: Tensor, part: Slice) -> Tensor:
+    """``[n, columns]`` of the sequences to ``[R, columns]`` of their tokens."""
+    return values.repeat_interleave(torch.tensor(part.lengths), dim=0)

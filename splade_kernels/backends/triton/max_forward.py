@@ -1,0 +1,379 @@
+"""Maximum pooling forward: grouped-maximum matmul on packed tokens, then finalise.
+
+Tiles are ``acc[BLOCK_V, BLOCK_T] = W_tile @ H_tile^T``, vocabulary on rows and tokens on columns, so that the maximum
+over a group of 16 tokens stays inside a few lanes. Groups of one sequence meet in an atomic maximum over integers,
+which is free of order and so deterministic.
+
+training: int64 keys ``(ordered(dot) + 2^31) << 31 | (2^31 - 1 - packed row)``: always positive, NaN largest, lowest row
+on ties. inference: int32 ``ordered(dot)``. Both hold raw dots. The bias gates the write (only dots with
+``dot + c > 0``, or NaN, can matter) and is added by finalise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..pooling import PoolingCall
+from . import launch
+from .common import (
+    GROUP_ROWS,
+    activate,
+    activation_is_double_log,
+    canonical,
+    dot_precision,
+    dots,
+    key_dot,
+    key_row,
+    maximum,
+    multiply,
+    narrow,
+    ordered,
+    tile_of,
+    tiles_of_program,
+    training_key,
+    unordered,
+    widen,
+)
+from .pack import find_tokens, pack_sequences, slices
+from .screening.screen import SHARE, quantised, queue_bytes, screen
+from .tuning import MatmulConfig, matmul_config, screening_config
+
+_NOTHING = tl.constexpr(-0x80000000)
+FINALISE_BLOCK = 1024
+# Of partial maxima: twice as many would spill on sm_80 to sm_89.
+PARTIAL_FINALISE_BLOCK = 512
+
+
+def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`splade_kernels.backends.tiled.packed.pool_forward`, for ``pooling_strategy="max"``."""
+    vocab_size, hidden_size = weight.shape
+    output = hidden.new_empty(call.batch_size, vocab_size, dtype=call.out_dtype)
+    argmax = call.new_argmax(hidden, vocab_size)
+    if hidden.shape[0] == 0 or vocab_size == 0:
+        return output.zero_(), argmax.zero_()
+    precision = dot_precision(call.compute_dtype)
+    arch = launch.architecture(hidden.device)
+    config = matmul_config(arch, hidden_size, vocab_size, call.compute_dtype, precision)
+    original, weight = weight, weight.to(call.compute_dtype)
+    quantised_weight = quantised(call, original, weight, arch)
+    bias = None if bias is None else bias.contiguous()
+    tokens = find_tokens(call, hidden)
+    key_dtype = torch.int64 if call.need_argmax else torch.int32
+    nothing = 0 if call.need_argmax else torch.iinfo(torch.int32).min
+    group_bytes = 0
+    if quantised_weight is not None:
+        group_bytes = queue_bytes(call, vocab_size)
+        config = replace(config, partials=False)  # exact dots meet the others in the keys
+    partial_rows = config.block_t // config.epilogue_slices if config.partials else 0
+    finalise_block = PARTIAL_FINALISE_BLOCK if config.partials else FINALISE_BLOCK
+    for part in slices(call, vocab_size, hidden, key_dtype.itemsize, group_bytes, partial_rows):
+        packed = pack_sequences(call, tokens, hidden, part)
+        sequences = part.stop - part.start
+        if config.partials:
+            slots = sequences + triton.cdiv(len(packed.rows), partial_rows) - 1
+            keys = torch.empty((slots, vocab_size), device=hidden.device, dtype=key_dtype)
+        else:
+            keys = torch.full((sequences, vocab_size), nothing, device=hidden.device, dtype=key_dtype)
+        group_sequence, group_count = packed.group_sequence, packed.group_offsets[-1:]
+        if quantised_weight is not None:
+            group_sequence, group_count = screen(
+                screening_config(arch), SHARE[call.screening], packed, weight, quantised_weight, bias, keys
+            )
+        _launch_maximum(config, precision, weight, packed.rows, bias, group_sequence, group_count, keys)
+        _finalise_kernel[(sequences, triton.cdiv(vocab_size, finalise_block))](
+            keys,
+            bias,
+            packed.positions,
+            packed.group_offsets if config.partials else None,
+            output[part],
+            argmax[part] if call.need_argmax else None,
+            vocab_size,
+            DOUBLE_LOG=activation_is_double_log(call),
+            PARTIAL_ROWS=partial_rows,
+            BLOCK_V=finalise_block,
+            num_warps=4,
+        )
+        del packed, keys, group_sequence, group_count  # before the next slice's are allocated
+    return output, argmax
+
+
+def _launch_maximum(
+    config: MatmulConfig,
+    precision: str,
+    weight: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    group_sequence: Tensor,
+    group_count: Tensor,
+    keys: Tensor,
+) -> None:
+    programs, matrices, options = launch.tiled_launch(config, weight, rows)
+    _maximum_kernel[(programs,)](
+        *matrices,
+        bias,
+        group_sequence,
+        group_count,
+        keys,
+        *weight.shape,
+        len(rows),
+        *weight.stride(),
+        PRECISION=precision,
+        ORDER=config.order if options["DESCRIPTORS"] else "strips",
+        SLICES=config.epilogue_slices,
+        PARTIALS=config.partials,
+        **options,
+    )
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group_count_ptr"])
+def _maximum_kernel(
+    weight,
+    row,
+    bias_ptr,
+    group_sequence_ptr,
+    group_count_ptr,
+    key_ptr,
+    vocab_size,
+    hidden_size,
+    rows,
+    stride_wv,
+    stride_wd,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ORDER: tl.constexpr,
+    SLICES: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):
+    """``key[b, v] = max(key[b, v], key(max over a group of W[v] · h[t]))`` for every group of 16 tokens of a sequence.
+
+    PARTIALS: ``key[i + b, v] = key(max of W[v] · h[t])`` over the tokens of sequence b in the i-th part of
+    ``BLOCK_T / SLICES`` packed rows, stored without atomics. Neither i nor b falls along the rows and one of them grows
+    from one pair to the next, so no two pairs share a slot. QuACK stores the sums over the columns of its products a
+    tile each likewise, and Liger Kernel the gradients of its norms' weights a program each.
+
+    ``weight`` and ``row`` are pointers, a program a tile, or TMA descriptors and a persistent grid. Either way programs
+    walk the tiles that hold tokens, whose number only the device knows.
+    """
+    tiles_v = tl.cdiv(vocab_size, BLOCK_V)
+    tiles_t = tl.cdiv(tl.load(group_count_ptr) * GROUP_ROWS, BLOCK_T)
+    tile = tl.program_id(0)
+    if DESCRIPTORS:
+        first_tile, last_tile, step = tiles_of_program(tiles_v * tiles_t, ORDER)
+        for tile in tl.range(first_tile, last_tile, step):
+            tile_v, tile_t = tile_of(tile, tiles_v, tiles_t, GROUP_V, ORDER)
+            if _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T):
+                # [BLOCK_V, BLOCK_T]
+                acc = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
+                for first in range(0, hidden_size, BLOCK_K):
+                    b_w = weight.load([tile_v * BLOCK_V, first])
+                    b_h = row.load([tile_t * BLOCK_T, first])
+                    acc = multiply(b_w, b_h.T, acc, PRECISION)
+                _combine(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows, SLICES, PARTIALS)
+    elif tile < tiles_v * tiles_t:
+        # Without the loop: on sm_86 it would take a third more registers.
+        tile_v, tile_t = tile_of(tile, tiles_v, tiles_t, GROUP_V)
+        if _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T):
+            o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+            o_t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+            acc = dots(
+                weight, row, o_v, o_t, o_v < vocab_size, o_t < rows, hidden_size, hidden_size, stride_wv, stride_wd,
+                BLOCK_K, PRECISION,
+            )  # fmt: skip
+            _combine(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows, SLICES, PARTIALS)
+
+
+@triton.jit
+def _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
+    """Whether a group of the tile is left to this kernel.
+
+    Scalars, so that the compiler knows that a warp does not part here: it would double every shuffle that follows.
+    """
+    GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
+    largest = -1
+    for i in tl.static_range(GROUPS):
+        g = tile_t * GROUPS + i
+        largest = tl.maximum(largest, tl.load(group_sequence_ptr + g, mask=g < rows // GROUP_ROWS, other=-1))
+    return largest >= 0
+
+
+@triton.jit
+def _combine(
+    acc,
+    bias_ptr,
+    group_sequence_ptr,
+    key_ptr,
+    tile_v,
+    tile_t,
+    vocab_size,
+    rows,
+    SLICES: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):
+    """Maxima of a finished tile, in SLICES of its tokens one after another, into the keys of their sequences."""
+    if SLICES == 1:
+        _combine_tile(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows, PARTIALS)
+    else:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        # [BLOCK_V, HALF, 2]
+        halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1))
+        left, right = tl.split(halves)
+        first = 2 * tile_t
+        _combine(left, bias_ptr, group_sequence_ptr, key_ptr, tile_v, first, vocab_size, rows, SLICES // 2, PARTIALS)
+        # What begins past the last row is no part of any sequence, and its groups are not there to be read.
+        if (first + 1) * HALF < rows:
+            _combine(
+                right, bias_ptr, group_sequence_ptr, key_ptr, tile_v, first + 1, vocab_size, rows, SLICES // 2, PARTIALS
+            )
+
+
+@triton.jit
+def _combine_tile(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows, PARTIALS: tl.constexpr):
+    """Maxima of a finished tile, or of a slice as if it were one, into the keys of their sequences.
+
+    A tile of one sequence is one run of tokens: a third of the instructions that its groups would take.
+    """
+    BLOCK_V: tl.constexpr = acc.shape[0]
+    BLOCK_T: tl.constexpr = acc.shape[1]
+    GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
+    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    dot = canonical(acc)
+    first_g = tile_t * GROUPS
+    last_g = first_g + GROUPS - 1
+    first_sequence = tl.load(group_sequence_ptr + first_g)
+    last_sequence = tl.load(group_sequence_ptr + last_g, mask=last_g < rows // GROUP_ROWS, other=-1)
+    # Between two groups of one sequence there is no other; between two that were screened (-1) there may be.
+    if (first_sequence == last_sequence) & (first_sequence >= 0):
+        _combine_runs(dot, bias_ptr, group_sequence_ptr, key_ptr, tile_t, o_v, vocab_size, rows, BLOCK_T, PARTIALS)
+    else:
+        _combine_runs(dot, bias_ptr, group_sequence_ptr, key_ptr, tile_t, o_v, vocab_size, rows, GROUP_ROWS, PARTIALS)
+
+
+@triton.jit
+def _combine_runs(
+    dot,
+    bias_ptr,
+    group_sequence_ptr,
+    key_ptr,
+    tile_t,
+    o_v,
+    vocab_size,
+    rows,
+    WIDTH: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):
+    """Maxima over runs of WIDTH tokens into the keys of their sequences."""
+    BLOCK_V: tl.constexpr = dot.shape[0]
+    RUNS: tl.constexpr = dot.shape[1] // WIDTH
+    first_g = tile_t * (dot.shape[1] // GROUP_ROWS)
+    m_v = o_v < vocab_size
+    # [BLOCK_V, RUNS, WIDTH]
+    dot = tl.reshape(dot, (BLOCK_V, RUNS, WIDTH))
+    # [BLOCK_V, RUNS]
+    largest = maximum(dot, 2)
+    o_g = first_g + tl.arange(0, RUNS) * (WIDTH // GROUP_ROWS)
+    sequence = tl.load(group_sequence_ptr + o_g, mask=o_g < rows // GROUP_ROWS, other=-1)
+    if not PARTIALS:
+        # Before the keys: the other way round most training kernels for sm_90 take more registers.
+        logit = largest
+        if bias_ptr is not None:
+            logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
+        # Written so that NaN passes.
+        matters = m_v[:, None] & (sequence >= 0)[None, :] & ((logit > 0) | (logit != logit))
+        p_key = key_ptr + sequence.to(tl.int64)[None, :] * vocab_size + o_v[:, None]
+    key = ordered(largest)
+    if key_ptr.dtype.element_ty == tl.int64:
+        attains = dot.to(tl.int32, bitcast=True) == largest.to(tl.int32, bitcast=True)[:, :, None]
+        index = tl.min(tl.where(attains, tl.arange(0, WIDTH)[None, None, :], WIDTH), axis=2)
+        packed_row = (o_g * GROUP_ROWS)[None, :] + index
+        key = training_key(largest, packed_row)
+    if PARTIALS:
+        _store_partials(key, sequence, group_sequence_ptr, key_ptr, tile_t, first_g, o_v, vocab_size, rows)
+    else:
+        tl.atomic_max(p_key, key, mask=matters, sem="relaxed")
+
+
+@triton.jit
+def _store_partials(key, sequence, group_sequence_ptr, key_ptr, tile_t, first_g, o_v, vocab_size, rows):
+    """The largest key ``[BLOCK_V, RUNS]`` of each sequence of a tile into the slot that is its alone.
+
+    The bias decides nothing here: the largest dot stays the largest, and finalise makes zero of what is inactive.
+    """
+    RUNS: tl.constexpr = key.shape[1]
+    m_v = o_v < vocab_size
+    if RUNS == 1:
+        p_key = key_ptr + (tile_t + sequence).to(tl.int64)[None, :] * vocab_size + o_v[:, None]
+        tl.store(p_key, key, mask=m_v[:, None] & (sequence >= 0)[None, :])
+    else:
+        previous = -1
+        for i in range(RUNS):
+            b = tl.load(group_sequence_ptr + first_g + i, mask=first_g + i < rows // GROUP_ROWS, other=-1)
+            if (b != previous) & (b >= 0):
+                NOTHING: tl.constexpr = 0 if key.dtype == tl.int64 else _NOTHING
+                # [BLOCK_V]
+                largest = tl.max(tl.where((sequence == b)[None, :], key, NOTHING), axis=1)
+                tl.store(key_ptr + (tile_t + b).to(tl.int64) * vocab_size + o_v, largest, mask=m_v)
+            previous = b
+
+
+@triton.jit
+def _largest_partial(key_ptr, offset_ptr, b, o_v, vocab_size, PARTIAL_ROWS: tl.constexpr):
+    """Maximum over the slots of sequence b: one for each PARTIAL_ROWS packed rows that hold a token of it."""
+    first_g = tl.load(offset_ptr + b)
+    last_g = tl.load(offset_ptr + b + 1)
+    NOTHING: tl.constexpr = 0 if key_ptr.dtype.element_ty == tl.int64 else _NOTHING
+    key = tl.full((o_v.shape[0],), NOTHING, key_ptr.dtype.element_ty)
+    if first_g < last_g:
+        for i in range(first_g * GROUP_ROWS // PARTIAL_ROWS, tl.cdiv(last_g * GROUP_ROWS, PARTIAL_ROWS)):
+            p_key = key_ptr + (i + b) * vocab_size + o_v
+            key = tl.maximum(key, tl.load(p_key, mask=o_v < vocab_size, other=NOTHING))
+    return key
+
+
+@triton.jit(do_not_specialize_on_alignment=["offset_ptr", "output_ptr", "argmax_ptr"])
+def _finalise_kernel(
+    key_ptr,
+    bias_ptr,
+    position_ptr,
+    offset_ptr,
+    output_ptr,
+    argmax_ptr,
+    vocab_size,
+    DOUBLE_LOG: tl.constexpr,
+    PARTIAL_ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """``y = act(dot + c)`` and the position that attained it, from the keys; nothing written means inactive.
+
+    With ``offset``, the first group of each sequence, a key is the maximum over the partial ones of its sequence.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_v = o_v < vocab_size
+    if offset_ptr is not None:
+        key = _largest_partial(key_ptr, offset_ptr, b, o_v, vocab_size, PARTIAL_ROWS)
+    else:
+        key = tl.load(key_ptr + b * vocab_size + o_v, mask=m_v, other=0)
+    if argmax_ptr is not None:
+        written = key != 0
+        logit = key_dot(key)
+    else:
+        written = key != _NOTHING
+        logit = unordered(key)
+    if bias_ptr is not None:
+        logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))
+    y = narrow(tl.where(written, activate(logit, DOUBLE_LOG), 0.0), output_ptr.dtype.element_ty)
+    tl.store(output_ptr + b * vocab_size + o_v, y, mask=m_v)
+    if argmax_ptr is not None:
+        packed_row = key_row(key)
+        active = m_v & written & ((widen(y) > 0) | (widen(y) != widen(y)))
+        position = tl.load(position_ptr + packed_row, mask=active, other=0)
+        tl.store(argmax_ptr + b * vocab_size + o_v, position.to(argmax_ptr.dtype.element_ty), mask=m_v)

@@ -1,0 +1,158 @@
+"""What the compiler makes of every kernel in every shipped configuration, for six architectures and without a GPU."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing compiles in a process with TRITON_INTERPRET=1"
+)
+triton = pytest.importorskip("triton")
+
+from bench import resources  # noqa: E402
+from bench.jobs import candidates as tune_candidates  # noqa: E402
+from splade_kernels.backends.triton import tuning  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[resources.Row]:
+    return list(resources.report())
+
+
+def test_every_architecture_and_kernel_is_compiled(rows):
+    assert {row.arch for row in rows} == set(tuning.ARCHITECTURES) == {80, 86, 89, 90, 100, 120}
+    kernels = {row.kernel for row in rows}
+    for arch in tuning.ARCHITECTURES:
+        mine = [row for row in rows if row.arch == arch]
+        assert {row.kernel for row in mine} == kernels
+        ways = {row.config["DESCRIPTORS"] for row in mine if row.kernel == "maximum_kernel"}
+        assert ways == ({False, True} if tuning.uses_descriptors(arch) else {False})
+
+
+def test_nothing_spills_exceeds_shared_memory_or_multiplies_without_tensor_cores(rows):
+    problems = [f"{row.kernel} sm_{row.arch} {row.dtype}: {p}" for row in rows for p in row.problems()]
+    if triton.__version__.startswith("3.6."):
+        # Its assembler does in three forms of one kernel, which waits for memory.
+        problems = [p for p in problems if not (p.startswith("exact_kernel") and p.endswith("spills 8 bytes"))]
+    assert problems == []
+
+
+def test_tiles_arrive_asynchronously(rows):
+    """``cp.async`` on sm_80 and later, TMA where descriptors are used."""
+    for row in rows:
+        if row.config.get("DESCRIPTORS"):
+            assert row.instructions.get("UTMALDG"), row
+        elif row.matmul:
+            assert row.instructions.get("LDGSTS"), row
+
+
+def test_a_problem_would_be_seen():
+    row = resources.Row("k", 86, "bfloat16", {"PRECISION": "ieee"}, 255, 8, 120_000, {}, matmul=True)
+    assert len(row.problems()) == 5
+    config, stores = {"PRECISION": "ieee"}, {"write": 1}
+    exempt = resources.Row("k", 86, "float32", config, 128, 0, 1000, {"STG": 1}, matmul=True, ptx=stores)
+    assert exempt.problems() == []
+
+
+@pytest.mark.parametrize("dropped", [("multiply", "has no matrix instruction"), ("write", "writes no result")])
+def test_a_dropped_product_or_result_would_be_seen(dropped):
+    name, problem = dropped
+    whole = resources.Row(
+        "k", 90, "bfloat16", {}, 128, 0, 1000, {"HGMMA": 4, "REDG": 1}, matmul=True, ptx={"multiply": 4, "write": 1}
+    )
+    assert whole.problems() == []
+    (found,) = replace(whole, ptx=whole.ptx | {name: 0}).problems()
+    assert problem in found
+
+
+def test_what_counts_as_a_product_and_as_a_write():
+    products = """
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 };
+        wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 { %f1 }, %rd1, %rd2, p, 1, 1;
+        wgmma.fence.sync.aligned;
+        tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r2, %p1;
+    """
+    writes = """
+        atom.global.gpu.relaxed.max.s64 %rd1, [ %rd2 + 0 ], %rd3;
+        red.relaxed.gpu.global.max.s32 [ %rd2 + 0 ], %r3;
+        st.global.b32 [ %rd1 + 0 ], { %r1 };
+        ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+        st.shared.b32 [ %r1 ], %r2;
+    """
+    counts = [[len(re.findall(pattern, code)) for pattern in resources.PTX.values()] for code in (products, writes)]
+    assert counts == [[3, 0], [0, 3]]
+
+
+OPTIONS = ({"order": "runs"}, {"epilogue_slices": 2}, {"partials": True}, {"epilogue_slices": 4, "partials": True})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("arch", [86, 90])
+def test_the_options_of_the_maximum_kernel_neither_spill_nor_drop_anything(arch, options):
+    config = replace(tuning.default_config(arch, "bfloat16"), **options)
+    if config.order == "runs" and not config.tma:
+        pytest.skip("one tile a program")
+    question = tune_candidates.Question("maximum", arch, "bfloat16", 768, 30522)
+    rows, problems = tune_candidates.examine(question, config)
+    assert problems == []
+    written = {row.config["PARTIALS"]: row.instructions for row in rows if row.kernel == "maximum_kernel"}
+    atomic = {partials: any(name in found for name in resources.ATOMIC) for partials, found in written.items()}
+    assert atomic == {False: True, True: False} if config.partials else {False: True}
+    assert ("finalise_kernel" in {row.kernel for row in rows}) == config.partials
+
+
+@pytest.mark.parametrize(
+    ("arch", "tile"),
+    [(86, (256, 128, 32, 8, 3)), (90, (256, 128, 64, 8, 4))],
+    ids=str,
+)
+def test_a_wide_tile_that_wins_for_the_maximum_does_not_spill_in_sum_pooling(arch, tile):
+    question = tune_candidates.Question("sum", arch, "bfloat16", 768, 30522)
+    assert tune_candidates.examine(question, tuning.MatmulConfig(*tile, tma=arch == 90))[1] == []
+
+
+def test_no_device_function_has_a_plain_string_for_a_default():
+    """Which Triton 3.6 does not take, though later ones do."""
+    folder = Path(tuning.__file__).parent
+    functions = [
+        function
+        for path in folder.glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in function.decorator_list)
+    ]
+    defaults = [default for function in functions for default in function.args.defaults]
+    assert len(functions) > 30
+    assert [ast.unparse(default) for default in defaults if isinstance(default, ast.Constant)] == []
+
+
+def test_every_kernel_of_the_package_is_in_the_report(rows):
+    import importlib
+    import pkgutil
+
+    import splade_kernels.backends.triton as package
+
+    launched = set()
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        members = vars(importlib.import_module(module.name))
+        launched |= {name for name, value in members.items() if isinstance(value, triton.JITFunction)}
+    kernels = {name.strip("_") for name in launched if name.endswith("_kernel")}
+    assert kernels == {row.kernel for row in rows}
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 120])
+def test_warps_of_the_screening_kernel_never_part_over_a_budget(arch):
+    """Budgets change while they are read: what one thread read has to reach all warps before any of them branches."""
+    kernel = "_screen_kernel"
+    case = next(case for case in resources.cases(arch) if case.kernel.__name__ == kernel)
+    lines = resources.compile_case(case).asm["ptx"].splitlines()
+    budgets = [i for i, line in enumerate(lines) if "ld.global.cg" in line]
+    assert len(budgets) == case.constants["BLOCK_T"] // 16
+    branch = next(i for i, line in enumerate(lines) if i > budgets[-1] and re.search(r"\bbra\b", line))
+    between = "\n".join(lines[budgets[-1] : branch])
+    assert re.search(r"st\.shared.*bar\.sync.*ld\.shared", between, re.DOTALL), between

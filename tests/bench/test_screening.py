@@ -1,0 +1,345 @@
+"""The screening benchmark on tiny shapes: its inputs' shares and margins, its checks, its model on text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import splade_kernels as sk
+from bench import measure, report, screening_model
+from bench.harness import environment, rows, steps, timing, truth
+from bench.inputs import cases, variants
+from bench.inputs.cases import PRECISIONS, SCREENING, Case
+from bench.jobs import encode, screening
+from splade_kernels.backends.tiled import screening as screening_backend
+
+CPU = torch.device("cpu")
+FLOAT32 = PRECISIONS["float32"]
+TINY = Case("tiny", 4, 24, hidden_size=16, vocab_size=300, lengths="ragged", active_share=0.02)
+
+
+def logits(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[tokens, V]`` of the real tokens and ``[B, V]`` their maxima, in float64."""
+    inputs = cases.make_inputs(case, FLOAT32, CPU)
+    hidden, weight, bias = (leaf.detach().double() for leaf in inputs.leaves)
+    parts = [rows[real != 0] @ weight.t() + bias for rows, real in zip(hidden, inputs.mask, strict=True)]
+    return torch.cat(parts), torch.stack([part.amax(0) for part in parts])
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.5, 1.0])
+def test_the_share_of_active_pairs_is_the_one_asked_for(share):
+    _, largest = logits(replace(TINY, active_share=share))
+    # To the pair: the shift lies in the middle between two logits.
+    assert int((largest > 0).sum()) == max(1, round(share * largest.numel()))
+
+
+def test_the_margins_of_the_normal_case_are_those_of_its_description():
+    case = replace(cases.for_device(SCREENING["sparse-normal"], CPU), vocab_size=3000)
+    tokens, largest = logits(case)
+    assert (case.batch_size, case.length, case.hidden_size) == (16, 128, 768)
+    assert (largest > 0).double().mean().item() == pytest.approx(0.015, abs=1e-5)
+    assert (tokens > 0).double().mean().item() == pytest.approx(0.00018, rel=0.1)
+    assert (tokens.mean().item(), tokens.std().item()) == (pytest.approx(-3.6, abs=0.05), pytest.approx(1, abs=0.02))
+    assert (largest.mean().item(), largest.std().item()) == (
+        pytest.approx(-1.17, abs=0.02),
+        pytest.approx(0.47, abs=0.01),
+    )
+    assert (largest.abs() < 0.1).double().mean().item() == pytest.approx(0.011, abs=0.002)
+    padding = 1 - len(tokens) / (case.batch_size * case.length)
+    assert padding == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_a_cpu_gets_the_shape_the_cases_name_and_every_case_is_planned():
+    planned = dict(measure.plan("screening", measure.default_cases("screening", CPU), CPU))
+    assert list(planned) == [*SCREENING, "encode-squad"]
+    for name, case in planned.items():
+        if name != "encode-squad":
+            assert (case.batch_size, case.length, case.vocab_size) == (16, 128, 30522)
+    assert planned["dense"].scaled_from == "B32 S256 D768 V30522"
+    assert cases.for_device(SCREENING["dense"], torch.device("cuda")) is SCREENING["dense"]
+    assert not set(SCREENING) & set(measure.default_cases("head", torch.device("cuda")))
+
+
+@pytest.fixture
+def unweighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of their own for the memory take seconds to start."""
+    monkeypatch.setattr(screening, "weigher", lambda *arguments: steps.unweighed)
+
+
+@pytest.mark.parametrize("job", ["forward", "forward_backward"])
+def test_screened_auto_and_unscreened_are_checked_and_timed(job, unweighed):
+    measured = rows.run(screening.head(TINY, FLOAT32, job, CPU, variants.SCREENING), CPU, 0.01)
+    by_name = {row.variant: row for row in measured}
+    inference = ["screened-first", "matmul-real"] if job == "forward" else []
+    assert list(by_name) == ["stock", "unscreened", "ours", "screened", *inference]
+    for name, row in by_name.items():
+        assert (row.status, row.active_share) == ("measured", pytest.approx(0.02, abs=1e-3))
+        assert row.rounds >= 9
+        if name in variants.OURS:
+            assert row.repeatable
+            assert row.errors["bands_from_truth"] < 1
+            assert ("grad_weight_dot" in row.errors) == (job == "forward_backward")
+    assert by_name["unscreened"].errors["bands_from_unscreened"] == 0
+
+
+def test_the_weight_of_a_screened_step_is_measured_in_a_process_of_its_own():
+    for name in variants.MODES:
+        assert steps.weigher(TINY, FLOAT32, name, False, CPU) is not steps.unweighed
+    assert steps.weigher(replace(TINY, name="share-5"), FLOAT32, "ours", False, CPU) is steps.unweighed
+
+
+def test_one_lost_pair_is_red_however_small(unweighed):
+    """The smallest active entry goes: the norm of the difference is far within the bound for norms."""
+    case = replace(TINY, active_share=0.5)
+    (job, _) = screening.head(case, FLOAT32, "forward", CPU, ["screened"])
+    (step,) = job.steps()
+
+    def lossy() -> tuple[torch.Tensor, ...]:
+        (output,) = step()
+        output = output.clone()
+        smallest = output.masked_fill(output == 0, torch.inf).flatten().argmin()
+        output.view(-1)[smallest] = 0
+        return (output,)
+
+    errors = job.check(lossy())
+    assert errors["output"] < truth.BOUNDS["float32"]
+    assert errors["bands_from_unscreened"] > 1
+    job.steps = lambda: [lossy]
+    (row,) = rows.run([job], CPU, 0.01)
+    assert row.status.startswith("red: beyond {'bands_from_unscreened': 1.0, 'bands_from_truth': 1.0}")
+
+
+def test_a_wrong_gradient_of_screened_training_is_red(unweighed):
+    (job,) = screening.head(TINY, FLOAT32, "forward_backward", CPU, ["screened"])
+    output, hidden, weight, bias = job.steps()[0]()
+    for wrong in ((hidden.roll(1, 0), weight, bias), (hidden, weight.roll(1, 0), bias), (hidden, weight, -bias)):
+        assert max(job.check((output, *wrong)).values()) > 0.1
+    assert max(job.check((output, hidden, weight, bias)).values()) < 1
+
+
+def test_training_and_first_calls_quantise_the_weight_in_every_step(unweighed, monkeypatch):
+    plain, prepared, given = screening_backend.PLAIN, [], []
+
+    def prepare(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        prepared.append(weight.shape)
+        return plain.prepare(weight)
+
+    def maximise(*arguments: object) -> int:
+        given.append(len(arguments) > 5)
+        return plain.maximise(*arguments)
+
+    monkeypatch.setattr(screening_backend, "PLAIN", replace(plain, prepare=prepare, maximise=maximise))
+    monkeypatch.setattr(screening_backend, "_isa", lambda: 0)
+    for job, name, counted in (
+        ("forward", "screened", 1),
+        ("forward", "screened-first", 3),
+        ("forward_backward", "screened", 0),
+    ):
+        made = screening.head(TINY, FLOAT32, job, CPU, [name])[0]
+        (step,) = made.steps()
+        prepared.clear()
+        given.clear()
+        for _ in range(3):
+            step()
+        # Without a quantised weight at hand the kernels quantise it.
+        assert (len(prepared), given) == (counted, [job == "forward"] * 3)
+
+
+def test_points_of_the_curve_over_the_share_are_inference_alone():
+    for name, case in SCREENING.items():
+        found = measure.groups("screening", case, FLOAT32, CPU, variants.SCREENING)
+        assert list(found) == ["forward", "forward_backward"][: 1 if name.startswith("share-") else 2]
+
+
+def test_the_band_by_hand():
+    inputs = cases.make_inputs(Case("b", 1, 3, hidden_size=4, vocab_size=2), FLOAT32, CPU)
+    hidden = torch.tensor([[[3.0, 0, 0, 0], [0, 4.0, 0, 3.0], [100.0, 0, 0, 0]]])
+    weight = torch.tensor([[2.0, 0, 0, 0], [0, 0, 0, 0.5]])
+    inputs = replace(inputs, hidden=hidden, weight=weight, mask=torch.tensor([[1, 1, 0]]))
+    allowed = truth.band(inputs, FLOAT32)
+    # 4 · 2^-24 · √4 · 5 · 2 and a quarter of that: padding is no token.
+    assert allowed.tolist() == [[80 * 2**-24, 20 * 2**-24]]
+    found, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 30 * 2**-24]])
+    assert truth.in_bands(found, other, allowed, FLOAT32) == pytest.approx(1.5, rel=1e-5)
+    # An output of 1 is rounded by 2^-23 at most, twice.
+    near = torch.tensor([[1 + 42 * 2**-23, 0.0]])
+    assert truth.in_bands(near, other * torch.tensor([1, 0]), allowed, FLOAT32) == pytest.approx(1, rel=1e-5)
+    nothing = torch.zeros(1, 2)
+    assert truth.in_bands(nothing, nothing, 0 * allowed, FLOAT32) == 0
+    assert truth.in_bands(nothing, nothing + 1e-30, 0 * allowed, FLOAT32) > 1
+    coarse = truth.band(inputs, PRECISIONS["tf32"])
+    assert coarse[0, 0].item() == pytest.approx((8 * 2**-24 + 2**-9) * 10)
+    assert not truth.in_bands(found * torch.nan, other, allowed, FLOAT32) <= 1
+
+
+def test_survivors_are_those_of_the_backend(monkeypatch):
+    inputs = cases.make_inputs(TINY, FLOAT32, CPU)
+    seen = []
+
+    def survivors(*tensors: torch.Tensor) -> tuple[int, int]:
+        seen.extend(tensors)
+        return 3, 12
+
+    monkeypatch.setattr(screening, "survivors", survivors)
+    assert screening.surviving_share(inputs, FLOAT32) == 0.25
+    assert [tensor.shape for tensor in seen] == [(4, 24, 16), (300, 16), (300,), (4, 24)]
+    assert not any(tensor.requires_grad for tensor in seen)
+
+
+def test_the_flags_of_the_cpu_are_in_the_environment():
+    flags = environment.describe()["cpu_flags"]
+    assert flags == sorted(flags)
+    if Path("/proc/cpuinfo").exists():
+        # What this CPU has, and not what PyTorch is limited to.
+        assert ("avx2" in flags) == torch.cpu._is_avx2_supported()
+        assert ("avx512f" in flags) == torch.cpu._is_avx512_supported()
+    assert not [flag for flag in flags if not flag.startswith(("avx", "amx", "fma"))]
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(screening_model, "FOLDER", tmp_path / "none")
+
+
+def test_without_a_trained_model_its_cases_say_so(absent, monkeypatch, tmp_path, unweighed):
+    planned = [("trained-squad", SCREENING["trained-squad"]), ("tiny", TINY), ("encode-squad", encode.SQUAD)]
+    monkeypatch.setattr(measure, "plan", lambda kind, names, device: iter(planned))
+    monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: 1e10)
+    path = tmp_path / "screening.json"
+    monkeypatch.setattr(sys, "argv", ["measure", "screening", f"--output={path}", "--device=cpu", "--seconds=0"])
+    measure.main()
+    result = json.loads(path.read_text())
+    reason = "no trained model here: python -m bench.screening_model --data DIR makes it"
+    assert result["left_out"] == [f"trained-squad float32: {reason}", f"encode-squad float32: {reason}"]
+    inference, training = [*variants.SCREENING, "matmul-real"], ["stock", *variants.MODES]
+    assert [row["variant"] for row in result["rows"]] == [*inference, *training]
+    assert result["environment"]["cpu_flags"] == environment.describe()["cpu_flags"]
+
+
+WORDS = [f"word{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model trained for two steps on words drawn at random."""
+    for module in ("sentence_transformers", "datasets", "accelerate"):
+        pytest.importorskip(module)
+    from examples.demo.vocabulary import SPECIAL_TOKENS
+
+    data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("model")
+    (data / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *WORDS]) + "\n")
+    (data / "squad/qrels").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def text(length: int) -> str:
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator))
+
+    count = 40
+    corpus = [{"_id": f"p{i}", "text": text(8 + i % 5)} for i in range(count)]
+    queries = [{"_id": f"q{i}", "text": text(3)} for i in range(count)]
+    for name, entries in (("corpus", corpus), ("queries", queries)):
+        (data / f"squad/{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    for split, ids in (("train", range(32)), ("test", range(32, count))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\tp{i}\t1" for i in ids)]
+        (data / f"squad/qrels/{split}.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        record = screening_model.build(data, folder, steps=2, hidden_size=16)
+        assert record["steps"] == 2
+        assert 0 <= record["ndcg@10"] <= 1
+        assert 0 < record["passage_active_share"] < 1
+        patch.setattr(screening_model, "FOLDER", folder)
+        screening_model.passages.cache_clear()
+        yield folder
+    screening_model.passages.cache_clear()
+
+
+def test_inputs_from_text_are_what_the_decoder_gets(trained):
+    assert screening_model.why_not() is None
+    case = Case("text", 3, 8, hidden_size=16, vocab_size=65, lengths="ragged", from_text=True)
+    inputs = cases.make_inputs(case, FLOAT32, CPU)
+    assert (inputs.hidden.shape, inputs.weight.shape, inputs.bias.shape) == ((3, 8, 16), (65, 16), (65,))
+    assert inputs.mask.sum(1).tolist() == case.draw_lengths().tolist()
+    model = screening_model.load()
+    for sequence, length in enumerate(case.draw_lengths().tolist()):
+        # Of a passage that is long enough, the first words; the separator ends the text.
+        ids = next_passage(model, case, sequence)[:length]
+        ids[-1] = model.tokenizer.sep_token_id
+        with torch.no_grad():
+            expected = model.transformers_model(input_ids=torch.tensor([ids])).logits[0]
+        found = inputs.hidden[sequence, :length] @ inputs.weight.t() + inputs.bias
+        assert (found.detach() - expected).abs().max() < 1e-5
+
+
+def next_passage(model: object, case: Case, sequence: int) -> list[int]:
+    """The passage that a sequence is cut from: every sequence takes the next one that has its length."""
+    tokens = iter(model.tokenizer(screening_model.passages(), truncation=True, max_length=case.length)["input_ids"])
+    for wanted in case.draw_lengths().tolist()[: sequence + 1]:
+        found = next(ids for ids in tokens if len(ids) >= wanted)
+    return found
+
+
+def test_what_is_known_of_the_model_is_in_the_results_and_documents(trained, monkeypatch, tmp_path, unweighed):
+    record = screening_model.training_record()
+    assert (record["steps"], record["seed"]) == (2, 0)
+    text = Case("text", 3, 8, hidden_size=16, vocab_size=65, lengths="ragged", from_text=True)
+    monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: 1e10)
+    path = tmp_path / "screening.json"
+    arguments = ["screening", f"--output={path}", "--device=cpu", "--seconds=0", "--variant=ours"]
+    monkeypatch.setattr(sys, "argv", ["measure", *arguments])
+    for subject, expected in ((text, record), (TINY, None)):
+        monkeypatch.setattr(measure, "plan", lambda *of, subject=subject: iter([("one", subject)]))
+        measure.main()
+        (content,) = report.load([path])
+        assert content.get("trained_model") == expected
+        told = f"2 steps, seed 0; over unseen passages nDCG@10 {record['ndcg@10']:.3f}"
+        assert (told in report.render([content])) == (expected is not None)
+
+
+def test_too_few_passages_are_an_error(trained):
+    with pytest.raises(ValueError, match="expected 40 passages of up to 8 tokens, found 8"):
+        screening_model.decoder_inputs(torch.full((40,), 8), 8, 65)
+
+
+def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):
+    asked = []
+
+    def recording(*arguments: object, **options: object) -> torch.Tensor:
+        asked.append(options["screening"])
+        return sk.reference.splade_pool(*arguments, **{k: v for k, v in options.items() if k != "screening"})
+
+    jobs = encode.jobs(encode.Corpus("encode-squad", 6, 4), FLOAT32, CPU, [*variants.SCREENING, "compile"])
+    assert [job.row.variant for job in jobs] == ["stock", *variants.MODES]
+    measured = rows.run(jobs, CPU, 0)
+    assert [row.status for row in measured] == ["measured"] * 4
+    assert {row.texts for row in measured} == {6}
+    assert 0 < measured[0].active_share < 1
+    monkeypatch.setattr("splade_kernels.integrations._hand_off.splade_pool", recording)
+    for name, value in (("unscreened", False), ("ours", "auto"), ("screened", True)):
+        (step,) = next(job for job in jobs if job.row.variant == name).steps()
+        asked.clear()  # what fuse probes
+        step()
+        # Two batches.
+        assert asked == [value] * 2
+
+
+def test_a_pair_that_encode_loses_is_red_however_small(trained):
+    """Of the values beyond what summation orders explain, the smallest goes."""
+    (job,) = encode.jobs(encode.Corpus("encode-squad", 6, 4), FLOAT32, CPU, ["screened"])
+    (step,) = job.steps()
+    indices, values = step()
+    assert job.check((indices, values))["bands_from_unscreened"] < 1
+    smallest = values.argsort()
+    lost = smallest[values[smallest] > 1e-4][0]
+    kept = torch.arange(len(values)) != lost
+    job.steps = lambda: [lambda: (indices[:, kept], values[kept])]
+    (row,) = rows.run([job], CPU, 0)
+    assert row.status.startswith("red: beyond {'bands_from_unscreened': 1.0}")

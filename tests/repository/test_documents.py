@@ -1,0 +1,66 @@
+"""Numbers in documents are those of the result files beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.tables import short_sequences as short_sequences_tables
+from examples.demo.report import render
+from splade_kernels import csr
+from tests.st_models import sparse_encoder
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_shows_the_checked_in_demo_result():
+    expected = render(json.loads((ROOT / "docs/demo/result.json").read_text())).strip()
+    assert expected in (ROOT / "README.md").read_text()
+
+
+def test_the_tables_on_short_sequences_are_the_models():
+    assert short_sequences_tables.block() in (ROOT / "docs/kernels.md").read_text()
+
+
+def test_local_links_in_documents_exist():
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_readme_code_for_plain_pytorch_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "from_linear" in block]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_code_on_search_runs(monkeypatch, capsys):
+    """As printed, but for the model: a tiny one."""
+    monkeypatch.setattr("sentence_transformers.SparseEncoder", lambda name: sparse_encoder())
+    page, names = (ROOT / "docs/search.md").read_text(), {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert f"`[V, {csr.QUERIES}]`" in page
+    assert f"`[{csr.QUERIES}, {csr.DOCUMENTS}]`" in page
+    scores, ids = names["scores"], names["ids"]
+    assert capsys.readouterr().out.count("->") == len(ids) == 2
+    assert torch.equal(names["streamed_scores"], scores)
+    assert torch.equal(names["streamed_ids"], ids)
+    assert torch.allclose(torch.from_numpy(names["all_scores"].toarray()).gather(1, ids), scores)
+    assert names["first_rows"].shape == (1, names["documents"].shape[1])
+    assert [[hit["corpus_id"] for hit in hits] for hits in names["hits"]] == ids.tolist()
+    assert torch.allclose(names["cosines"].gather(1, names["cosine_ids"]), names["cosine_scores"])
+
+
+@pytest.mark.parametrize("script", ["examples/train.py"])
+def test_scripts_explain_themselves(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "--stock" in done.stdout

@@ -1,0 +1,194 @@
+"""Which calls are screened on a CPU, with which kernels, and what is kept from one to the next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from splade_kernels.backends import weight_cache
+from splade_kernels.backends.pooling import PoolingCall
+from splade_kernels.backends.tiled import screening, screening_plain
+from tests import oracle
+from tests.cpus import forget_answers
+from tests.oracle import Case, make_case
+from tests.screening_cases import assert_within_band, hopeless_case, need_compiled, pool, sparse_case, tail
+
+
+def test_auto_screens_where_few_dots_are_left_and_stands_aside_elsewhere():
+    need_compiled()
+    sparse, hopeless = sparse_case(), hopeless_case()
+    for case, screens in ((sparse, True), (hopeless, False)):
+        assert torch.equal(pool(case, "auto"), pool(case, screens))
+        assert not torch.equal(pool(case, True), pool(case, False)), "the two cannot be told apart"
+        computed, pairs = screening.survivors(case.hidden, case.weight, case.bias, case.mask)
+        assert (computed < 0.02 * pairs) if screens else (computed > 0.5 * pairs)
+
+
+def test_auto_depends_on_the_inputs_alone():
+    sparse, hopeless = sparse_case(), hopeless_case()
+    before = [pool(case, "auto") for case in (sparse, hopeless)]
+    with torch.no_grad():
+        for _ in range(2):
+            for case, output in zip((sparse, hopeless), before, strict=True):
+                assert torch.equal(pool(case, "auto"), output)
+
+
+def test_auto_decides_alike_in_training_and_inference():
+    for case in (sparse_case(), hopeless_case(), sparse_case((2, 9, 96, 700))):
+        trained = pool(case, "auto")
+        with torch.no_grad():
+            assert torch.equal(pool(case, "auto"), trained)
+        with torch.inference_mode():
+            weight = case.weight.clone()
+            assert torch.equal(pool(Case(case.hidden, weight, *tail(case)), "auto"), trained)
+
+
+def test_the_quantised_weight_is_kept_for_inference_and_follows_the_weight(kernels, monkeypatch):
+    made = []
+
+    def counting(kernels: screening.Kernels) -> screening.Kernels:
+        return screening.Kernels(kernels.name, lambda w: made.append(1) or kernels.prepare(w), kernels.maximise)
+
+    compiled_for = screening._compiled_for
+    monkeypatch.setattr(screening, "_compiled_for", lambda isa: counting(compiled_for(isa)))
+    monkeypatch.setattr(screening, "PLAIN", counting(screening.PLAIN))
+    case = make_case((3, 20, 16, 60))
+    weight_cache.forget(case.weight)
+    with torch.no_grad():
+        first = pool(case, True)
+        assert torch.equal(pool(case, True), first)
+        assert len(made) == 1
+        case.weight.mul_(-1)
+        assert torch.equal(pool(case, True), pool(Case(case.hidden, case.weight.clone(), *tail(case)), True))
+        assert not torch.equal(pool(case, True), first)
+        last = pool(case, True)
+    kept = len(made)
+    assert torch.equal(pool(case, True), last), "training, which does not keep it"
+    assert len(made) == kept
+
+
+@pytest.mark.parametrize("largest_wrong", [1, 64, 4096])
+def test_kernels_that_are_wrong_are_not_used(largest_wrong):
+    def wrong(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, target: screening.Target) -> int:
+        evaluated = real.maximise(rows, offsets, weight, bias, target)
+        target.largest[1] += 0.1 if weight.shape[1] <= largest_wrong else 0
+        return evaluated
+
+    real = screening.PLAIN
+    assert screening._agrees(real)
+    assert not screening._agrees(screening.Kernels("wrong", real.prepare, wrong))
+
+
+def test_compiled_kernels_that_are_wrong_are_left_out_with_a_warning(monkeypatch):
+    need_compiled()
+    case = sparse_case()
+    monkeypatch.setattr(screening, "_agrees", lambda kernels: False)
+    forget_answers()
+    try:
+        with pytest.warns(UserWarning, match="fail their self-test and are not used"):
+            output = pool(case, "auto")
+        # Unscreened, or with VNNI screened by torch._int_mm.
+        assert_within_band(output, case)
+        assert screening._isa() == 0
+    finally:
+        forget_answers()
+
+
+HELD_BACK = [{"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"}]
+
+
+@pytest.mark.parametrize("environment", HELD_BACK, ids=str)
+def test_a_cpu_held_back_gives_the_same_results(environment, tmp_path):
+    case = sparse_case((4, 80, 64, 300))
+    program = """
+import sys, torch, splade_kernels as sk
+hidden, weight, bias, path = torch.load(sys.argv[1]) + [sys.argv[2]]
+torch.save([sk.splade_pool(hidden, weight, bias, screening=s, backend="torch") for s in (True, "auto", False)], path)
+"""
+    inputs, outputs = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
+    torch.save([tensor.detach() for tensor in case.parameters()], inputs)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, inputs, outputs], env=os.environ | environment, check=True
+    )
+    exact, _ = oracle.reference_in_double(case)
+    for output in torch.load(outputs):
+        assert (output.double() - exact).abs().max() <= 2e-6
+
+
+def single_tokens(active: Tensor) -> Case:
+    """Sequences of one token, whose dots are computed for exactly the words that ``active`` marks."""
+    case = make_case((8, 1, 16, len(active)), pattern="full")
+    with torch.no_grad():
+        case.bias.copy_(torch.where(active, 1e4, -1e4))
+    return case
+
+
+@pytest.mark.parametrize(
+    ("words", "screened"),
+    [
+        (slice(None, None, 8), False),
+        (slice(None, None, 32), True),
+        # In the probe's last run only, and in the vocabulary behind its first words only.
+        (slice(-512, None), False),
+        (slice(512, None), False),
+    ],
+    ids=str,
+)
+def test_auto_asks_words_from_all_over_the_vocabulary(words, screened, kernels, monkeypatch):
+    active = torch.zeros(4096, dtype=torch.bool)
+    active[words] = True
+    case = single_tokens(active)
+    computed, pairs = screening.survivors(case.hidden, case.weight, case.bias, case.mask)
+    assert computed == int(active.sum()) * 8 < pairs == 4096 * 8
+    call = PoolingCall(8, None, None, 1, "max", "relu", torch.float32, torch.float32, "auto")
+    monkeypatch.setattr(screening_plain, "int_mm_is_fast", lambda: True)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int())
+    asked = screening.screen(call, case.weight.detach(), case.bias.detach(), native_half=False)
+    assert asked.pays(case.hidden.detach()[:, 0], torch.arange(9)) is screened
+
+
+def test_a_weight_used_in_two_dtypes_is_kept_for_each(kernels):
+    case = sparse_case()
+    with torch.no_grad():
+        weight_cache.forget(case.weight)
+        expected = pool(case, True)
+        weight_cache.forget(case.weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            pool(case, True)
+        assert torch.equal(pool(case, True), expected)
+        assert len([key for key in weight_cache._entries if key[1] == case.weight.data_ptr()]) == 2
+
+
+def test_training_sees_and_forgets_what_was_written_without_being_counted(kernels):
+    case = sparse_case()
+    with torch.no_grad():
+        before = pool(case, True)
+    case.weight.data[1] = 10 * case.hidden.detach()[0, 0]  # not in the sample
+    expected = pool(Case(case.hidden, case.weight.detach().clone(), *tail(case)), True)
+    assert not torch.equal(before, expected)
+    assert torch.equal(pool(case, True), expected)
+    with torch.no_grad():
+        assert torch.equal(pool(case, True), expected)
+        case.weight.data.neg_()
+        assert torch.equal(pool(case, True), pool(Case(case.hidden, case.weight.clone(), *tail(case)), True))
+
+
+def test_screening_in_float64_says_that_it_is_slow(monkeypatch):
+    monkeypatch.setattr(screening, "_isa", lambda: 0)
+    monkeypatch.setattr(screening_plain, "int_mm_is_fast", lambda: False)
+    screening._warn_slow.cache_clear()
+    case = make_case((1, 3, 4, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool(case, "auto")
+    with pytest.warns(UserWarning, match="screening=True takes several times longer .*pip install --no-build"):
+        pool(case, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool(case, True)
