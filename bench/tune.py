@@ -104,8 +104,8 @@ def step(question: Question, load: Load, device: str, exact: bool = False) -> Ca
             "matmul_config",
             config,
             lambda: (
-                sum_pool.sum_pool_forward(call, hidden, weight, bias)[0],
-                *sum_pool.sum_pool_backward(call, grad, hidden, weight, bias),
+                *(found := sum_pool.sum_pool_forward(call, hidden, weight, bias))[:1],
+                *sum_pool.sum_pool_backward(call, grad, *found, hidden, weight, bias),
             ),
         )
     output, argmax = max_forward.max_pool_forward(call, hidden, weight, bias)

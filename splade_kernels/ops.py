@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import compaction
-from .backends.pooling import PoolingCall, argmax_dtype
+from .backends.pooling import PoolingCall, argmax_dtype, choose
 
 _library = torch.library.Library("splade_kernels", "DEF")
 
@@ -80,7 +80,8 @@ def _pool_forward(
     call, backend = _describe(hidden_states, attention_mask, cu_seqlens, max_seqlen, options)
     call = replace(call, need_argmax=need_argmax)
     with _isolated(hidden_states):
-        output, argmax = backend.pool_forward(call, hidden_states.flatten(0, -2), weight, bias)
+        pooling = choose("pooling_strategy", backend.POOLINGS, call.pooling_strategy)
+        output, argmax = pooling.forward(call, hidden_states.flatten(0, -2), weight, bias)
     return output, argmax
 
 
@@ -116,11 +117,8 @@ def _pool_backward(
     call = replace(call, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias)
     flat = hidden_states.flatten(0, -2)
     with _isolated(hidden_states):
-        if call.pooling_strategy == "max":
-            gradients = backend.max_pool_backward(call, grad, output, argmax, flat, weight, bias)
-        else:
-            gradients = backend.sum_pool_backward(call, grad, flat, weight, bias)
-    grad_hidden, grad_weight, grad_bias = gradients
+        pooling = choose("pooling_strategy", backend.POOLINGS, call.pooling_strategy)
+        grad_hidden, grad_weight, grad_bias = pooling.backward(call, grad, output, argmax, flat, weight, bias)
     return (
         grad_hidden.view(hidden_states.shape) if need_hidden else hidden_states.new_empty(0),
         grad_weight if need_weight else weight.new_empty(0),

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch
+
+# A legal activation is relu followed by this many log1p: 0 for x <= 0 and increasing, which hoisting it out of the
+# maximum, the sparse backward and screening all rest on.
+ACTIVATION_FUNCTIONS = {"relu": 1, "log1p_relu": 2}
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+T = TypeVar("T")
+
+
+class Pooling(NamedTuple):
+    """One pooling strategy of one backend."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]  # (call, hidden, weight, bias) -> (y, argmax)
+    backward: Callable[..., Gradients]  # (call, grad, output, argmax, hidden, weight, bias) -> (dh, dW, dc)
+
+
+def choose(name: str, table: Mapping[str, T], value: str) -> T:
+    """``table[value]``.
+
+    Raises:
+        ValueError: there is no such entry; ``name`` is the argument that asked for it.
+    """
+    if value not in table:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, table))}, got {value!r}")
+    return table[value]
 
 
 @dataclass(frozen=True)
@@ -36,6 +63,15 @@ class PoolingCall:
     @property
     def accumulation_dtype(self) -> torch.dtype:
         return torch.promote_types(self.compute_dtype, torch.float32)
+
+    @property
+    def logs(self) -> int:
+        """How many log1p follow relu.
+
+        Raises:
+            ValueError: the activation function is unknown.
+        """
+        return choose("activation_function", ACTIVATION_FUNCTIONS, self.activation_function)
 
     def new_argmax(self, like: Tensor, vocab_size: int) -> Tensor:
         """Uninitialised ``[B, V]`` positions: 2 bytes each while every one fits, else 4; empty when not needed."""

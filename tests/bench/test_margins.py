@@ -14,7 +14,7 @@ from bench.inputs import cases
 from bench.inputs.cases import PRECISIONS, SCREENING, Case
 from bench.tables import margins as margins_tables
 from splade_kernels.backends import int8_bound
-from splade_kernels.backends.tiled import screening, screening_plain
+from splade_kernels.backends.tiled import screening
 
 CPU = torch.device("cpu")
 FLOAT32 = PRECISIONS["float32"]
@@ -126,7 +126,7 @@ def test_a_dot_outside_its_bound_is_an_error(monkeypatch):
         radius, norm = real(*arguments)
         return radius / 8, norm
 
-    monkeypatch.setattr(screening_plain, "radius_and_norm", narrow)
+    monkeypatch.setattr(int8_bound, "radius_and_norm", narrow)
     with pytest.raises(ArithmeticError, match="small, levels and blocks \\(127, 1\\): a dot is outside its bound"):
         margins.survivors(SMALL)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import splade_kernels as sk
 from splade_kernels import ops
 from splade_kernels.backends import dispatch, int8_bound
-from splade_kernels.backends.tiled import screening, screening_plain
+from splade_kernels.backends.tiled import screening
 from tests import oracle
 from tests.oracle import Case, make_case
 from tests.screening_cases import assert_within_band, logits_and_band, need_compiled, pool, tail
@@ -232,7 +232,7 @@ def test_accelerators_of_the_torch_backend_do_not_screen(monkeypatch):
 
 
 def test_dimensions_beyond_int32_and_empty_inputs_are_left_unscreened(kernels, monkeypatch):
-    monkeypatch.setattr(screening_plain, "MAX_HIDDEN_SIZE", 8)
+    monkeypatch.setattr(int8_bound, "MAX_HIDDEN_SIZE", 8)
     case = make_case((2, 5, 9, 30))
     assert torch.equal(pool(case, True), pool(case, False))
     for shape in [(0, 5, 4, 6), (2, 0, 4, 6), (2, 5, 0, 6), (2, 5, 4, 0)]:

@@ -107,11 +107,8 @@ def test_nothing_is_computed_in_float64_which_mps_lacks(pooling, packed, dtype, 
     call = PoolingCall(4, mask, cu_seqlens, *options)
     tensors = hidden, case.weight.detach(), case.bias.detach()
     with Recorder() as recorder:
-        output, argmax = torch_backend.pool_forward(call, *tensors)
-        if pooling == "max":
-            torch_backend.max_pool_backward(call, case.grad, output, argmax, *tensors)
-        else:
-            torch_backend.sum_pool_backward(call, case.grad, *tensors)
+        output, argmax = torch_backend.POOLINGS[pooling].forward(call, *tensors)
+        torch_backend.POOLINGS[pooling].backward(call, case.grad, output, argmax, *tensors)
         torch_backend.flops_sums(output, 3.0)
     assert {"mm", "where.self"} <= recorder.operations
     assert torch.float64 not in recorder.dtypes

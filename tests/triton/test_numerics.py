@@ -178,17 +178,16 @@ def test_outputs_and_gradients_are_rounded_once(dtype, pooling, activation, arit
         need_argmax=pooling == "max", need_hidden=True, need_weight=True, need_bias=True,
     )  # fmt: skip
     hidden, weight, bias = (tensor.detach().to(DEVICE) for tensor in case.parameters())
-    output, argmax = backend.pool_forward(call, hidden.flatten(0, 1), weight, bias)
+    tensors = hidden.flatten(0, 1), weight, bias
+    output, argmax = backend.POOLINGS[pooling].forward(call, *tensors)
     exact, expected = oracle.reference_in_double(case, pooling_strategy=pooling, activation_function=activation)
     assert oracle.rounded_once(output.cpu(), exact, oracle.float32_allowance(case, exact, pooling))
 
-    arguments = (call, case.grad.to(DEVICE))
+    gradients = backend.POOLINGS[pooling].backward(call, case.grad.to(DEVICE), output, argmax, *tensors)
     if pooling == "max":
-        gradients = backend.max_pool_backward(*arguments, output, argmax, hidden.flatten(0, 1), weight, bias)
         given = (case, output.cpu(), argmax.cpu(), activation)
         expected, magnitudes = oracle.expected_gradients(*given), oracle.gradient_magnitudes(*given)
     else:
-        gradients = backend.sum_pool_backward(*arguments, hidden.flatten(0, 1), weight, bias)
         magnitudes = oracle.sum_gradient_magnitudes(case, activation)
     for ours, theirs, magnitude in zip(gradients, expected, magnitudes, strict=True):
         allowance = oracle.gradient_allowance(magnitude, 270)

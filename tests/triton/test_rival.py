@@ -26,7 +26,7 @@ def test_the_rival_returns_the_same_bits(pattern, dtype, need_argmax):
         case.hidden[-1, 20, 3] = torch.nan
     call = PoolingCall(5, case.mask, None, 45, "max", "relu", dtype, dtype, need_argmax=need_argmax)
     tensors = [tensor.detach() for tensor in (case.hidden.flatten(0, 1), case.weight, case.bias)]
-    ours = package.pool_forward(call, *tensors)
+    ours = package.POOLINGS["max"].forward(call, *tensors)
     theirs = rival.max_pool_forward(call, *tensors, MatmulConfig(32, 32, 32, 4, 1, group_v=2))
     # D = 24 is one block of both, so that dots are summed in one order.
     for one, two in zip(ours, theirs, strict=True):

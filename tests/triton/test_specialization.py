@@ -92,13 +92,10 @@ def _run(batch: int, length: int, dtype: torch.dtype, pooling: str, layout: str)
         need_argmax=pooling == "max", need_hidden=True, need_weight=True, need_bias=True,
     )  # fmt: skip
     hidden, weight, bias = draw(batch * length, HIDDEN), draw(VOCAB, HIDDEN), draw(VOCAB)
-    output, argmax = backend.pool_forward(call, hidden, weight, bias)
+    output, argmax = backend.POOLINGS[pooling].forward(call, hidden, weight, bias)
     grad = draw(batch, VOCAB)
-    if pooling == "max":
-        # Nothing was launched without a GPU: what would come out is replaced by something in range.
-        backend.max_pool_backward(call, grad, output.zero_(), argmax.zero_(), hidden, weight, bias)
-    else:
-        backend.sum_pool_backward(call, grad, hidden, weight, bias)
+    # Nothing was launched without a GPU: what would come out is replaced by something in range.
+    backend.POOLINGS[pooling].backward(call, grad, output.zero_(), argmax.zero_(), hidden, weight, bias)
     backend.flops_sums(output, None)
     backend.flops_sums(output, 5.0)
 

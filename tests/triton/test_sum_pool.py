@@ -53,7 +53,7 @@ def run(call: PoolingCall, grad: Tensor, hidden: Tensor, weight: Tensor, bias: T
     """Output and the gradients that were asked for."""
     output, argmax = sum_pool.sum_pool_forward(call, hidden, weight, bias)
     assert argmax.numel() == 0
-    gradients = sum_pool.sum_pool_backward(call, grad.to(DEVICE), hidden, weight, bias)
+    gradients = sum_pool.sum_pool_backward(call, grad.to(DEVICE), output, argmax, hidden, weight, bias)
     needed = (call.need_hidden, call.need_weight, call.need_bias)
     assert [gradient is not None for gradient in gradients] == list(needed)
     return [output, *(gradient for gradient in gradients if gradient is not None)]

@@ -11,31 +11,39 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..pooling import PoolingCall
+from ..pooling import Gradients, Pooling, PoolingCall
 from . import packed, unpacked
 from .backward import max_pool_backward
 
-__all__ = ["flops_sums", "max_pool_backward", "pool_forward", "sum_pool_backward"]
+__all__ = ["POOLINGS", "flops_sums"]
 
 
-def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(y [B, V], argmax [B, V])``; the argmax is a position in the sequence, and empty unless the call needs it."""
-    if not dispatch.on_host(hidden):
-        if call.screening == "on":
-            raise RuntimeError(
-                f"screening: the torch backend screens on a CPU only, and hidden_states is on {hidden.device}"
-            )
-        return unpacked.pool_forward(call, hidden, weight, bias)
-    forward = packed.max_pool_forward if call.pooling_strategy == "max" else packed.sum_pool_forward
+def _max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if dispatch.on_host(hidden):
+        return packed.max_pool_forward(call, hidden, weight, bias)
+    if call.screening == "on":
+        raise RuntimeError(
+            f"screening: the torch backend screens on a CPU only, and hidden_states is on {hidden.device}"
+        )
+    return unpacked.max_pool_forward(call, hidden, weight, bias)
+
+
+def _sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    forward = packed.sum_pool_forward if dispatch.on_host(hidden) else unpacked.sum_pool_forward
     return forward(call, hidden, weight, bias)
 
 
-def sum_pool_backward(
-    call: PoolingCall, grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Backward of the sum: recomputes the logits tile by tile and multiplies them out."""
+def _sum_pool_backward(
+    call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Gradients:
     backward = packed.sum_pool_backward if dispatch.on_host(hidden) else unpacked.sum_pool_backward
-    return backward(call, grad, hidden, weight, bias)
+    return backward(call, grad, output, argmax, hidden, weight, bias)
+
+
+POOLINGS = {
+    "max": Pooling(_max_pool_forward, max_pool_backward),
+    "sum": Pooling(_sum_pool_forward, _sum_pool_backward),
+}
 
 
 def flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:

@@ -22,32 +22,39 @@ from . import segments
 TILE_ELEMENTS = 64 << 20
 
 
-def pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As :func:`splade_kernels.backends.tiled.pool_forward`."""
+def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``y`` and the position of each maximum; see :class:`.Pooling`."""
     vocab_size = weight.shape[0]
     output = hidden.new_zeros(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size).zero_()
     if hidden.shape[0] == 0 or call.batch_size == 0:
         return output, argmax
     sequences = segments.of_call(call, hidden)
-    dtype = call.accumulation_dtype
     for columns, dots in _tiles(call, hidden, weight, sequences.rows):
-        offset = 0 if bias is None else bias[columns].to(dtype)
-        if call.pooling_strategy == "max":
-            largest, position = sequences.maximum(dots, call.need_argmax)
-            values = torch.where(sequences.occupied[:, None], _activate(largest + offset, call), 0)
-            if position is not None:
-                argmax[:, columns] = torch.where(values <= 0, 0, position).to(argmax.dtype)
-        else:
-            values = sequences.sum(_activate(dots + offset, call))
+        largest, position = sequences.maximum(dots, call.need_argmax)
+        values = torch.where(sequences.occupied[:, None], _activate(_with_bias(largest, bias, columns), call), 0)
+        if position is not None:
+            argmax[:, columns] = torch.where(values <= 0, 0, position).to(argmax.dtype)
         output[:, columns] = values.to(call.out_dtype)
     return output, argmax
 
 
+def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``y``, and no positions; see :class:`.Pooling`."""
+    output = hidden.new_zeros(call.batch_size, weight.shape[0], dtype=call.out_dtype)
+    argmax = call.new_argmax(hidden, weight.shape[0]).zero_()
+    if hidden.shape[0] == 0 or call.batch_size == 0:
+        return output, argmax
+    sequences = segments.of_call(call, hidden)
+    for columns, dots in _tiles(call, hidden, weight, sequences.rows):
+        output[:, columns] = sequences.sum(_activate(_with_bias(dots, bias, columns), call)).to(call.out_dtype)
+    return output, argmax
+
+
 def sum_pool_backward(
-    call: PoolingCall, grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As :func:`splade_kernels.backends.tiled.sum_pool_backward`."""
+    """Recomputes the logits tile by tile and multiplies them out; see :class:`.Pooling`."""
     dtype = call.accumulation_dtype
     sequence, real = _rows(call, hidden)
     exact = torch.where(real[:, None], hidden, 0).to(dtype)
@@ -55,7 +62,7 @@ def sum_pool_backward(
     grad_weight = torch.empty_like(weight, dtype=dtype)
     grad_bias = weight.new_empty(weight.shape[0], dtype=dtype)
     for columns, dots in _tiles(call, hidden, weight, hidden.shape[0]):
-        logits = dots if bias is None else dots + bias[columns].to(dtype)
+        logits = _with_bias(dots, bias, columns)
         grad_tokens = grad[:, columns].index_select(0, sequence)
         grad_logits = activation_gradient(grad_tokens, _activate(logits, call), call)
         grad_logits = torch.where(real[:, None], grad_logits, 0)
@@ -75,6 +82,10 @@ def _rows(call: PoolingCall, hidden: Tensor) -> tuple[Tensor, Tensor]:
     edges = call.edges(hidden).to(torch.int64)
     real = rows < edges[-1] if call.attention_mask is None else call.attention_mask.reshape(-1) != 0
     return torch.searchsorted(edges[1:], rows, right=True).clamp_max(max(call.batch_size - 1, 0)), real
+
+
+def _with_bias(dots: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
+    return dots if bias is None else dots + bias[columns].to(dots.dtype)
 
 
 def _activate(logits: Tensor, call: PoolingCall) -> Tensor:

@@ -50,7 +50,7 @@ PARTIAL_FINALISE_BLOCK = 512
 
 
 def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As :func:`splade_kernels.backends.tiled.packed.pool_forward`, for ``pooling_strategy="max"``."""
+    """``(y [B, V], argmax [B, V])`` of ``pooling_strategy="max"``; see :class:`.Pooling`."""
     vocab_size, hidden_size = weight.shape
     output = hidden.new_empty(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size)

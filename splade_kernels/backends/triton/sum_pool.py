@@ -58,7 +58,7 @@ class Chunk:
 
 
 def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As :func:`splade_kernels.backends.tiled.packed.pool_forward`, for ``pooling_strategy="sum"``."""
+    """``(y [B, V], argmax [B, V])`` of ``pooling_strategy="sum"``; see :class:`.Pooling`."""
     vocab_size, hidden_size = weight.shape
     output = hidden.new_empty(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size)
@@ -88,7 +88,7 @@ def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
 
 
 def sum_pool_backward(
-    call: PoolingCall, grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As :func:`splade_kernels.backends.tiled.packed.sum_pool_backward`."""
     vocab_size, hidden_size = weight.shape
