@@ -161,6 +161,11 @@ def decoder_of(model: SparseEncoder) -> nn.Linear:
     return decoder
 
 
+def replace_decoder(model: SparseEncoder, decoder: nn.Module) -> None:
+    inner: Any = model.transformers_model
+    inner.set_output_embeddings(decoder)
+
+
 def gradients(model: SparseEncoder, texts: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Gradient of every parameter for one fixed scalar of the embeddings of ``texts``, with the same dropout each time.
 

@@ -61,13 +61,16 @@ class DecoderForward:
         self.decoder = decoder
         self.hand_off = HandOff()
 
-    def __call__(self, input: Tensor, pooling: dict[str, Any] | None = None) -> Tensor:
+    def __call__(self, input: Tensor, *, pooling: dict[str, Any] | None = None) -> Tensor:
         if pooling is not None:
             self._check(input)
             return splade_pool(input, self.decoder.weight, self.decoder.bias, **pooling)
         if self.hand_off.active:
             return input
         return type(self.decoder).forward(self.decoder, input)
+
+    # What Python names in the error about a wrong argument.
+    __call__.__qualname__ = nn.Linear.forward.__qualname__
 
     def _check(self, hidden_states: Tensor) -> None:
         weight = self.decoder.weight

@@ -155,6 +155,8 @@ class _TransformerForward:
         finally:
             hand_off.active = before
 
+    __call__.__qualname__ = Transformer.forward.__qualname__
+
 
 class _PoolingForward:
     def __init__(self, pooling: SpladePooling, decoder: nn.Linear) -> None:
@@ -182,6 +184,8 @@ class _PoolingForward:
         if self.sets_dimension:
             pooling.embedding_dimension = embeddings.shape[1]
         return features
+
+    __call__.__qualname__ = SpladePooling.forward.__qualname__
 
 
 _FORWARDS = (DecoderForward, _TransformerForward, _PoolingForward)
