@@ -57,6 +57,7 @@ extension: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.ready
 	$(RUN) -m ruff check --fix .
@@ -75,4 +76,4 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info splade_kernels/*.so outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info splade_kernels/*.so outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
