@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -73,13 +74,8 @@ class SpladeHead(nn.Module):
             TypeError: ``decoder`` is not an ``nn.Linear``, or of a class derived from it, which may compute more.
             ValueError: it has hooks, those of pruning and of old weight normalisation among them.
         """
-        if type(decoder) is not nn.Linear:
-            raise TypeError(f"decoder: expected an nn.Linear itself, got {qualified_name(type(decoder))}")
-        if hooks := [qualified_name(hook) for hook in hooks_of(decoder)]:
-            names = ", ".join(hooks)
-            raise ValueError(
-                f"decoder: expected an nn.Linear without hooks, which a fused head would not run, got {names}"
-            )
+        if error := why_not_plain(decoder):
+            raise error
         bias = decoder.bias is not None
         head = cls(decoder.in_features, decoder.out_features, bias, device="meta", **options)
         head.weight = cast(nn.Parameter, decoder.weight)
@@ -133,9 +129,18 @@ class SpladeHead(nn.Module):
         )
 
 
-def hooks_of(module: nn.Module) -> list[Any]:
-    """Functions that PyTorch calls before or after the module's forward or backward."""
-    return [hook for name in _HOOKS for hook in getattr(module, name).values()]
+def hooks_of(module: nn.Module) -> list[str]:
+    """Names of the functions that PyTorch calls before or after the module's forward or backward."""
+    return [qualified_name(hook) for name in _HOOKS for hook in getattr(module, name).values()]
+
+
+def why_not_plain(decoder: Any, hooks_of: Callable[[nn.Module], list[str]] = hooks_of) -> TypeError | ValueError | None:
+    """The error to raise where ``decoder`` may compute more than ``W h + c``, which a fused head would leave out."""
+    if type(decoder) is not nn.Linear:
+        return TypeError(f"decoder: expected exactly torch.nn.Linear, got {qualified_name(type(decoder))}")
+    if hooks := hooks_of(decoder):
+        return ValueError(f"decoder: expected an nn.Linear without hooks, got {', '.join(hooks)}")
+    return None
 
 
 def qualified_name(value: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..functional import check_count, sparsify
 
-# Texts of one result, in batches: as many as are sorted by length together.
+# Texts of one result, in batches: so many are sorted by length together.
 BATCHES = 16
 
 
@@ -26,13 +26,13 @@ def encode_sparse(
 ) -> Iterator[Tensor]:
     """Embeddings of ``texts``, in their order, as sparse CSR tensors of ``16 · batch_size`` texts each.
 
-    ``model.encode_query``, ``encode_document`` or ``encode`` compute them, so prompts, routes and batches are theirs
-    (sorted by length within a result); only their detour over a COO tensor a row is left out. The result is always
-    sparse CSR; indices are int64 and ascend in each row. ``splade_kernels.csr`` joins and searches the batches.
+    ``model.encode_query``, ``encode_document`` or ``encode`` compute them, with their prompts, routes and batches,
+    sorted by length within a result. Indices are int64 and ascend in each row. ``splade_kernels.csr`` joins and
+    searches the results.
 
     With a list of devices, one pool of processes serves the whole call: it starts when the first result is asked for
     and stops when the iterator is exhausted, closed, dropped or fails. A ``pool`` of your own is used as it is and
-    keeps running. Where ``chunk_size`` is left out, a process gets about two pieces of each result, in whole batches.
+    keeps running. Without ``chunk_size``, a process gets about two pieces of each result, in whole batches.
 
     Args:
         model: a ``SparseEncoder``, fused or not.
@@ -45,7 +45,7 @@ def encode_sparse(
 
     Yields:
         ``[up to 16 · batch_size, V]`` sparse CSR, on the device that the method returns, or on the CPU where PyTorch
-        has no CSR tensors for it (MPS). As many dense embeddings are held at a time.
+        has no CSR tensors for it (MPS). The dense embeddings of one result are held at a time.
 
     Raises:
         TypeError, ValueError: an argument is none of these.
@@ -62,39 +62,31 @@ def encode_sparse(
     if max_active_dims is not None:
         max_active_dims = check_count("max_active_dims", max_active_dims, 1, "an int or None")
     limit = model.max_active_dims if max_active_dims is None else max_active_dims
-    # Where the model has a setting, its method would apply that one, even where more was asked for.
-    options["max_active_dims"] = None if model.max_active_dims is None else limit
-    return _batches(model, methods[task], list(texts), batch_size, limit, options)
+    options |= {
+        "batch_size": batch_size,
+        "convert_to_tensor": True,
+        "convert_to_sparse_tensor": False,
+        # Where the model has a setting, its method would apply that one, even where more was asked for.
+        "max_active_dims": None if model.max_active_dims is None else limit,
+    }
+    return _batches(model, methods[task], list(texts), limit, options)
 
 
 def _batches(
-    model: SparseEncoder, method: Any, texts: list[str], batch_size: int, limit: int | None, options: dict[str, Any]
+    model: SparseEncoder, method: Any, texts: list[str], limit: int | None, options: dict[str, Any]
 ) -> Iterator[Tensor]:
-    devices, own_pool = options.get("device"), None
-    # What the model's method counts as several devices. It would start a pool at each call, once for each result.
+    batch_size, devices, own_pool = options["batch_size"], options.get("device"), None
+    # The method itself would start a pool for a list of devices at each call, which is once for each result.
     if texts and options.get("pool") is None and isinstance(devices, list) and devices:
-        own_pool = model.start_multi_process_pool(devices)
-        options = {**options, "pool": own_pool}
+        own_pool = options["pool"] = model.start_multi_process_pool(devices)
+    chunked = options.get("pool") is not None and options.get("chunk_size") is None
     try:
         for first in range(0, len(texts), BATCHES * batch_size):
             part = texts[first : first + BATCHES * batch_size]
-            dense = method(
-                part,
-                batch_size=batch_size,
-                convert_to_tensor=True,
-                convert_to_sparse_tensor=False,
-                **_with_chunk_size(options, len(part), batch_size),
-            )
-            yield sparsify(dense, max_active_dims=limit)
+            if chunked:  # the method's default, a tenth of a process's share, would split batches
+                pieces = 2 * len(options["pool"]["processes"])
+                options["chunk_size"] = batch_size * math.ceil(len(part) / (batch_size * pieces))
+            yield sparsify(method(part, **options), max_active_dims=limit)
     finally:
         if own_pool is not None:
             model.stop_multi_process_pool(own_pool)
-
-
-def _with_chunk_size(options: dict[str, Any], texts: int, batch_size: int) -> dict[str, Any]:
-    """The method's own default, a tenth of a process's share, would cut batches apart: a result is only 16 of them."""
-    pool = options.get("pool")
-    if pool is None or options.get("chunk_size") is not None:
-        return options
-    batches = math.ceil(texts / batch_size)
-    return {**options, "chunk_size": batch_size * math.ceil(batches / (2 * len(pool["processes"])))}

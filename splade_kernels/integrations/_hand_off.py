@@ -1,23 +1,23 @@
-"""What a fused decoder is: it hands hidden states through, and computes the embeddings from them when asked to.
+"""What a fused decoder is: the ``nn.Linear`` that it was, with another ``forward`` on the instance.
 
-The decoder stays the ``nn.Linear`` it was; only ``forward`` on the instance changes. Called by the model while a fused
-encoder runs, it returns its input. Called by the pooling with ``pooling=...``, it computes
-:func:`splade_kernels.splade_pool` with its weight and bias. Any other call gives the logits.
+Called by its model while a fused encoder runs, it returns its input, the hidden states. Called by the pooling with
+``pooling=...``, it computes :func:`splade_kernels.splade_pool` of them with its weight and bias. Any other call gives
+the logits.
 
-The pooling calls the module instead of taking its parameters, so that whatever loads or gathers parameters around a
-module's call and releases them afterwards does so here too: accelerate's offloading, DeepSpeed ZeRO-3.
+The pooling calls the module instead of reading its parameters, so that whatever loads or gathers parameters around a
+module's call (accelerate's offloading, DeepSpeed ZeRO-3) does so for the embeddings too.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import splade_pool
-from ..modules import hooks_of, qualified_name
+from ..modules import hooks_of, qualified_name, why_not_plain
 
 _SHARDED: tuple[type, ...] = ()
 if torch.distributed.is_available():
@@ -40,11 +40,10 @@ _REMEDIES = {
 
 
 class HandOff(threading.local):
-    """Whether the decoder hands its input through, in this thread.
+    """Whether the decoder returns its input, in this thread. A copied or unpickled one starts afresh.
 
-    Copying or pickling makes a fresh one. A ``ContextVar`` would serve as well, but ``torch.compile`` cannot trace it.
-    The attribute is the instance's from the start: graphs of ``torch.compile`` guard on which attributes an instance
-    has, and one that the first call adds would make the graph traced in that call fail its own guards.
+    ``torch.compile`` cannot trace a ``ContextVar``, and its graphs guard on which attributes an instance has: one that
+    only the first call adds would invalidate the graph traced in that call.
     """
 
     def __init__(self) -> None:
@@ -69,7 +68,7 @@ class DecoderForward:
             return input
         return type(self.decoder).forward(self.decoder, input)
 
-    # What Python names in the error about a wrong argument.
+    # Python's errors about wrong arguments then name the stock method, as without fuse.
     __call__.__qualname__ = nn.Linear.forward.__qualname__
 
     def _check(self, hidden_states: Tensor) -> None:
@@ -91,51 +90,37 @@ class DecoderForward:
                 f"was added after fuse: {UNFUSE_FIRST}"
             )
         check_device("token_embeddings", hidden_states, self.decoder)
-        changed = why_not_plain(self.decoder)
-        if changed:
-            raise RuntimeError(f"the decoder was changed after fuse (it {changed}): {UNFUSE_FIRST}")
+        if error := why_not_plain(self.decoder, watching_hooks):
+            raise RuntimeError(f"{error}. The decoder was changed after fuse: {UNFUSE_FIRST}")
 
 
 def check_decoder(decoder: Any) -> nn.Linear:
-    """The decoder, if its output is ``W h + c`` and nothing else.
+    """The decoder, if it computes ``W h + c`` and nothing else.
 
     Raises:
-        TypeError: it is no ``nn.Linear``, or of a class derived from it.
+        TypeError: it is not an ``nn.Linear``, or of a class derived from it.
         ValueError: hooks see its logits, or its weight is quantised.
     """
-    if type(decoder) is not nn.Linear:
+    if error := why_not_plain(decoder, watching_hooks):
         kind = qualified_name(type(decoder))
         remedy = next((f": {text}" for package, text in _REMEDIES.items() if kind.startswith(f"{package}.")), "")
-        raise TypeError(f"decoder: expected exactly torch.nn.Linear, got {kind}{remedy}")
-    reason = why_not_plain(decoder)
-    weight_type = type(decoder.weight)
-    if reason is None and not (weight_type is nn.Parameter or is_sharded(decoder.weight)):
-        reason = f"has a weight of type {qualified_name(weight_type)}, as quantisation leaves it"
-    if reason:
-        raise ValueError(f"decoder: expected a plain nn.Linear, but it {reason}")
-    return decoder
-
-
-def why_not_plain(decoder: nn.Module) -> str | None:
-    if type(decoder) is not nn.Linear:
-        return f"became {qualified_name(type(decoder))}"
-    hooks = watching_hooks(decoder)
-    if hooks:
-        return f"has hooks: {', '.join(hooks)}"
+        raise type(error)(f"{error}{remedy}")
     weight = decoder.weight
-    if weight.dtype not in _DTYPES or not (isinstance(weight, nn.Parameter) or is_sharded(weight)):
-        return f"has a weight of type {qualified_name(type(weight))}, {weight.dtype}"
-    return None
+    if weight.dtype not in _DTYPES or not (type(weight) is nn.Parameter or is_sharded(weight)):
+        raise ValueError(
+            "decoder: expected a weight that is a floating-point nn.Parameter, "
+            f"got {qualified_name(type(weight))}, {weight.dtype}"
+        )
+    return cast(nn.Linear, decoder)
 
 
 def watching_hooks(module: nn.Module) -> list[str]:
-    """Names of the hooks that may look at what the module computes; those of DeepSpeed only gather its parameters."""
-    names = [qualified_name(hook) for hook in hooks_of(module)]
-    return [name for name in names if not name.startswith("deepspeed.")]
+    """Names of the hooks that may read the module's output; those of DeepSpeed only gather its parameters."""
+    return [name for name in hooks_of(module) if not name.startswith("deepspeed.")]
 
 
 def around(inner: nn.Module, decoder: nn.Linear) -> dict[str, nn.Module]:
-    """The modules inside of the model that contain the decoder, by name."""
+    """The submodules of the model that contain the decoder, by name."""
     return {
         name: module
         for name, module in inner.named_modules()
@@ -148,19 +133,14 @@ def is_sharded(holder: Tensor | nn.Module) -> bool:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed ZeRO-3 keeps this parameter, which is empty outside of its modules' calls."""
+    """Whether the parameter is under DeepSpeed ZeRO-3, and so empty outside its module's calls."""
     return hasattr(parameter, "ds_id")
 
 
-def weight_shape(decoder: nn.Linear) -> tuple[int, ...]:
-    """``(V, D)``, of an empty parameter of ZeRO-3 too."""
-    return tuple(getattr(decoder.weight, "ds_shape", decoder.weight.shape))
-
-
 def check_device(name: str, tensor: Any, decoder: nn.Linear) -> None:
-    """Raise where a replica of ``nn.DataParallel`` meets the parameters of the first one.
+    """Raise where a replica of ``nn.DataParallel`` meets the parameters of the first device.
 
-    accelerate's hooks and ZeRO-3's bring parameters and inputs together for the decoder's own call.
+    The hooks of accelerate and of ZeRO-3 bring parameters and inputs together when the decoder itself is called.
     """
     weight = decoder.weight
     brought = "_hf_hook" in decoder.__dict__ or is_partitioned(weight)

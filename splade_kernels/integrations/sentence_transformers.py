@@ -2,16 +2,15 @@
 
     model = fuse(SparseEncoder("naver/splade-v3"))      # train, encode, save as before
 
-``fuse`` replaces three ``forward`` methods on the instances and nothing else: classes, parameters, ``state_dict`` and
-configuration stay, so what is saved loads without this package. While the Transformer module runs, its decoder hands
-the hidden states through; the pooling then has the decoder compute :func:`splade_kernels.splade_pool` of them, and
-``[batch, seq, vocab]`` logits never exist. Called any other way, the decoder is the ``nn.Linear`` it was. Fuse before
-``torch.compile``. Beside other tools: docs/sentence-transformers.md.
+``fuse`` replaces ``forward`` on three instances and nothing else: classes, parameters, ``state_dict`` and configuration
+stay, so a saved model loads without this package. While the Transformer module runs, its decoder returns the hidden
+states; the pooling then has the decoder compute :func:`splade_kernels.splade_pool` of them, and ``[batch, seq, vocab]``
+logits never exist. Called any other way, the decoder is the ``nn.Linear`` that it was. docs/sentence-transformers.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,15 +25,7 @@ from torch import Tensor, nn
 from ..functional import check_options, check_threshold, flops_loss
 from ..modules import qualified_name
 from ._encode import encode_sparse
-from ._hand_off import (
-    UNFUSE_FIRST,
-    DecoderForward,
-    around,
-    check_decoder,
-    check_device,
-    watching_hooks,
-    weight_shape,
-)
+from ._hand_off import UNFUSE_FIRST, DecoderForward, HandOff, around, check_decoder, check_device, watching_hooks
 from ._probe import probe_pooling, probe_transformer, skip_probe
 
 if TYPE_CHECKING:
@@ -49,8 +40,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class FlopsLoss(sparse_losses.FlopsLoss):
     """FLOPS regulariser for ``SpladeLoss(document_regularizer=..., query_regularizer=...)``.
 
-    ``Σ_v (mean_b y[b, v])²``, accumulated in float32; with ``threshold``, rows with at most that many non-zeros are
-    zeroed first. Value and gradient equal those of the class it derives from.
+    ``Σ_v (mean_b y[b, v])²``, accumulated in float32. Value and gradient equal those of the class it derives from.
 
     Args:
         model: the ``SparseEncoder`` being trained.
@@ -78,11 +68,10 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
     """Give every SPLADE head in ``model`` the fused forward, in place.
 
     Each fill-mask ``Transformer`` that feeds a ``SpladePooling``, directly or in a route of a ``Router``, is checked,
-    probed once on random hidden states, and changed only when all of them pass. Hooks on the decoder or on a module
-    around it, which would see logits, are refused here and, where they are added later, by the forward. A model that is
-    already fused is returned as it is, but for ``screening``. Once fused, ``SpladePooling.chunk_size`` has no effect,
-    ``token_embeddings`` holds hidden states instead of logits, and the embeddings are float32 under autocast. The probe
-    runs on one thread, so that the process may still be forked: fuse before other threads compute.
+    and probed once on random hidden states; nothing changes unless all pass. Of a fused model only ``screening`` is
+    set. Once fused, ``SpladePooling.chunk_size`` has no effect, ``token_embeddings`` holds hidden states instead of
+    logits, and embeddings are float32 under autocast. Fuse before ``torch.compile``, and before other threads compute:
+    the probe runs on one thread, so that the process may still be forked.
 
     Args:
         model: a ``SparseEncoder``, or a module that contains one (a loss, a wrapper).
@@ -95,20 +84,17 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
     Raises:
         TypeError: no ``SparseEncoder`` or ``SpladePooling`` in it, or the decoder is not a plain ``nn.Linear``, such as
             one that carries an adapter or is quantised.
-        ValueError: the logits are changed, watched or used elsewhere, the backend is not torch, the model has been
-            offloaded by accelerate, it is fused in part only, or ``screening`` is none of these.
+        ValueError: the logits are changed, read by hooks or used elsewhere, the backend is not torch, the model has
+            been offloaded by accelerate, it is fused in part only, or ``screening`` is none of these.
     """
     heads = _find_heads(model)
     poolings = [pooling for head in heads for pooling in head.poolings]
     for pooling in poolings:
         check_options(pooling.pooling_strategy, pooling.activation_function, screening)
     if not all(head.is_fused() for head in heads):
-        for head in heads:
-            head.check()
-        for head in heads:
-            head.probe()
-        for head in heads:
-            head.install()
+        for step in (_Head.check, _Head.probe, _Head.install):
+            for head in heads:
+                step(head)
     for pooling in poolings:
         _own_forward(pooling).screening = screening
     return model
@@ -127,62 +113,57 @@ def unfuse(model: Model) -> Model:
 
 
 class _TransformerForward:
-    def __init__(self, transformer: Transformer, decoder_forward: DecoderForward) -> None:
+    def __init__(self, transformer: Transformer, decoder: nn.Linear, hand_off: HandOff) -> None:
         self.transformer = transformer
-        self.decoder_forward = decoder_forward
+        self.decoder = decoder
+        self.hand_off = hand_off
         inner: Any = transformer.model
-        self.around = around(inner, decoder_forward.decoder)
+        self.around = around(inner, decoder)
 
     def __call__(self, features: Features, **kwargs: Any) -> Features:
-        decoder = self.decoder_forward.decoder
         inner: Any = self.transformer.model
-        if inner.get_output_embeddings() is not decoder:
+        if inner.get_output_embeddings() is not self.decoder:
             raise RuntimeError(
                 f"the model's decoder is no longer the one that was fused (resized or replaced): {UNFUSE_FIRST}"
             )
-        for name, module in self.around.items():
-            if hooks := watching_hooks(module):
-                raise RuntimeError(
-                    f"{name}: has hooks that see the decoder's logits, added after fuse, which does not compute them: "
-                    f"{', '.join(hooks)}; {UNFUSE_FIRST}"
-                )
-        check_device("input_ids", features.get("input_ids"), decoder)
-        hand_off = self.decoder_forward.hand_off
-        before = hand_off.active
-        hand_off.active = True
+        if reason := _read_by_hooks(self.around):
+            raise RuntimeError(f"{reason}. They were added after fuse: {UNFUSE_FIRST}")
+        check_device("input_ids", features.get("input_ids"), self.decoder)
+        before = self.hand_off.active
+        self.hand_off.active = True
         try:
             return type(self.transformer).forward(self.transformer, features, **kwargs)
         finally:
-            hand_off.active = before
+            self.hand_off.active = before
 
     __call__.__qualname__ = Transformer.forward.__qualname__
 
 
 class _PoolingForward:
-    def __init__(self, pooling: SpladePooling, decoder: nn.Linear) -> None:
+    def __init__(self, pooling: SpladePooling, decoder: Callable[..., Tensor], hand_off: HandOff) -> None:
         self.pooling = pooling
         self.decoder = decoder
+        self.hand_off = hand_off
         self.screening: str | bool = "auto"
-        # Read once: a graph of torch.compile that read what its own first call changes would be traced twice.
+        # Read once: if torch.compile traced a read of what the first call changes, it would trace that call twice.
         self.sets_dimension = pooling.embedding_dimension is None
 
     def __call__(self, features: Features) -> Features:
         if torch.onnx.is_in_onnx_export():
             raise RuntimeError("ONNX has no operator for the fused head: call unfuse(model) before the export")
-        pooling = self.pooling
         options: dict[str, Any] = {
-            "pooling_strategy": pooling.pooling_strategy,
-            "activation_function": pooling.activation_function,
+            "pooling_strategy": self.pooling.pooling_strategy,
+            "activation_function": self.pooling.activation_function,
             "screening": self.screening,
         }
         if "cu_seq_lens_q" in features:
             options |= {"cu_seqlens": features["cu_seq_lens_q"], "max_seqlen": features.get("max_length_q")}
         else:
-            options |= {"attention_mask": features["attention_mask"]}
+            options["attention_mask"] = features["attention_mask"]
         embeddings: Tensor = self.decoder(features["token_embeddings"], pooling=options)
         features["sentence_embedding"] = embeddings
         if self.sets_dimension:
-            pooling.embedding_dimension = embeddings.shape[1]
+            self.pooling.embedding_dimension = embeddings.shape[1]
         return features
 
     __call__.__qualname__ = SpladePooling.forward.__qualname__
@@ -203,14 +184,8 @@ class _Head:
         return [self.decoder, *self.transformers, *self.poolings]
 
     def is_fused(self) -> bool:
-        decoder_forward = _own_forward(self.decoder)
-        transformers = [_own_forward(module) for module in self.transformers]
-        poolings = [_own_forward(module) for module in self.poolings]
-        return (
-            isinstance(decoder_forward, DecoderForward)
-            and all(isinstance(f, _TransformerForward) and f.decoder_forward is decoder_forward for f in transformers)
-            and all(isinstance(f, _PoolingForward) and f.decoder is self.decoder for f in poolings)
-        )
+        forwards = [_own_forward(module) for module in self.modules()]
+        return all(isinstance(own, _FORWARDS) for own in forwards) and len({own.hand_off for own in forwards}) == 1
 
     def check(self) -> None:
         for module in self.modules():
@@ -225,38 +200,36 @@ class _Head:
                 )
             if forward is not None:
                 raise ValueError(f"{name} has an instance-level forward of its own: {forward!r}")
-        vocab_size, hidden_size = weight_shape(self.decoder)
+            if isinstance(module, SpladePooling) and type(module).forward is not SpladePooling.forward:
+                raise TypeError(f"expected a SpladePooling, got {name} with a forward of its own")
+        weight: Any = self.decoder.weight
+        vocab_size, hidden_size = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 empties the weight
         if vocab_size == hidden_size:
             raise ValueError(f"vocabulary and hidden size are both {vocab_size}: logits look like hidden states")
-        for pooling in self.poolings:
-            if type(pooling).forward is not SpladePooling.forward:
-                name = qualified_name(type(pooling))
-                raise TypeError(f"expected a SpladePooling, got {name} with a forward of its own")
 
     def probe(self) -> None:
         if skip_probe(self.modules()):
             return
         for transformer in self.transformers:
             probe_transformer(transformer, self.decoder)
-        self.decoder.__dict__["forward"] = DecoderForward(self.decoder)
-        try:
-            for pooling in self.poolings:
-                probe_pooling(pooling, self.decoder, _PoolingForward(pooling, self.decoder))
-        finally:
-            del self.decoder.__dict__["forward"]
+        forward = DecoderForward(self.decoder)
+        for pooling in self.poolings:
+            probe_pooling(pooling, self.decoder, _PoolingForward(pooling, forward, forward.hand_off))
 
     def install(self) -> None:
-        decoder_forward = DecoderForward(self.decoder)
-        self.decoder.__dict__["forward"] = decoder_forward
+        forward = DecoderForward(self.decoder)
+        self.decoder.__dict__["forward"] = forward
         for transformer in self.transformers:
-            transformer.__dict__["forward"] = _TransformerForward(transformer, decoder_forward)
+            transformer.__dict__["forward"] = _TransformerForward(transformer, self.decoder, forward.hand_off)
         for pooling in self.poolings:
-            pooling.__dict__["forward"] = _PoolingForward(pooling, self.decoder)
+            pooling.__dict__["forward"] = _PoolingForward(pooling, self.decoder, forward.hand_off)
 
 
 def _own_forward(module: nn.Module) -> Any:
-    """The forward that was set on the instance, under accelerate's hooks if there are any; None for the class's own,
-    which accelerate leaves on the instance when its hooks are removed."""
+    """The forward set on the instance (the one under accelerate's hooks, where it has some), or None.
+
+    The class's own method counts as None: accelerate leaves it on the instance when its hooks are removed.
+    """
     forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
     return None if forward == MethodType(type(module).forward, module) else forward
 
@@ -284,10 +257,10 @@ def _find_heads(model: nn.Module) -> list[_Head]:
 
     heads: dict[nn.Module, _Head] = {}
     for pooling, sources in feeders.items():
-        fed_by = {_decoder_of(source): source for source in sources}
-        if len(fed_by) > 1:
+        decoders = {_decoder_of(source) for source in sources}
+        if len(decoders) > 1:
             raise ValueError("one SpladePooling is fed by several decoders: give each decoder one of its own")
-        (decoder,) = fed_by
+        (decoder,) = decoders
         head = heads.setdefault(decoder, _Head(decoder))
         head.poolings.append(pooling)
         head.transformers.extend(s for s in sources if isinstance(s, Transformer) and s not in head.transformers)
@@ -304,28 +277,25 @@ def _paths(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
     """Every sequence of modules that a batch can take, one for each route of each Router."""
     paths: list[list[nn.Module]] = [[]]
     for module in modules:
+        routes = [[module]]
         if isinstance(module, Router):
             routes = [route for branch in module.sub_modules.values() for route in _paths(branch.children())]
-            paths = [path + route for path in paths for route in routes]
-        else:
-            paths = [[*path, module] for path in paths]
+        paths = [path + route for path in paths for route in routes]
     return paths
 
 
 def _reads_sentence_embedding(module: nn.Module) -> bool:
-    if isinstance(module, (Dropout, LayerNorm, SparseAutoEncoder)):
-        return True
-    return getattr(module, "module_input_name", None) == "sentence_embedding"
+    reads = getattr(module, "module_input_name", None)
+    return reads == "sentence_embedding" or isinstance(module, (Dropout, LayerNorm, SparseAutoEncoder))
 
 
 def _decoder_of(source: nn.Module | None) -> nn.Linear:
     """The decoder of the Transformer module ``source``, once everything about both is as ``fuse`` needs it."""
     if not isinstance(source, Transformer):
         raise TypeError(f"SpladePooling must be fed by a Transformer module, got {qualified_name(type(source))}")
-    if source.backend != "torch":
-        raise ValueError(f"backend: expected 'torch', got {source.backend!r}")
-    if source.transformer_task != "fill-mask":
-        raise ValueError(f"transformer_task: expected 'fill-mask', got {source.transformer_task!r}")
+    for name, expected in (("backend", "torch"), ("transformer_task", "fill-mask")):
+        if (value := getattr(source, name)) != expected:
+            raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
     outputs = {(params["method"], params["method_output_name"]) for params in source.modality_config.values()}
     if outputs != {("forward", "logits")} or source.module_output_name != "token_embeddings":
         raise ValueError(
@@ -334,10 +304,14 @@ def _decoder_of(source: nn.Module | None) -> nn.Linear:
         )
     inner: Any = source.model
     decoder = check_decoder(inner.get_output_embeddings())
-    for name, module in around(inner, decoder).items():
-        if hooks := watching_hooks(module):
-            raise ValueError(
-                f"{name}: has hooks that see the decoder's logits, which a fused model does not compute: "
-                f"{', '.join(hooks)}"
-            )
+    if reason := _read_by_hooks(around(inner, decoder)):
+        raise ValueError(reason)
     return decoder
+
+
+def _read_by_hooks(modules: dict[str, nn.Module]) -> str | None:
+    """Which of the modules around the decoder has hooks, to which the decoder's output is visible."""
+    for name, module in modules.items():
+        if hooks := watching_hooks(module):
+            return f"{name}: has hooks that see the decoder's logits, which a fused model lacks: {', '.join(hooks)}"
+    return None

@@ -88,7 +88,9 @@ def fork_every_cell(folder: str) -> None:
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell], list[Tensor]]:
     folder = tmp_path_factory.mktemp("forked")
-    program = "import sys; from tests import test_st_processes; test_st_processes.fork_every_cell(sys.argv[1])"
+    program = (
+        "import sys; from tests.integrations import test_st_processes; test_st_processes.fork_every_cell(sys.argv[1])"
+    )
     subprocess.run([sys.executable, "-c", program, folder], check=True, timeout=len(CELLS) * SECONDS)
     return lambda cell: torch.load(folder / "-".join(cell))
 
@@ -173,7 +175,9 @@ def test_fusing_before_a_fork_is_as_harmless_as_loading(load: str, tmp_path: Pat
     model.transformers_model.resize_token_embeddings(30_000, mean_resizing=False)
     model.save_pretrained(str(folder))
     expected = [model.encode(batch, convert_to_sparse_tensor=False) for batch in BATCHES]
-    program = "import sys; from tests import test_st_processes; test_st_processes.fork_after(*sys.argv[1:])"
+    program = (
+        "import sys; from tests.integrations import test_st_processes; test_st_processes.fork_after(*sys.argv[1:])"
+    )
     arguments = [sys.executable, "-c", program, load, folder, tmp_path / "result"]
     subprocess.run(arguments, check=True, timeout=SECONDS)
     torch.testing.assert_close(torch.load(tmp_path / "result"), expected, rtol=1e-5, atol=1e-6)

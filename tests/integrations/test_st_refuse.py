@@ -112,10 +112,10 @@ REFUSED: dict[str, tuple[Callable[[SparseEncoder], Any], str]] = {
     ),
     "decoder-hook": (
         lambda m: decoder_of(m).register_forward_hook(_watch),
-        "has hooks: tests.integrations.test_st_refuse._watch",
+        "without hooks, got tests.integrations.test_st_refuse._watch",
     ),
-    "decoder-pre-hook": (lambda m: decoder_of(m).register_forward_pre_hook(lambda *_: None), "has hooks"),
-    "decoder-backward-hook": (lambda m: decoder_of(m).register_full_backward_hook(lambda *_: None), "has hooks"),
+    "decoder-pre-hook": (lambda m: decoder_of(m).register_forward_pre_hook(lambda *_: None), "without hooks"),
+    "decoder-backward-hook": (lambda m: decoder_of(m).register_full_backward_hook(lambda *_: None), "without hooks"),
     "decoder-own-forward": (_own_forward, "instance-level forward of its own"),
     "decoder-integer-weight": (
         lambda m: setattr(
