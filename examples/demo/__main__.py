@@ -8,18 +8,21 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import textwrap
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.demo.report import disturbance, markdown_table, summarize, verdict
+from examples.demo.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -27,27 +30,6 @@ if TYPE_CHECKING:
     from examples.demo.corpus import Corpus
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "bm25s")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the numbers, apart from the machine and the installed versions."""
-
-    steps: int
-    stock_steps: int
-    batch_size: int
-    seed: int
-    device: str
-    bf16: bool
-    max_length: int = 128
-    vocab_size: int = 30522
-    hidden_size: int = 128
-    learning_rate: float = 5e-4
-    query_regularizer_weight: float = 1e-3
-    document_regularizer_weight: float = 1e-3
-    memory_lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
-    memory_batch_size: int = 8
-    memory_hidden_size: int = 128
 
 
 def main() -> None:
@@ -98,12 +80,15 @@ def run(settings: Settings, folder: Path, save_model: Path | None) -> dict[str, 
     print(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in corpus.counts.items()))
 
     _announce(started, f"Building a vocabulary of {settings.vocab_size:,} and a BERT with {settings.hidden_size} units")
-    tokenizer = _build_start(settings, corpus, folder)
+    tokenizer, pairs = _build_start(settings, corpus, folder)
+
+    from examples.demo.memory import measure_head
+    from examples.demo.training import train
 
     records = {}
     for head, steps in (("stock", settings.stock_steps), ("fused", settings.steps)):
         _announce(started, f"Training with the {head} head: {steps} steps of {settings.steps}, in a process of its own")
-        records[head] = _run_training(settings, head, steps, folder)
+        records[head] = in_a_process(train, settings, head, pairs, folder)
 
     _announce(started, "Searching the held-out docstrings, before and after training")
     retrieval, answers = _search(settings, corpus, folder)
@@ -111,7 +96,7 @@ def run(settings: Settings, folder: Path, save_model: Path | None) -> dict[str, 
         shutil.copytree(folder / "trained", save_model, dirs_exist_ok=True)
 
     _announce(started, f"Measuring the head's memory at lengths {', '.join(map(str, settings.memory_lengths))}")
-    memory = {head: _run_head(settings, head, folder) for head in ("stock", "fused")}
+    memory = {head: in_a_process(measure_head, settings, head) for head in ("stock", "fused")}
 
     return {
         "command": "python -m " + " ".join(["examples.demo", *sys.argv[1:]]),
@@ -123,21 +108,24 @@ def run(settings: Settings, folder: Path, save_model: Path | None) -> dict[str, 
         "retrieval": retrieval,
         "answers": answers,
         "memory": {
-            "lengths": list(settings.memory_lengths),
+            "lengths": settings.memory_lengths,
             "batch_size": settings.memory_batch_size,
             "hidden_size": settings.memory_hidden_size,
             "vocab_size": settings.vocab_size,
             **memory,
         },
-        "training": {
-            head: {key: record[key] for key in ("losses", "seconds", "others", "peak_mib")}
-            for head, record in records.items()
-        },
+        "training": records,
     }
 
 
-def _build_start(settings: Settings, corpus: Corpus, folder: Path) -> BertTokenizerFast:
-    """Writes the start that both runs load and the training pairs."""
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)`` in a new process, so that its time and its peak memory are its alone."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _build_start(settings: Settings, corpus: Corpus, folder: Path) -> tuple[BertTokenizerFast, dict[str, list[str]]]:
+    """Writes the model that both runs start from; returns its tokenizer and the training pairs."""
     from examples.demo.model import build_model
     from examples.demo.vocabulary import build_tokenizer, build_vocabulary, count_words
 
@@ -145,54 +133,8 @@ def _build_start(settings: Settings, corpus: Corpus, folder: Path) -> BertTokeni
     tokenizer = build_tokenizer(build_vocabulary(counts, settings.vocab_size), settings.max_length)
     model = build_model(tokenizer, settings.hidden_size, settings.max_length, settings.seed)
     model.save_pretrained(str(folder / "start"), create_model_card=False)
-    pairs = {
-        "query": [pair.query for pair in corpus.train],
-        "passage": [pair.passage for pair in corpus.train],
-    }
-    (folder / "pairs.json").write_text(json.dumps(pairs))
-    return tokenizer
-
-
-def _run_training(settings: Settings, head: str, steps: int, folder: Path) -> dict[str, Any]:
-    job = {
-        "head": head,
-        "start": str(folder / "start"),
-        "pairs": str(folder / "pairs.json"),
-        "steps": steps,
-        "shared_steps": settings.stock_steps,
-        "schedule_steps": settings.steps,
-        "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "query_regularizer_weight": settings.query_regularizer_weight,
-        "document_regularizer_weight": settings.document_regularizer_weight,
-        "seed": settings.seed,
-        "device": settings.device,
-        "bf16": settings.bf16,
-        "save": str(folder / "trained") if head == "fused" else None,
-    }
-    return _run_process("examples.demo.training", job, folder / f"training-{head}.json")
-
-
-def _run_head(settings: Settings, head: str, folder: Path) -> list[float]:
-    job = {
-        "head": head,
-        "batch_size": settings.memory_batch_size,
-        "hidden_size": settings.memory_hidden_size,
-        "vocab_size": settings.vocab_size,
-        "lengths": settings.memory_lengths,
-        "device": settings.device,
-    }
-    peaks: list[float] = _run_process("examples.demo.memory", job, folder / f"memory-{head}.json")["peak_mib"]
-    return peaks
-
-
-def _run_process(module: str, job: dict[str, Any], record: Path) -> dict[str, Any]:
-    """Runs ``module`` in a process of its own on ``job`` and returns the record it wrote."""
-    job_file = record.with_suffix(".job.json")
-    job_file.write_text(json.dumps({**job, "record": str(record)}))
-    subprocess.run([sys.executable, "-m", module, str(job_file)], check=True)
-    written: dict[str, Any] = json.loads(record.read_text())
-    return written
+    pairs = {"query": [pair.query for pair in corpus.train], "passage": [pair.passage for pair in corpus.train]}
+    return tokenizer, pairs
 
 
 def _search(settings: Settings, corpus: Corpus, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -286,6 +228,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     parser.add_argument("--save-model", type=Path, help="also keep the trained model in this folder")
     arguments = parser.parse_args()
+    if sys.platform != "linux":
+        parser.error("the demo measures memory through /proc, which only Linux has")
     if arguments.steps < 2 or arguments.stock_steps < 2:
         parser.error("--steps and --stock-steps: expected at least 2")
     return arguments

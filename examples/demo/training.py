@@ -1,17 +1,13 @@
-"""One training run in a process of its own, so that its time and its peak memory are its alone.
+"""One training run with the stock or the fused head: every step's loss and seconds, and the peak memory of a step.
 
-``python -m examples.demo.training job.json`` loads the same start and the same pairs as its sibling, trains with the
-stock or the fused head, and writes every step's loss and seconds. A run that stops early follows the schedule of the
-full one: its steps are the full run's first steps.
+Both runs load the same start and see the same pairs. A run that stops early follows the schedules of the full one: its
+steps are the full run's first steps.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +25,14 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.utils import logging as transformers_logging
 
 from examples.demo.memory import PeakMemory
+from examples.demo.settings import Settings
 from splade_kernels.integrations.sentence_transformers import FlopsLoss, fuse
 
-__all__ = ["TrainingJob", "train"]
+__all__ = ["train"]
 
 # Short, so that most of the steps that stock and fused share move the weights at the full learning rate.
 WARM_UP_STEPS = 5
 LOGGED_STEPS = 5
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """One run. ``steps`` of the ``schedule_steps`` are trained; ``shared_steps`` are those that both runs do."""
-
-    head: str
-    start: str
-    pairs: str
-    steps: int
-    shared_steps: int
-    schedule_steps: int
-    batch_size: int
-    learning_rate: float
-    query_regularizer_weight: float
-    document_regularizer_weight: float
-    seed: int
-    device: str
-    bf16: bool
-    record: str
-    save: str | None = None
 
 
 class Stopwatch(TrainerCallback):
@@ -69,8 +45,9 @@ class Stopwatch(TrainerCallback):
     what they load late, so the peak is what a step needs for itself.
     """
 
-    def __init__(self, job: TrainingJob) -> None:
-        self.job = job
+    def __init__(self, settings: Settings, steps: int) -> None:
+        self.settings = settings
+        self.steps = steps
         self.seconds: list[float] = []
         self.others: list[float] = []
         self.peak_mib = 0.0
@@ -87,10 +64,10 @@ class Stopwatch(TrainerCallback):
         self.seconds.append(seconds)
         self.others.append(max(0.0, everybody - own) / seconds)
         if state.global_step == 1:
-            self._memory = PeakMemory(torch.device(self.job.device))
-        if state.global_step == self.job.shared_steps:
+            self._memory = PeakMemory(torch.device(self.settings.device))
+        if state.global_step == self.settings.stock_steps:
             self.peak_mib = self._memory.mib()
-        if state.global_step == self.job.steps:
+        if state.global_step == self.steps:
             control.should_training_stop = True
         self._last, self._last_cpu = self._now(), self._cpu_seconds()
 
@@ -100,7 +77,7 @@ class Stopwatch(TrainerCallback):
         return times.user + times.system, own.user + own.system
 
     def _now(self) -> float:
-        if self.job.device == "cuda":
+        if self.settings.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -138,57 +115,56 @@ class RecordingTrainer(SparseEncoderTrainer):
         return loss
 
 
-def train(job: TrainingJob) -> dict[str, Any]:
-    """Trains as ``job`` says; returns losses, seconds and peak memory."""
-    model = SparseEncoder(job.start, device=job.device)
-    regularizer = StockFlopsLoss
-    if job.head == "fused":
+def train(settings: Settings, head: str, pairs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
+    """Trains the model in ``folder/start`` on ``pairs``; returns losses, seconds and peak memory.
+
+    The stock head stops after ``stock_steps``. The fused one goes on to the end, and is saved in ``folder/trained``.
+    """
+    transformers_logging.disable_progress_bar()
+    fused = head == "fused"
+    steps = settings.steps if fused else settings.stock_steps
+    model = SparseEncoder(str(folder / "start"), device=settings.device)
+    regularizer = FlopsLoss if fused else StockFlopsLoss
+    if fused:
         fuse(model)
-        regularizer = FlopsLoss
     loss = SpladeLoss(
         model,
         loss=SparseMultipleNegativesRankingLoss(model),
-        query_regularizer_weight=job.query_regularizer_weight,
-        document_regularizer_weight=job.document_regularizer_weight,
+        query_regularizer_weight=settings.query_regularizer_weight,
+        document_regularizer_weight=settings.document_regularizer_weight,
         query_regularizer=regularizer(model),
         document_regularizer=regularizer(model),
     )
-    stopwatch = Stopwatch(job)
-    with tempfile.TemporaryDirectory() as folder:
+    stopwatch = Stopwatch(settings, steps)
+    with tempfile.TemporaryDirectory() as output:
         trainer = RecordingTrainer(
             model=model,
             args=SparseEncoderTrainingArguments(
-                output_dir=folder,
-                max_steps=job.schedule_steps,
-                per_device_train_batch_size=job.batch_size,
-                learning_rate=job.learning_rate,
+                output_dir=output,
+                max_steps=settings.steps,
+                per_device_train_batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
                 warmup_steps=WARM_UP_STEPS,
                 batch_sampler=BatchSamplers.NO_DUPLICATES,
-                seed=job.seed,
-                use_cpu=job.device == "cpu",
-                bf16=job.bf16,
+                seed=settings.seed,
+                use_cpu=settings.device == "cpu",
+                bf16=settings.bf16,
                 logging_steps=LOGGED_STEPS,
                 save_strategy="no",
                 report_to="none",
             ),
-            train_dataset=Dataset.from_dict(json.loads(Path(job.pairs).read_text())),
+            train_dataset=Dataset.from_dict(pairs),
             loss=loss,
             callbacks=[SpladeRegularizerWeightSchedulerCallback(loss), stopwatch],
         )
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossBar(job.steps))
+        trainer.add_callback(LossBar(steps))
         trainer.train()
-    if job.save:
-        model.save_pretrained(job.save, create_model_card=False)
+    if fused:
+        model.save_pretrained(str(folder / "trained"), create_model_card=False)
     return {
         "losses": [value.item() for value in trainer.step_losses],
         "seconds": stopwatch.seconds,
         "others": stopwatch.others,
         "peak_mib": stopwatch.peak_mib,
     }
-
-
-if __name__ == "__main__":
-    transformers_logging.disable_progress_bar()
-    training_job = TrainingJob(**json.loads(Path(sys.argv[1]).read_text()))
-    Path(training_job.record).write_text(json.dumps({**asdict(training_job), **train(training_job)}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from sentence_transformers import SparseEncoder
 
 from examples.demo import report
 from examples.demo.corpus import Pair
-from examples.demo.memory import HeadJob, PeakMemory, measure_head
+from examples.demo.memory import PeakMemory, measure_head
 from examples.demo.model import build_model
 from examples.demo.search import answer, build_evaluator, encode_passages, evaluate_bm25, evaluate_model
-from examples.demo.training import TrainingJob, train
+from examples.demo.settings import Settings
+from examples.demo.training import train
 from examples.demo.vocabulary import build_tokenizer, build_vocabulary, count_words
 
 ANIMALS = ("otter", "heron", "badger", "lizard", "falcon", "beaver", "weasel", "magpie", "turtle", "hornet")
@@ -31,6 +32,20 @@ PAIRS = [
     for animal in ANIMALS
     for place in PLACES
 ]
+COLUMNS = {"query": [pair.query for pair in PAIRS], "passage": [pair.passage for pair in PAIRS]}
+SETTINGS = Settings(
+    steps=12,
+    stock_steps=8,
+    batch_size=8,
+    seed=0,
+    device="cpu",
+    bf16=False,
+    max_length=32,
+    vocab_size=400,
+    hidden_size=32,
+    # Adam's steps have one size whatever the gradient: a much larger one would amplify rounding.
+    learning_rate=1e-3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,36 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer(build_vocabulary(count_words(texts), 400), max_length=32)
     assert all(tokenizer.unk_token not in tokenizer.tokenize(text) for text in texts)
     build_model(tokenizer, hidden_size=32, max_length=32, seed=0).save_pretrained(str(folder / "start"))
-    pairs = {"query": [pair.query for pair in PAIRS], "passage": [pair.passage for pair in PAIRS]}
-    (folder / "pairs.json").write_text(json.dumps(pairs))
     return folder
 
 
 @pytest.fixture(scope="module")
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    def run(head: str, steps: int) -> dict[str, Any]:
-        job = TrainingJob(
-            head=head,
-            start=str(folder / "start"),
-            pairs=str(folder / "pairs.json"),
-            steps=steps,
-            shared_steps=8,
-            schedule_steps=12,
-            batch_size=8,
-            # Adam's steps have one size whatever the gradient: a much larger one would amplify rounding.
-            learning_rate=1e-3,
-            query_regularizer_weight=1e-3,
-            document_regularizer_weight=1e-3,
-            seed=0,
-            device="cpu",
-            bf16=False,
-            record="",
-            save=str(folder / "trained") if head == "fused" else None,
-        )
-        assert TrainingJob(**json.loads(json.dumps(asdict(job)))) == job
-        return train(job)
-
-    return {"stock": run("stock", 8), "fused": run("fused", 12)}
+    return {head: train(SETTINGS, head, COLUMNS, folder) for head in ("stock", "fused")}
 
 
 def test_start_prefers_the_words_of_its_input(folder: Path) -> None:
@@ -120,11 +111,9 @@ def test_peak_memory_sees_a_tensor_that_is_gone() -> None:
 
 
 def test_stock_memory_grows_with_the_length_and_fused_does_not() -> None:
-    def job(head: str) -> HeadJob:
-        return HeadJob(head, 4, 32, 8192, [16, 256], "cpu", "")
-
+    settings = replace(SETTINGS, vocab_size=8192, memory_batch_size=4, memory_hidden_size=32, memory_lengths=(16, 256))
     logits_mib = 4 * 256 * 8192 * 4 / 2**20
-    stock, fused = measure_head(job("stock")), measure_head(job("fused"))
+    stock, fused = measure_head(settings, "stock"), measure_head(settings, "fused")
     assert stock[1] - stock[0] > 1.5 * logits_mib
     assert fused[1] < logits_mib
 
