@@ -7,21 +7,28 @@ TORCH_INDEX ?=
 RUN := $(VENV)/bin/python
 OUT ?= outputs/gpu
 
-.PHONY: demo test test-cpus gpu gpu-check gpu-tune gpu-bench lint format types extension clean
+.PHONY: demo test test-all test-cpus gpu gpu-check gpu-tune gpu-bench lint format types extension clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready extension
 	$(RUN) -m examples.demo
 
-# Two processes: Triton's interpreter, in which every kernel runs on the CPU, is on for all of a process or not at all,
+# `make test` leaves out the tests that are marked `slow` (pyproject.toml); `make test-all` runs everything. Both use one
+# worker process for each core, and one thread in each.
+# Two pytest runs: Triton's interpreter, in which every kernel runs on the CPU, is on for all of a process or not at all,
 # and nothing can be compiled where it is on.
-APART := tests/bench/test_resources.py tests/bench/test_resources_ptx.py tests/triton/test_specialization.py tests/bench/test_tune.py
-test: $(VENV)/.ready extension
-	@interpreted=0; others=0; \
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(APART:%=--ignore=%) || interpreted=$$?; \
-	$(RUN) -m pytest $(APART) || others=$$?; \
-	if [ $$interpreted != 0 ] || [ $$others != 0 ]; then \
-		echo "make test: pytest ended with $$interpreted under Triton's interpreter, and with $$others for $(APART)" >&2; \
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile
+APART := tests/bench/test_resources.py tests/bench/test_resources_ptx.py tests/bench/test_tune.py \
+	tests/triton/test_specialization.py
+test: SELECTION := -m "not slow"
+test-all: SELECTION := --hostile-cases 10000
+test test-all: $(VENV)/.ready extension
+	@interpreted=0; compiled=0; \
+	TRITON_INTERPRET=1 $(PYTEST) $(SELECTION) $(APART:%=--ignore=%) || interpreted=$$?; \
+	$(PYTEST) $(SELECTION) $(APART) || compiled=$$?; \
+	if [ $$interpreted != 0 ] || [ $$compiled != 0 ]; then \
+		echo "make $@: pytest ended with $$interpreted under Triton's interpreter, and with $$compiled for $(APART)" >&2; \
 		exit 1; \
 	fi
 
@@ -34,7 +41,7 @@ test-cpus: $(VENV)/.ready extension
 	for kind in ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 "PYTEST_ADDOPTS=--cpu plain" "PYTEST_ADDOPTS=--cpu vnni" \
 		"PYTEST_ADDOPTS=--cpu vnni --cpu bf16 --cpu plain"; do \
 		echo "make test-cpus: $$kind"; \
-		env "$$kind" TRITON_INTERPRET=1 $(RUN) -m pytest -q --hostile-cases 100 \
+		env "$$kind" TRITON_INTERPRET=1 $(PYTEST) -q --hostile-cases 100 \
 			-k "not held_back and not triton" $(CPU_TESTS) || \
 			failed="$$failed [$$kind]"; \
 	done; \
