@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ pytest.importorskip("bm25s")
 import torch
 from sentence_transformers import SparseEncoder
 
-from examples.demo import report
-from examples.demo.corpus import Pair
+from examples.demo import __main__ as demo
+from examples.demo import corpus, report
+from examples.demo.corpus import Corpus, Pair
 from examples.demo.memory import PeakMemory, measure_head
 from examples.demo.model import build_model
 from examples.demo.search import answer, build_evaluator, encode_passages, evaluate_bm25, evaluate_model
@@ -101,6 +104,32 @@ def test_search_uses_one_metric_code_for_all(folder: Path, records: dict[str, di
     assert best.passage == found[0]["passage"]
     scored = model.similarity(model.encode_query("otter river"), passages)
     assert found[0]["score"] == pytest.approx(scored.max().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_whole_demo_on_a_few_pairs(processes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "build_corpus", lambda: Corpus(PAIRS[:80], PAIRS[80:], {"train": 80}, 0.0, "ab" * 32))
+    if not processes:
+        monkeypatch.setattr(demo, "in_a_process", lambda function, *arguments: function(*arguments))
+    settings = replace(SETTINGS, steps=3, stock_steps=2, memory_lengths=(4, 8))
+    result = json.loads(json.dumps(demo.run(settings, tmp_path, save_model=tmp_path / "kept")))
+    assert [len(result["training"][head]["losses"]) for head in ("stock", "fused")] == [2, 3]
+    assert result["training"]["fused"]["losses"][:2] == pytest.approx(result["training"]["stock"]["losses"], rel=1e-4)
+    assert [len(result["memory"][head]) for head in ("stock", "fused")] == [2, 2]
+    assert result["retrieval"]["before"] != result["retrieval"]["after"]
+    assert len(result["answers"]) == 3
+    assert "BM25" in report.render(result)
+    kept = SparseEncoder(str(tmp_path / "kept"), device="cpu").encode(["otter river"]).to_dense()
+    assert torch.equal(kept, SparseEncoder(str(tmp_path / "trained"), device="cpu").encode(["otter river"]).to_dense())
+
+
+@pytest.mark.slow
+def test_the_command_writes_numbers_and_pictures(tmp_path: Path) -> None:
+    options = ["--steps=2", "--stock-steps=2", "--batch-size=2", f"--output={tmp_path}"]
+    done = subprocess.run([sys.executable, "-m", "examples.demo", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert report.markdown_table(json.loads((tmp_path / "result.json").read_text())) in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "loss.png", "memory.png"}
 
 
 def test_peak_memory_sees_a_tensor_that_is_gone() -> None:

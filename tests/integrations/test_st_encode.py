@@ -178,8 +178,9 @@ def test_a_process_gets_whole_batches_unless_told_otherwise(model, pools, proces
     assert pools[0].sizes == sizes
 
 
+@pytest.mark.slow
 def test_two_processes(model, monkeypatch):
-    """Real ones: slow, since each imports everything anew."""
+    """Real ones, each of which imports everything anew."""
     pools, start = [], type(model).start_multi_process_pool
 
     def start_and_keep(self, devices):

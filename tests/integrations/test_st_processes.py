@@ -109,7 +109,10 @@ def expected() -> list[Tensor]:
     return encode_and_train(make_model("stock", "cold"), "eager")
 
 
-@pytest.mark.parametrize("where", ["process", "thread", "forked", "spawned"])
+@pytest.mark.parametrize(
+    "where",
+    ["process", "thread", *(pytest.param(where, marks=pytest.mark.slow) for where in ("forked", "spawned"))],
+)
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
 def test_encoding_and_training_equal_stock(
     cell: Cell, where: str, expected: list[Tensor], request: pytest.FixtureRequest

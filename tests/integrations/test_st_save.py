@@ -127,6 +127,7 @@ def test_a_saved_and_reloaded_model_can_be_fused_again(tmp_path: Path) -> None:
     torch.testing.assert_close(encode(fuse(other)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_multi_process_encode() -> None:
     """Spawned workers get the model by pickle."""
     model = sparse_encoder()

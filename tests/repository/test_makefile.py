@@ -1,4 +1,4 @@
-"""What `make test` and `make test-cpus` run and answer, with a Python that only notes what it is asked to run."""
+"""What `make test`, `test-all` and `test-cpus` run, with a Python that only notes what it is asked to run."""
 
 from __future__ import annotations
 
@@ -34,18 +34,25 @@ case "$line" in *"{fails}"*) exit 3;; esac
     [
         ("nothing", None),
         ("1 -m pytest", (3, 0)),
-        ("-m pytest tests/bench/test_resources.py", (0, 3)),
+        ("slow tests/bench/test_resources.py", (0, 3)),
         ("-m pytest", (3, 3)),
     ],
     ids=str,
 )
 def test_both_processes_run_whichever_fails(fails, answers, tmp_path):
     done, (interpreted, others) = make("test", tmp_path, fails)
-    assert interpreted.startswith("1 -m pytest --ignore=tests/bench/test_resources.py")
-    assert others.startswith("-m pytest tests/bench/test_resources.py")
+    options = "-m pytest -n auto --dist loadfile -m not slow"
+    assert interpreted.startswith(f"1 {options} --ignore=tests/bench/test_resources.py")
+    assert others.startswith(f"{options} tests/bench/test_resources.py")
     assert (done.returncode == 0) is (answers is None)
     answer = "make test: pytest ended with {} under Triton's interpreter, and with {} for tests/bench/test_resources.py"
     assert done.stderr.startswith(answer.format(*answers) if answers else "")
+
+
+def test_everything_is_selected_by_test_all(tmp_path):
+    _, lines = make("test-all", tmp_path, "nothing")
+    assert len(lines) == 2
+    assert all("--hostile-cases 10000" in line and "slow" not in line for line in lines)
 
 
 @pytest.mark.parametrize("fails", [None, "AVX2", "--cpu vnni --cpu"], ids=str)
