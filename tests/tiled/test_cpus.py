@@ -10,9 +10,9 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.tiled.packed as torch_backend
 from splade_kernels.backends import compiled
-from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.tiled import screening, screening_plain
 from tests import cpus
+from tests.oracle import new_call
 from tests.screening_cases import assert_within_band, need_compiled, pool, sparse_case
 
 
@@ -50,6 +50,6 @@ def test_vnni_without_compiled_operators_screens_by_int_mm(cpu):
 
 def test_bf16_multiplies_bfloat16_and_rounds_its_dots(cpu):
     cpus.simulate("bf16", cpu)
-    call = PoolingCall(1, None, None, 1, "max", "relu", torch.bfloat16, torch.bfloat16, "auto")
+    call = new_call(compute_dtype=torch.bfloat16, out_dtype=torch.bfloat16)
     assert torch_backend._matmul_dtype(call) == torch.bfloat16
     assert torch_backend._rounds_dots(call)

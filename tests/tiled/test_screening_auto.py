@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from splade_kernels.backends import weight_cache
-from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.tiled import screening, screening_plain
 from tests import oracle
 from tests.cpus import forget_answers
-from tests.oracle import Case, make_case
+from tests.oracle import Case, make_case, new_call
 from tests.screening_cases import assert_within_band, hopeless_case, need_compiled, pool, sparse_case, tail
 
 
@@ -146,7 +145,7 @@ def test_auto_asks_words_from_all_over_the_vocabulary(words, screened, kernels, 
     case = single_tokens(active)
     computed, pairs = screening.survivors(case.hidden, case.weight, case.bias, case.mask)
     assert computed == int(active.sum()) * 8 < pairs == 4096 * 8
-    call = PoolingCall(8, None, None, 1, "max", "relu", torch.float32, torch.float32, "auto")
+    call = new_call(batch_size=8, screening="auto")
     monkeypatch.setattr(screening_plain, "int_mm_is_fast", lambda: True)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int())
     asked = screening.screen(call, case.weight.detach(), case.bias.detach(), native_half=False)
