@@ -55,7 +55,9 @@ def splade_pool(
         cu_seqlens: ``[B + 1]`` int32 or int64 cumulative lengths from 0 to ``T``; equal neighbours are empty sequences.
         max_seqlen: host-known bound on the length of a packed sequence, in tokens; default ``T``.
         pooling_strategy: ``"max"`` or ``"sum"``.
-        activation_function: ``"relu"`` or ``"log1p_relu"``.
+        activation_function: ``"relu"`` or ``"log1p_relu"``: relu, then one or two ``log1p``. An activation must be 0
+            for ``x <= 0`` and increasing, which the maximum over raw dots, the sparse gradient and screening rest on;
+            others are refused by name.
         screening: exact screening: int8 products with a certified error bound find the dots that can be the maximum
             of their pair and positive, and only those are computed in full precision. ``"auto"``: where a look at
             this call's inputs says that it pays; True: without asking; False: never. Values agree within the rounding

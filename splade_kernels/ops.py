@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import compaction
+from .backends import compaction, compiled
 from .backends.pooling import ACTIVATION_FUNCTIONS, Pooling, PoolingCall, argmax_dtype, check_choice, choose
 
 
@@ -176,13 +176,6 @@ def _sparsify(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, 
         return compaction.sparsify(embeddings, max_active_dims)
 
 
-def _sparsify_fake(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    nonzeros = torch.library.get_ctx().new_dynamic_size()
-    rows = embeddings.shape[0]
-    crow = embeddings.new_empty(rows + 1, dtype=torch.int64)
-    return crow, embeddings.new_empty(nonzeros, dtype=torch.int64), embeddings.new_empty(nonzeros)
-
-
 def _check_cu_seqlens(inputs: _Inputs) -> None:
     """Values, where reading them costs no sync; on a device the kernels clamp them instead."""
     cu_seqlens, max_seqlen = inputs.cu_seqlens, inputs.options.max_seqlen
@@ -214,13 +207,12 @@ _define(
     _pool_backward_fake,
 )
 _define("flops_sums", "(Tensor embeddings, float? threshold) -> (Tensor, Tensor)", _flops_sums, _flops_sums_fake)
-
 _define("flops_value", "(Tensor statistics) -> (Tensor, Tensor)", _flops_value, _flops_value_fake)
 _define(
     "sparsify",
     "(Tensor embeddings, SymInt? max_active_dims) -> (Tensor crow, Tensor col, Tensor values)",
     _sparsify,
-    _sparsify_fake,
+    compiled.sparsify_fake,
 )
 
 pool_forward = torch.ops.splade_kernels.pool_forward.default

@@ -27,8 +27,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def test_vnni_chooses_the_kernels_of_avx512(cpu):
     need_compiled()
     cpus.simulate("vnni", cpu)
-    assert screening._isa() == 2
-    assert screening._compiled_for(2).name == "compiled 2"
+    assert screening.compiled_kernels().name == "avx512_vnni"
     case = sparse_case()
     assert_within_band(pool(case, True), case)
 
@@ -38,7 +37,7 @@ def test_vnni_without_compiled_operators_screens_by_int_mm(cpu):
         cpus.simulate(kind, cpu)
     assert "was not built" in sk.available_backends()["csrc"]
     assert not compiled.serves(torch.device("cpu"))
-    assert screening._isa() == 0
+    assert screening.compiled_kernels() is None
     assert screening_plain.int_mm_is_fast()
     calls = []
     int_mm = torch._int_mm
