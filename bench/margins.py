@@ -46,7 +46,10 @@ class Rows(NamedTuple):
 def quantise(rows: Tensor, levels: int, blocks: int) -> Rows:
     """``rows [n, D]`` float32."""
     count, size = rows.shape
-    near, scale, _, _ = int8_bound.quantise(rows.reshape(count * blocks, size // blocks), levels)
+    parts = rows.reshape(count * blocks, size // blocks)
+    largest = parts.abs().amax(dim=1)
+    scale = largest / levels
+    near = (parts * torch.where(largest > 0, levels / largest, 0)[:, None]).round().to(torch.int8)
     radius, norm = int8_bound.radius_and_norm(rows, (near * scale[:, None]).view_as(rows))
     parts = near.view(count, blocks, -1).transpose(0, 1).contiguous()
     return Rows(parts, scale.view(count, blocks).t(), radius, norm)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from bench.harness import roofline, truth
 from bench.harness.rows import Job
@@ -19,7 +20,9 @@ from bench.inputs import variants
 from bench.inputs.cases import Case, Inputs, Precision, input_sets
 from bench.inputs.variants import OURS, VARIANTS
 from bench.jobs.operators import head_row
-from splade_kernels.backends.tiled.screening import survivors
+from splade_kernels.backends import int8_bound
+from splade_kernels.backends.pooling import PoolingCall
+from splade_kernels.backends.tiled.screening import new_target, screen
 
 FLOOR = "matmul-real"
 # Largest distances from the unscreened output and from the truth, in bands.
@@ -84,3 +87,27 @@ def surviving_share(inputs: Inputs, precision: Precision) -> float | None:
     hidden, weight, bias = (leaf.detach().to(precision.compute_dtype) for leaf in inputs.leaves)
     computed, pairs = survivors(hidden, weight, bias, inputs.mask)
     return computed / pairs
+
+
+def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mask: Tensor) -> tuple[int, int]:
+    """Dots that ``screening=True`` computes exactly for ``[B, S, D]`` padded input on a CPU, and dots there are."""
+    real = attention_mask != 0
+    rows = hidden.detach()[real]
+    offsets = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0))
+    call = PoolingCall(
+        batch_size=real.shape[0],
+        attention_mask=attention_mask,
+        cu_seqlens=None,
+        max_seqlen=real.shape[1],
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=hidden.dtype,
+        out_dtype=hidden.dtype,
+        screening="on",
+        need_argmax=True,
+    )
+    chosen = screen(call, weight.detach(), bias, native_half=False)
+    if chosen is None:
+        most = int8_bound.MAX_HIDDEN_SIZE
+        raise ValueError(f"weight: expected [V, D] with V > 0 and 0 < D <= {most}, got {list(weight.shape)}")
+    return chosen.maximise(rows, offsets, new_target(rows, offsets, weight)), len(rows) * len(weight)

@@ -35,7 +35,7 @@ def test_one_scale_a_row_leaves_what_the_backend_computes(share, monkeypatch):
     monkeypatch.setattr(margins, "WIDTH", 128)
     case = replace(SMALL, active_share=share)
     rows, offsets, weight, bias = packed(case)
-    computed = screening.PLAIN.maximise(rows, offsets, weight, bias, screening._scratch(rows, offsets, weight))
+    computed = screening.PLAIN.maximise(rows, offsets, weight, bias, screening.new_target(rows, offsets, weight))
     row = margins.survivors(case)[0]
     assert (row["levels"], row["blocks"], row["real_tokens"]) == (127, 1, len(rows))
     assert round(row["best_tokens"] * len(rows) * len(weight), 6) == computed

@@ -135,7 +135,7 @@ def test_training_and_first_calls_quantise_the_weight_in_every_step(unweighed, m
         return plain.maximise(*arguments)
 
     monkeypatch.setattr(screening_backend, "PLAIN", replace(plain, prepare=prepare, maximise=maximise))
-    monkeypatch.setattr(screening_backend, "_isa", lambda: 0)
+    monkeypatch.setattr(screening_backend, "compiled_kernels", lambda: None)
     for job, name, counted in (
         ("forward", "screened", 1),
         ("forward", "screened-first", 3),
