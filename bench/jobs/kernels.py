@@ -152,17 +152,17 @@ def matmuls(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]
     if config.partials:
         yield from finalisers(make, config.block_t // config.epilogue_slices)
     chosen = pool_sum.sum_config(config)
-    summed = constants(chosen, DOUBLE_LOG=True, stride_wd=1)
+    summed = constants(chosen, LOGS=2, stride_wd=1)
     yield make(pool_sum._sum_kernel, {}, summed, chosen.num_warps, chosen.num_stages)
     chosen = pool_sum.logit_grad_config(config)
-    gradient = constants(chosen, DOUBLE_LOG=True, ROWS=pool_sum.CHUNK_ROWS, stride_wd=1, stride_gv=1)
+    gradient = constants(chosen, LOGS=2, ROWS=pool_sum.CHUNK_ROWS, stride_wd=1, stride_gv=1)
     yield make(pool_sum._logit_grad_kernel, {"partial_ptr": "*fp32"}, gradient, chosen.num_warps, chosen.num_stages)
 
 
 def finalisers(make: Maker, partial_rows: int = 0) -> Iterator[Case]:
     """For training and for inference; of partial maxima if ``partial_rows`` is not 0."""
     block_v = PARTIAL_FINALISE_BLOCK if partial_rows else FINALISE_BLOCK
-    constants: dict[str, Any] = {"DOUBLE_LOG": True, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
+    constants: dict[str, Any] = {"LOGS": 2, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
     if not partial_rows:
         constants["offset_ptr"] = None
     yield make(_finalise_kernel, {"key_ptr": "*i64", "argmax_ptr": "*i16"}, constants)
@@ -218,13 +218,13 @@ def _backward(make: Maker) -> Iterator[Case]:
         aligned = hidden_size % 16 == 0
         yield weight_case(make, pool_backward.weight_config(hidden_size), aligned)
         yield from hidden_cases(make, grad_hidden.hidden_config(hidden_size), aligned)
-    gradient = {"DOUBLE_LOG": True, "stride_gv": 1, "BLOCK_V": grad_hidden.GRADIENT_BLOCK}
+    gradient = {"LOGS": 2, "stride_gv": 1, "BLOCK_V": grad_hidden.GRADIENT_BLOCK}
     yield make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, gradient)
 
 
 def weight_case(make: Maker, config: pool_backward.WeightConfig, aligned: bool = True) -> Case:
     tile = {"BLOCK_B": pool_backward.BLOCK_B, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
-    constants = {"DOUBLE_LOG": True, "stride_gv": 1, "stride_hd": 1, **tile}
+    constants = {"LOGS": 2, "stride_gv": 1, "stride_hd": 1, **tile}
     limit = pool_backward.MAX_REGISTERS
     return make(pool_backward._weight_kernel, {"argmax_ptr": "*i16"}, constants, config.num_warps, 3, aligned, limit)
 

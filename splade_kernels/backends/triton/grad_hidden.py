@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..compaction import bucket_by_token
 from ..pooling import PoolingCall
-from .common import INTERPRETED, activation_is_double_log, logit_gradient, narrow, widen
+from .common import INTERPRETED, logit_gradient, narrow, widen
 
 # Entries of a run that one program sums; part of the result's rounding, so the same for every shape.
 CHUNK = 256
@@ -57,7 +57,7 @@ def sum_hidden(
             values,
             vocab_size,
             *grad.stride(),
-            DOUBLE_LOG=activation_is_double_log(call),
+            LOGS=call.logs,
             BLOCK_V=GRADIENT_BLOCK,
             num_warps=4,
         )
@@ -111,7 +111,7 @@ def _gradient_kernel(
     vocab_size,
     stride_gb,
     stride_gv,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """``value[b, v] = g[b, v]``."""
@@ -119,7 +119,7 @@ def _gradient_kernel(
     o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < vocab_size
     p_grad = grad_ptr + b * stride_gb + o_v.to(tl.int64) * stride_gv
-    g = logit_gradient(p_grad, output_ptr + b * vocab_size + o_v, m_v, DOUBLE_LOG)
+    g = logit_gradient(p_grad, output_ptr + b * vocab_size + o_v, m_v, LOGS)
     tl.store(value_ptr + b * vocab_size + o_v, g, mask=m_v)
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pooling import PoolingCall
-from .common import activation_is_double_log, logit_gradient, narrow, widen
+from .common import logit_gradient, narrow, widen
 from .grad_hidden import sum_hidden
 
 # Sequences whose activity is looked up at once: one bit each in an int32.
@@ -95,7 +95,7 @@ def _sum_weight(
         hidden_size,
         *grad.stride(),
         *hidden.stride(),
-        DOUBLE_LOG=activation_is_double_log(call),
+        LOGS=call.logs,
         BLOCK_B=BLOCK_B,
         BLOCK_V=config.block_v,
         BLOCK_D=config.block_d,
@@ -120,7 +120,7 @@ def _weight_kernel(
     stride_gv,
     stride_hn,
     stride_hd,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -140,7 +140,7 @@ def _weight_kernel(
         p_output = output_ptr + b[:, None] * vocab_size + o_v[None, :]
         p_grad = grad_ptr + b[:, None] * stride_gb + o_v.to(tl.int64)[None, :] * stride_gv
         # [BLOCK_B, BLOCK_V]
-        g = logit_gradient(p_grad, p_output, m_b, DOUBLE_LOG)
+        g = logit_gradient(p_grad, p_output, m_b, LOGS)
         bias_sum += tl.sum(g, axis=0)
         if grad_weight_ptr is not None:
             active = tl.max((g != 0).to(tl.int32), axis=1)
@@ -152,7 +152,7 @@ def _weight_kernel(
                     o_entry = b_i * vocab_size + o_v
                     p_grad_i = grad_ptr + b_i * stride_gb + o_v.to(tl.int64) * stride_gv
                     # [BLOCK_V]
-                    g_i = logit_gradient(p_grad_i, output_ptr + o_entry, m_v, DOUBLE_LOG)
+                    g_i = logit_gradient(p_grad_i, output_ptr + o_entry, m_v, LOGS)
                     position = tl.load(argmax_ptr + o_entry, mask=m_v, other=0).to(tl.int32)
                     start = tl.load(edge_ptr + b_i)
                     chosen = (g_i != 0) & (position >= 0) & (position < tl.load(edge_ptr + b_i + 1) - start)

@@ -23,10 +23,10 @@ from . import launch
 from .common import (
     GROUP_ROWS,
     activate,
-    activation_is_double_log,
     canonical,
     dot_precision,
     dots,
+    is_active,
     key_dot,
     key_row,
     maximum,
@@ -93,7 +93,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
             output[part],
             argmax[part] if call.need_argmax else None,
             vocab_size,
-            DOUBLE_LOG=activation_is_double_log(call),
+            LOGS=call.logs,
             PARTIAL_ROWS=partial_rows,
             BLOCK_V=finalise_block,
             num_warps=4,
@@ -286,8 +286,7 @@ def _combine_runs(
         logit = largest
         if bias_ptr is not None:
             logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
-        # Written so that NaN passes.
-        matters = m_v[:, None] & (sequence >= 0)[None, :] & ((logit > 0) | (logit != logit))
+        matters = m_v[:, None] & (sequence >= 0)[None, :] & is_active(logit)
         p_key = key_ptr + sequence.to(tl.int64)[None, :] * vocab_size + o_v[:, None]
     key = ordered(largest)
     if key_ptr.dtype.element_ty == tl.int64:
@@ -347,7 +346,7 @@ def _finalise_kernel(
     output_ptr,
     argmax_ptr,
     vocab_size,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     PARTIAL_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -370,10 +369,10 @@ def _finalise_kernel(
         logit = unordered(key)
     if bias_ptr is not None:
         logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))
-    y = narrow(tl.where(written, activate(logit, DOUBLE_LOG), 0.0), output_ptr.dtype.element_ty)
+    y = narrow(tl.where(written, activate(logit, LOGS), 0.0), output_ptr.dtype.element_ty)
     tl.store(output_ptr + b * vocab_size + o_v, y, mask=m_v)
     if argmax_ptr is not None:
         packed_row = key_row(key)
-        active = m_v & written & ((widen(y) > 0) | (widen(y) != widen(y)))
+        active = m_v & written & is_active(widen(y))
         position = tl.load(position_ptr + packed_row, mask=active, other=0)
         tl.store(argmax_ptr + b * vocab_size + o_v, position.to(argmax_ptr.dtype.element_ty), mask=m_v)

@@ -26,9 +26,9 @@ from .common import (
     GROUP_ROWS,
     INTERPRETED,
     activate,
-    activation_is_double_log,
     dot_precision,
     dots,
+    is_active,
     log1p,
     narrow,
     tile_of,
@@ -166,7 +166,7 @@ def _configure(
     arch = launch.architecture(weight.device)
     config = adapt(matmul_config(arch, hidden_size, vocab_size, call.compute_dtype, precision))
     return config, {
-        "DOUBLE_LOG": activation_is_double_log(call),
+        "LOGS": call.logs,
         "BLOCK_V": config.block_v,
         "BLOCK_T": config.block_t,
         "BLOCK_K": config.block_k,
@@ -219,7 +219,7 @@ def _sum_kernel(
     hidden_size,
     stride_wv,
     stride_wd,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -243,7 +243,7 @@ def _sum_kernel(
         )  # fmt: skip
         if bias_ptr is not None:
             logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
-        y += tl.sum(tl.where(m_t[None, :], activate(logit, DOUBLE_LOG), 0.0), axis=1)
+        y += tl.sum(tl.where(m_t[None, :], activate(logit, LOGS), 0.0), axis=1)
     p_y = output_ptr + b.to(tl.int64) * vocab_size + o_v
     tl.store(p_y, narrow(y, output_ptr.dtype.element_ty), mask=m_v)
 
@@ -263,7 +263,7 @@ def _logit_grad_kernel(
     stride_wd,
     stride_gb,
     stride_gv,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -273,7 +273,7 @@ def _logit_grad_kernel(
 ):
     """``G[v, t] = where(x <= 0, 0, dy[b, v] · act'(x))``, ``x = W[v] · h[t] + c[v]``; its sums over a tile's tokens.
 
-    ``act' = 1 / (1 + x)``, for DOUBLE_LOG ``1 / ((1 + x) (1 + log1p(x)))``. Either result may be None.
+    ``act' = 1 / (1 + x)``, for two logarithms ``1 / ((1 + x) (1 + log1p(x)))``. Either result may be None.
     """
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
     tiles_v = tl.cdiv(vocab_size, BLOCK_V)
@@ -296,13 +296,13 @@ def _logit_grad_kernel(
     # [BLOCK_V, GROUPS]
     grad = widen(tl.load(p_grad, mask=m_v[:, None] & (b >= 0)[None, :], other=0.0))
     grad = tl.broadcast_to(grad[:, :, None], (BLOCK_V, GROUPS, GROUP_ROWS))
-    # Written so that NaN passes.
-    inactive = logit <= 0
-    x = tl.where(inactive, 0.0, logit)
-    divisor = 1.0 + x
-    if DOUBLE_LOG:
-        divisor *= 1.0 + log1p(x)
-    g = tl.where(inactive | (sequence < 0)[None, :], 0.0, tl.reshape(grad, (BLOCK_V, BLOCK_T)) / divisor)
+    active = is_active(logit)
+    y = tl.where(active, logit, 0.0)
+    divisor = 1.0
+    for _ in tl.static_range(LOGS):
+        divisor *= 1.0 + y
+        y = log1p(y)
+    g = tl.where(active & (sequence >= 0)[None, :], tl.reshape(grad, (BLOCK_V, BLOCK_T)) / divisor, 0.0)
     if logit_grad_ptr is not None:
         p_g = logit_grad_ptr + o_v.to(tl.int64)[:, None] * ROWS + o_t[None, :]
         tl.store(p_g, narrow(g, logit_grad_ptr.dtype.element_ty), mask=m_v[:, None])
