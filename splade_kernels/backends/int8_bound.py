@@ -14,6 +14,8 @@ MAX_HIDDEN_SIZE = 1 << 16
 TINY, HUGE = 2.0**-40, 2.0**40
 UNIT = 2.0**-23
 LEVELS = 127
+# Units that are allowed beside one for each of the D terms: for the sums of squares, and for dots of such rows.
+SUM_SLACK, DOT_SLACK = 64, 128
 
 
 def quantise(rows: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -34,6 +36,7 @@ def quantise(rows: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor, Tensor
 def radius_and_norm(exact: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
     """How far float32 rows are from what stands for them, the rounding of their dots included, and their norms."""
     size = exact.shape[1]
-    norm = exact.square().sum(dim=1).sqrt_() * (1 + (size + 64) * UNIT)
+    rounded_up = 1 + (size + SUM_SLACK) * UNIT
+    norm = exact.square().sum(dim=1).sqrt_() * rounded_up
     error = (exact - near).square_().sum(dim=1).sqrt_()
-    return (error + norm * ((size + 128) * UNIT)) * (1 + (size + 64) * UNIT), norm
+    return (error + norm * ((size + DOT_SLACK) * UNIT)) * rounded_up, norm

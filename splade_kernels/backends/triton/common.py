@@ -11,6 +11,9 @@ GROUP = 16
 GROUP_ROWS = tl.constexpr(GROUP)
 # Most tokens of a tile: how far past the last one packed rows are read, and so zeroed.
 LARGEST_BLOCK_T = 256
+# Columns that rows of int8 are padded to a multiple of: whole blocks of every configuration, whatever the hidden size,
+# so that nothing is masked along them and every row is aligned.
+INT8_WIDTH = 128
 # Triton 3.6 takes no plain string as the default of a device function's argument.
 STRIPS = tl.constexpr("strips")
 # Whether kernels run on the CPU through Triton's interpreter (``TRITON_INTERPRET=1`` before the import).

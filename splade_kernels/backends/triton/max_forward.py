@@ -24,7 +24,6 @@ from .common import (
     GROUP_ROWS,
     activate,
     canonical,
-    dot_precision,
     dots,
     is_active,
     key_dot,
@@ -41,7 +40,7 @@ from .common import (
 )
 from .pack import find_tokens, pack_sequences, slices
 from .screening.screen import SHARE, quantised, queue_bytes, screen
-from .tuning import MatmulConfig, matmul_config, screening_config
+from .tuning import MatmulConfig, matmul_config
 
 _NOTHING = tl.constexpr(-0x80000000)
 FINALISE_BLOCK = 1024
@@ -49,16 +48,29 @@ FINALISE_BLOCK = 1024
 PARTIAL_FINALISE_BLOCK = 512
 
 
-def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(y [B, V], argmax [B, V])`` of ``pooling_strategy="max"``; see :class:`.Pooling`."""
-    vocab_size, hidden_size = weight.shape
+def max_pool_forward(
+    call: PoolingCall,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: MatmulConfig | None = None,
+    int8_config: MatmulConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y [B, V], argmax [B, V])`` of ``pooling_strategy="max"``; see :class:`.Pooling`.
+
+    Args:
+        config: of the grouped-maximum kernel, by default what :mod:`.tuning` chooses.
+        int8_config: of the screening kernel, likewise.
+    """
+    vocab_size = weight.shape[0]
     output = hidden.new_empty(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size)
     if hidden.shape[0] == 0 or vocab_size == 0:
         return output.zero_(), argmax.zero_()
-    precision = dot_precision(call.compute_dtype)
-    arch = launch.architecture(hidden.device)
-    config = matmul_config(arch, hidden_size, vocab_size, call.compute_dtype, precision)
+    problem = launch.problem(call, weight)
+    arch, *_, precision = problem
+    config = config or matmul_config(*problem)
+    int8_config = int8_config or matmul_config(*problem, kind="int8")
     original, weight = weight, weight.to(call.compute_dtype)
     quantised_weight = quantised(call, original, weight, arch)
     bias = None if bias is None else bias.contiguous()
@@ -82,7 +94,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
         group_sequence, group_count = packed.group_sequence, packed.group_offsets[-1:]
         if quantised_weight is not None:
             group_sequence, group_count = screen(
-                screening_config(arch), SHARE[call.screening], packed, weight, quantised_weight, bias, keys
+                int8_config, SHARE[call.screening], packed, weight, quantised_weight, bias, keys
             )
         _launch_maximum(config, precision, weight, packed.rows, bias, group_sequence, group_count, keys)
         _finalise_kernel[(sequences, triton.cdiv(vocab_size, finalise_block))](

@@ -19,14 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pooling import PoolingCall
+from ..pooling import Gradients, PoolingCall
 from . import launch
 from .common import (
     GROUP,
     GROUP_ROWS,
     INTERPRETED,
     activate,
-    dot_precision,
     dots,
     is_active,
     log1p,
@@ -57,14 +56,16 @@ class Chunk:
     source: Tensor  # [CHUNK_ROWS] int64 row of each real token in the flat hidden states
 
 
-def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def sum_pool_forward(
+    call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, config: MatmulConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """``(y [B, V], argmax [B, V])`` of ``pooling_strategy="sum"``; see :class:`.Pooling`."""
     vocab_size, hidden_size = weight.shape
     output = hidden.new_empty(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size)
     if hidden.shape[0] == 0 or vocab_size == 0:
         return output.zero_(), argmax
-    config, options = _configure(call, weight, sum_config)
+    config, options = _configure(call, weight, config, sum_config)
     weight = weight.to(call.compute_dtype)
     bias = None if bias is None else bias.contiguous()
     tokens = find_tokens(call, hidden)
@@ -88,8 +89,15 @@ def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
 
 
 def sum_pool_backward(
-    call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    call: PoolingCall,
+    grad: Tensor,
+    output: Tensor,
+    argmax: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: MatmulConfig | None = None,
+) -> Gradients:
     """As :func:`splade_kernels.backends.tiled.packed.sum_pool_backward`."""
     vocab_size, hidden_size = weight.shape
     total_rows = hidden.shape[0]
@@ -97,7 +105,7 @@ def sum_pool_backward(
     grad_hidden = hidden.new_zeros(total_rows + 1, hidden_size) if call.need_hidden else None
     grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if call.need_weight else None
     grad_bias = bias.new_zeros(bias.shape, dtype=torch.float32) if call.need_bias and bias is not None else None
-    config, options = _configure(call, weight, logit_grad_config)
+    config, options = _configure(call, weight, config, logit_grad_config)
     words = weight.to(call.compute_dtype)
     bias = None if bias is None else bias.contiguous()
 
@@ -158,23 +166,12 @@ def _with_short_blocks(config: MatmulConfig, longest: int) -> MatmulConfig:
 
 
 def _configure(
-    call: PoolingCall, weight: Tensor, adapt: Callable[[MatmulConfig], MatmulConfig]
+    call: PoolingCall, weight: Tensor, config: MatmulConfig | None, adapt: Callable[[MatmulConfig], MatmulConfig]
 ) -> tuple[MatmulConfig, dict[str, Any]]:
     """The configuration, and what it and the call make of a kernel's constants and launch options."""
-    vocab_size, hidden_size = weight.shape
-    precision = dot_precision(call.compute_dtype)
-    arch = launch.architecture(weight.device)
-    config = adapt(matmul_config(arch, hidden_size, vocab_size, call.compute_dtype, precision))
-    return config, {
-        "LOGS": call.logs,
-        "BLOCK_V": config.block_v,
-        "BLOCK_T": config.block_t,
-        "BLOCK_K": config.block_k,
-        "GROUP_V": config.group_v,
-        "PRECISION": precision,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    problem = launch.problem(call, weight)
+    config = adapt(config or matmul_config(*problem, kind="sum"))
+    return config, {"LOGS": call.logs, "PRECISION": problem[-1], **launch.tile_options(config)}
 
 
 def _chunks(call: PoolingCall, hidden: Tensor) -> Iterator[Chunk]:
