@@ -37,6 +37,11 @@ def bucket_by_token(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> t
     if compiled.serves(grad.device):
         result: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_kernels_csrc.bucket_by_token(argmax, grad, edges, rows)
         return result
+    return bucket_in_pytorch(argmax, grad, edges, rows)
+
+
+def bucket_in_pytorch(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bucket_by_token` by PyTorch's sort; ``edges`` int64 and non-decreasing."""
     starts = (edges[:-1] - edges[0])[:, None]
     ends = edges[1:, None] - edges[0]
     row = starts + argmax
@@ -67,7 +72,12 @@ def sparsify(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, T
         counts, mask = torch.ops.splade_kernels_csrc.active_mask(embeddings, max(count, 1))
         crow = _row_pointers(counts)
         return crow, *torch.ops.splade_kernels_csrc.gather_active(embeddings, crow, mask, int(crow[-1]))
-    kept = _kept(embeddings, count)
+    return sparsify_in_pytorch(embeddings, max_active_dims)
+
+
+def sparsify_in_pytorch(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`sparsify` by PyTorch's operations."""
+    kept = _kept(embeddings, _limit(embeddings, max_active_dims))
     rows, columns = kept.nonzero(as_tuple=True)
     # A view into all the indices: operators promise tensors of their own.
     return _row_pointers(kept.sum(dim=1)), columns.clone(), embeddings[rows, columns]
