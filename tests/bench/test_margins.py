@@ -16,6 +16,7 @@ from bench.inputs.cases import PRECISIONS, SCREENING, Case
 from bench.tables import margins as margins_tables
 from bench.tables.markdown import replace_block
 from splade_kernels.backends import int8_bound
+from splade_kernels.backends.tiled.screening import PLAIN, new_target
 from tests.bench.synthetic import cells
 
 CPU = torch.device("cpu")
