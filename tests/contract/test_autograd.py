@@ -46,7 +46,9 @@ def test_gradcheck_of_flops(threshold):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize(("pooling", "activation"), OPTIONS)
+@pytest.mark.parametrize(
+    ("pooling", "activation"), [pytest.param(*o, marks=[pytest.mark.slow] * ("log1p_relu" in o)) for o in OPTIONS]
+)
 def test_opcheck(pooling, activation, packed, backend):
     dtype = torch.bfloat16
     case = make_case((3, 20, 8, 33), dtype, pattern="ragged")
@@ -71,7 +73,7 @@ def test_opcheck_of_flops(dtype):
     opcheck(ops.flops_value, (torch.rand(10).to(torch.promote_types(dtype, torch.float32)),))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_compiled_without_graph_breaks_equals_eager_bit_for_bit(packed, autocast, dynamic, backend):

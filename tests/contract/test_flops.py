@@ -137,8 +137,10 @@ def _rank(rank: int, world: int, store: str, threshold: float | None, results: m
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("threshold", [None, 18])
+@pytest.mark.parametrize(
+    ("world", "threshold"),
+    [(3, 18), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, None), (2, 18), (3, None)))],
+)
 def test_ranks_with_unequal_batches_give_the_single_process_value_and_gradient(tmp_path: Path, threshold, world):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

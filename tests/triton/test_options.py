@@ -106,7 +106,9 @@ def assert_same_bits(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], name:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
-@pytest.mark.parametrize("need_argmax", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize(
+    "need_argmax", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "inference"]
+)
 def test_the_bits_of_the_shipped_kernel(need_argmax, options):
     for name, make in CASES.items():
         expected = shipped(name, need_argmax)
