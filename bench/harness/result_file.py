@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.environment import command, describe, device_name
+from bench.harness.rows import reason
 
 Row = dict[str, Any]
 # Of two rows with these in common, measured on the same device by different runs, the later one replaces the other.
@@ -112,9 +113,40 @@ class Result:
             self.content["left_out"].append(entry)
         self.write()
 
+    def attempt(
+        self, budget: Budget, what: Row, work: Callable[..., Sequence[Row]], *arguments: Any, room: bool = True
+    ) -> Sequence[Row]:
+        """Add the rows of one piece of work and return them, or name it as left out: no time for it, or it failed.
+
+        Args:
+            what: fields of the rows that it would give.
+            room: whether the budget has to have room for a piece as long as the longest so far, or only some time.
+        """
+        if not (budget.has_room() if room else budget.has_time()):
+            self.leave_out("no time", what)
+            return []
+        try:
+            rows: Sequence[Row] = budget.run(work, *arguments)
+        except Exception as error:  # inputs may not fit; what else there is to measure may
+            self.leave_out(reason(error), what)
+            return []
+        self.add(*rows)
+        return rows
+
     def write(self) -> None:
         if self.path is not None:
             write(self.path, self.content)
+
+    def finish(self) -> None:
+        """Write the file, and end with an error if a piece of work failed.
+
+        Raises:
+            SystemExit: with what failed.
+        """
+        self.write()
+        failed = [left_out_text(entry) for entry in self.content["left_out"] if "failed" in entry.get("reason", "")]
+        if failed:
+            raise SystemExit("\n".join(failed))
 
     def by_device(self) -> list[dict[str, Any]]:
         """What :func:`load` would give."""
@@ -152,7 +184,7 @@ def by_device(content: dict[str, Any], file: str) -> list[dict[str, Any]]:
 
 
 def left_out_text(entry: str | dict[str, Any]) -> str:
-    """What was left out, in words."""
+    """What was left out, as text."""
     if isinstance(entry, str):
         return entry
     words = [str(value) if name in KEY else f"{name} {value}" for name, value in entry.items() if name != "reason"]
