@@ -69,7 +69,9 @@ def test_rows_alike_of_one_run_all_stay_and_another_kind_is_refused(tmp_path):
     result = Result("tuning", "bench.tune", tmp_path / "a.json", table=[])
     for number in range(2):
         result.add({"kind": "maximum", "number": number})
-    assert [row["number"] for row in result.rows] == [0, 1]
+    result.rows[2:] = [{"kind": "maximum", "number": 2}]
+    result.write()
+    assert [(row["number"], row["provenance"]) for row in result.rows] == [(0, 0), (1, 0), (2, 0)]
     with pytest.raises(SystemExit, match="expected a result of kind 'head' in .*, got 'tuning'"):
         Result("head", "bench.measure", result.path, append=True)
 
