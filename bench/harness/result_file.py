@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.harness.environment import command, describe, device_name
-from bench.harness.rows import is_wrong, reason
 
 Row = dict[str, Any]
 # Of two rows with these in common, measured on the same device by different runs, the later one replaces the other.
@@ -201,6 +202,18 @@ def left_out_text(entry: str | dict[str, Any]) -> str:
         return entry
     words = [str(value) if name in KEY else f"{name} {value}" for name, value in entry.items() if name != "reason"]
     return " ".join(words) + (f": {entry['reason']}" if "reason" in entry else "")
+
+
+def reason(error: Exception) -> str:
+    """The status of what an error ended."""
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def is_wrong(status: str) -> bool:
+    """Whether a variant failed its check, or failed."""
+    return status.startswith(("red", "failed"))
 
 
 def _settles(row: Row, entry: str | dict[str, Any]) -> bool:
