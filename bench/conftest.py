@@ -17,6 +17,7 @@ import torch
 from bench import measure
 from bench.harness import rows
 from bench.harness.environment import describe
+from bench.harness.result_file import is_wrong
 from bench.harness.rows import Job
 from bench.inputs.cases import PRECISIONS
 
@@ -72,6 +73,6 @@ def report(benchmark: Any, case: str, precision: str, job: str, make: Callable[[
     benchmark.group = f"{case} {precision} {job}"
     benchmark.extra_info.update(asdict(found.row))
     if found.row.status != "measured":
-        (pytest.fail if rows.is_wrong(found.row.status) else pytest.skip)(found.row.status)
+        (pytest.fail if is_wrong(found.row.status) else pytest.skip)(found.row.status)
     samples = iter(found.row.samples)
     benchmark.pedantic(replay, args=(samples,), rounds=found.row.rounds, iterations=1)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench.harness import memory, options
-from bench.harness.result_file import Budget, Result
+from bench.harness.result_file import Budget, Result, Row
 from bench.inputs import encoders
 from bench.jobs.training import Job, load, named, train
 from bench.tables.training import table
@@ -110,6 +110,10 @@ def search(job: Job, resolution: float, may_go_on: Callable[[], bool]) -> dict[s
     }
 
 
+def _row(described: Row, job: Job, resolution: float, may_go_on: Callable[[], bool]) -> list[Row]:
+    return [described | search(job, resolution, may_go_on)]
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
@@ -152,12 +156,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 "precision": args.precision,
                 "gradient_checkpointing": checkpointing,
             }
-            if budget.has_room():
-                result.add(described | budget.run(search, job, args.resolution, budget.has_time))
-            else:
-                result.leave_out("no time", described)
-    result.write()
+            result.attempt(budget, described, _row, described, job, args.resolution, budget.has_time)
     print(table(result.by_device()[-1]))
+    result.finish()
     return result.content
 
 

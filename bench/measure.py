@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from bench.harness import memory, options, roofline, rows, timing
-from bench.harness.result_file import Budget, Result
-from bench.harness.rows import Job, Row
+from bench.harness.result_file import Budget, Result, Row
+from bench.harness.rows import Job
 from bench.inputs import cases as shapes
 from bench.inputs import distributions, text_model, variants
 from bench.inputs.cases import Precision
@@ -95,10 +95,8 @@ def groups(
 
 
 def takes_model(subject: Any) -> bool:
-    """Whether a subject is measured on the model on text."""
-    if isinstance(subject, encode.Corpus):
-        return subject.size is None
-    return isinstance(subject, shapes.Case) and subject.from_text
+    """Whether a case or corpus is measured on the model on text."""
+    return getattr(subject, "from_text", False)
 
 
 def why_absent(subject: Any) -> str | None:
@@ -109,7 +107,7 @@ def why_absent(subject: Any) -> str | None:
 def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.device, seconds: float) -> list[Row]:
     """Rows of one group."""
     with precision.settings():
-        measured = rows.run(make(), device, seconds)
+        measured = [asdict(row) for row in rows.run(make(), device, seconds)]
     memory.release()
     return measured
 
@@ -129,18 +127,9 @@ def measure_all(result: Result, args: argparse.Namespace, device: torch.device, 
             if takes_model(subject):
                 result.run["trained_model"] = text_model.training_record()
             for job, make in groups(args.kind, subject, precision, device, chosen).items():
-                if not budget.has_time():
-                    result.leave_out("no time", what | {"job": job})
-                    continue
-                try:
-                    measured = measure(make, precision, device, args.seconds)
-                except Exception as error:  # the inputs themselves may not fit
-                    result.leave_out(rows.reason(error), what | {"job": job})
-                    continue
-                result.add(*map(asdict, measured))
-                for row in measured:
+                one = (measure, make, precision, device, args.seconds)
+                for row in result.attempt(budget, what | {"job": job}, *one, room=False):
                     print(_line(row), flush=True)
-    result.write()
 
 
 def parse() -> argparse.Namespace:
@@ -161,16 +150,14 @@ def main() -> None:
     machine = timing.machine(device, [shapes.PRECISIONS[name] for name in precisions])
     result = Result(args.kind, "bench.measure", args.output, append=args.append, run={"machine": machine})
     measure_all(result, args, device, precisions)
-    red = [row for row in result.rows if row["variant"] in variants.OURS and rows.is_wrong(row["status"])]
-    if red:
-        named = (" ".join(row[key] for key in ("case", "precision", "job", "variant", "status")) for row in red)
-        raise SystemExit("\n".join(named))
+    result.finish(*variants.OURS)
 
 
 def _line(row: Row) -> str:
-    time_text = row.status if row.median is None else f"{row.median * 1e3:10.3f} ms {row.clock}"
-    extra = "" if row.extra_bytes is None else f" extra {row.extra_bytes / 2**20:.0f} MiB"
-    return f"{row.case:20} {row.shape:28} {row.precision:14} {row.job:18} {row.variant:16} {time_text}{extra}"
+    time_text = row["status"] if row["median"] is None else f"{row['median'] * 1e3:10.3f} ms {row['clock']}"
+    extra = "" if row["extra_bytes"] is None else f" extra {row['extra_bytes'] / 2**20:.0f} MiB"
+    names = f"{row['case']:20} {row['shape']:28} {row['precision']:14} {row['job']:18} {row['variant']:16}"
+    return f"{names} {time_text}{extra}"
 
 
 if __name__ == "__main__":

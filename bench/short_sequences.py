@@ -164,18 +164,9 @@ def measure_all(
     for case in cases:
         for share in shares:
             what = {"case": case.name, "precision": precision.name, "job": _job(share)}
-            if not budget.has_room():
-                result.leave_out("no time", what)
-                continue
-            try:
-                measured = budget.run(measure, case, share, precision, device, seconds, rates)
-            except Exception as error:  # the inputs themselves may not fit
-                result.leave_out(rows.reason(error), what)
-                continue
-            result.add(*measured)
-            for row in measured:
+            one = (measure, case, share, precision, device, seconds, rates)
+            for row in result.attempt(budget, what, *one):
                 print(short_sequences_tables.line(row), flush=True)
-    result.write()
 
 
 def _job(share: float) -> str:
@@ -214,9 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     result = Result(KIND, "bench.short_sequences", args.output, append=args.append, run=run)
     cases = [for_device(case, device) for case in shapes]
     measure_all(result, cases, args.share, precision, device, budget, args.seconds)
-    red = [row for row in result.rows if rows.is_wrong(row["status"])]
-    if red:
-        raise SystemExit("\n".join(f"{row['case']} {row['job']} {row['variant']}: {row['status']}" for row in red))
+    result.finish(*short_sequences_tables.VARIANTS)
     return result.content
 
 

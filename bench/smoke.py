@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 import splade_kernels as sk
-from bench.harness.result_file import Result
-from bench.harness.rows import reason
+from bench.harness.result_file import Result, reason
 from bench.harness.truth import relative_distance
 from splade_kernels.backends import compaction, compiled
 from splade_kernels.backends.pooling import PoolingCall

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.harness import memory, options
-from bench.harness.result_file import Budget, Result
+from bench.harness.result_file import Budget, Result, Row
 from bench.inputs import encoders
 from bench.jobs.training import Job, measure, step_losses
 from bench.tables.training import table
@@ -83,6 +83,10 @@ def _run(work: Callable[[Job], Any], job: Job) -> Any:
     return work(job) if job.device == "cuda" else memory.in_a_process(work, job)
 
 
+def _row(described: Row, job: Job) -> list[Row]:
+    return [described | _run(measure, job)]
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
@@ -130,15 +134,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             result.run["checks"][name] = budget.run(check, job)
             for case in cases(job, args.case):
                 for head in HEADS:
+                    chosen = {"head": head, "lengths": case.lengths, "active_terms": case.active_terms}
                     described = {"model": name, **vars(size)}
-                    if not budget.has_room():
-                        left = {"head": head, "lengths": case.lengths, "active_terms": case.active_terms}
-                        result.leave_out("no time", described | left)
-                        continue
-                    row = budget.run(_run, measure, replace(case, head=head))
-                    result.add(described | row)
-    result.write()
+                    result.attempt(budget, described | chosen, _row, described, replace(case, head=head))
     print(table(result.by_device()[-1]))
+    result.finish()
     return result.content
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.harness.environment import command, describe, device_name
 
 Row = dict[str, Any]
@@ -72,6 +74,7 @@ class Result:
         run: dict[str, Any] | None = None, **more: Any,
     ) -> None:  # fmt: skip
         self.path, self._key = path, key
+        self._failed: list[str] = []
         earlier = json.loads(path.read_text()) if append and path and path.exists() else {"kind": kind}
         if earlier["kind"] != kind:
             raise SystemExit(f"--append: expected a result of kind {kind!r} in {path}, got {earlier['kind']!r}")
@@ -89,6 +92,7 @@ class Result:
             "rows": earlier.get("rows", []),
             "left_out": earlier.get("left_out", []),
         }
+        self._number = len(self.content["provenance"]) - 1
 
     @property
     def rows(self) -> list[Row]:
@@ -97,24 +101,65 @@ class Result:
 
     def add(self, *rows: Row) -> None:
         """Add rows of this run in place of what earlier runs have of the same measurements."""
-        mine = len(self.content["provenance"]) - 1
-        keys = {self._identity(row | {"provenance": mine}) for row in rows}
-        self.rows[:] = [row for row in self.rows if row["provenance"] == mine or self._identity(row) not in keys]
-        self.rows.extend(row | {"provenance": mine} for row in rows)
+        mine = [row | {"provenance": self._number} for row in rows]
+        keys = {self._identity(row) for row in mine}
+        kept = [row for row in self.rows if row["provenance"] == self._number or self._identity(row) not in keys]
+        self.rows[:] = [*kept, *mine]
         left = self.content["left_out"]
         left[:] = [entry for entry in left if not any(_settles(row, entry) for row in rows)]
         self.write()
 
-    def leave_out(self, reason: str, what: Row) -> None:
+    def leave_out(self, why: str, what: Row) -> None:
         """Name what is not measured, by the fields of the rows that it would have given."""
-        entry = {**what, "reason": reason}
-        if entry not in self.content["left_out"]:
-            self.content["left_out"].append(entry)
+        left = self.content["left_out"]
+        left[:] = [
+            entry for entry in left if not (isinstance(entry, dict) and entry | {"reason": ""} == what | {"reason": ""})
+        ]
+        left.append(what | {"reason": why})
         self.write()
 
+    def attempt(
+        self, budget: Budget, what: Row, work: Callable[..., Sequence[Row]], *arguments: Any, room: bool = True
+    ) -> Sequence[Row]:
+        """Add the rows of one piece of work and return them, or name it as left out: no time for it, or it failed.
+
+        Args:
+            what: fields of the rows that it would give.
+            room: whether the budget has to have room for a piece as long as the longest so far, or only some time.
+        """
+        if not (budget.has_room() if room else budget.has_time()):
+            self.leave_out("no time", what)
+            return []
+        try:
+            rows: Sequence[Row] = budget.run(work, *arguments)
+        except Exception as error:  # inputs may not fit; what else there is to measure may
+            self.leave_out(reason(error), what)
+            if is_wrong(reason(error)):
+                self._failed.append(left_out_text(self.content["left_out"][-1]))
+            return []
+        self.add(*rows)
+        return rows
+
     def write(self) -> None:
+        """Write the file; rows that were put in without :meth:`add` are this run's."""
+        for row in self.rows:
+            row.setdefault("provenance", self._number)
         if self.path is not None:
             write(self.path, self.content)
+
+    def finish(self, *held: str) -> None:
+        """Write the file, and end with an error if a piece of work failed, or a row of one of these variants is wrong.
+
+        Raises:
+            SystemExit: with what failed and is wrong.
+        """
+        self.write()
+        for row in self.rows:
+            if row["provenance"] == self._number and row.get("variant") in held and is_wrong(row["status"]):
+                names = " ".join(row[name] for name in ("case", "precision", "job", "variant"))
+                self._failed.append(f"{names}: {row['status']}")
+        if self._failed:
+            raise SystemExit("\n".join(self._failed))
 
     def by_device(self) -> list[dict[str, Any]]:
         """What :func:`load` would give."""
@@ -152,11 +197,23 @@ def by_device(content: dict[str, Any], file: str) -> list[dict[str, Any]]:
 
 
 def left_out_text(entry: str | dict[str, Any]) -> str:
-    """What was left out, in words."""
+    """What was left out, as text."""
     if isinstance(entry, str):
         return entry
     words = [str(value) if name in KEY else f"{name} {value}" for name, value in entry.items() if name != "reason"]
     return " ".join(words) + (f": {entry['reason']}" if "reason" in entry else "")
+
+
+def reason(error: Exception) -> str:
+    """The status of what an error ended."""
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def is_wrong(status: str) -> bool:
+    """Whether a variant failed its check, or failed."""
+    return status.startswith(("red", "failed"))
 
 
 def _settles(row: Row, entry: str | dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.harness import memory, timing
+from bench.harness.result_file import reason
 from bench.harness.steps import Step, Tensors, Weigh, unweighed
 
 
@@ -103,14 +104,3 @@ def _verdict(job: Job, step: Step) -> str:
     if job.strict and not job.row.repeatable:
         return "red: two runs differ"
     return "measured"
-
-
-def reason(error: Exception) -> str:
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
-        return "out of memory"
-    return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def is_wrong(status: str) -> bool:
-    """Whether a variant failed its check, or failed."""
-    return status.startswith(("red", "failed"))

@@ -160,9 +160,7 @@ def copy_rate(device: torch.device, size: int | None = None) -> float:
     size = size or (1 << 30 if device.type == "cuda" else 1 << 28)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    sampler = Sampler([lambda: target.copy_(source)], device)
-    sampler.sample()
-    return 2 * size / statistics.median(sampler.sample() for _ in range(5))
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -170,6 +168,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     size = size or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     result = torch.empty_like(left)
-    sampler = Sampler([lambda: torch.mm(left, right, out=result)], device)
+    return 2 * size**3 / _seconds(lambda: torch.mm(left, right, out=result), device)
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    sampler = Sampler([step], device)
     sampler.sample()
-    return 2 * size**3 / statistics.median(sampler.sample() for _ in range(5))
+    return statistics.median(sampler.sample() for _ in range(5))

@@ -46,34 +46,25 @@ SIZES = {
 
 def build(size: Size, max_length: int, folder: Path) -> None:
     """Write a masked language model with random weights, and its tokenizer, to ``folder``."""
-    from transformers import DistilBertConfig, DistilBertForMaskedLM, XLMRobertaConfig, XLMRobertaForMaskedLM
+    from transformers import AutoConfig, AutoModelForMaskedLM
 
-    heads, width = max(1, size.hidden_size // 64), 4 * size.hidden_size
-    tokenizer = _tokenizer(size.vocab_size, max_length)
+    tokenizer, width = _tokenizer(size.vocab_size, max_length), 4 * size.hidden_size
+    # XLM-R counts its positions from the padding id. The architectures name the feed-forward's width differently.
+    first = tokenizer.pad_token_id + 1 if size.architecture == "xlm-roberta" else 0
+    names = {"intermediate_size": width, "type_vocab_size": 1} if first else {"hidden_dim": width}
     torch.manual_seed(0)
-    if size.architecture == "distilbert":
-        config: Any = DistilBertConfig(
-            vocab_size=size.vocab_size,
-            max_position_embeddings=max_length,
-            n_layers=size.layers,
-            n_heads=heads,
-            dim=size.hidden_size,
-            hidden_dim=width,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model: Any = DistilBertForMaskedLM(config)
-    else:
-        config = XLMRobertaConfig(
-            vocab_size=size.vocab_size,
-            max_position_embeddings=max_length + tokenizer.pad_token_id + 1,
-            num_hidden_layers=size.layers,
-            num_attention_heads=heads,
-            hidden_size=size.hidden_size,
-            intermediate_size=width,
-            type_vocab_size=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = XLMRobertaForMaskedLM(config)
+    config = AutoConfig.for_model(
+        size.architecture,
+        vocab_size=size.vocab_size,
+        max_position_embeddings=max_length + first,
+        num_hidden_layers=size.layers,
+        num_attention_heads=max(1, size.hidden_size // 64),
+        hidden_size=size.hidden_size,
+        pad_token_id=tokenizer.pad_token_id,
+        **names,
+    )
+    make: Any = AutoModelForMaskedLM.from_config
+    model = make(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -35,7 +35,7 @@ def describe(record: dict[str, Any]) -> str:
     seed = f", seed {record['seed']}" if "seed" in record else ""
     return (
         f"The model on text: {record['steps']} steps{seed}; over unseen passages nDCG@10 {record['ndcg@10']:.3f}, "
-        f"{record['passage_active_share']:.2%} of the words active in a passage."
+        f"{record['passage_active_share']:.2%} of the vocabulary active in a passage."
     )
 
 

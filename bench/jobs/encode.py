@@ -42,6 +42,10 @@ class Corpus:
     length: int = 128
 
     @property
+    def from_text(self) -> bool:
+        return self.size is None
+
+    @property
     def shape(self) -> str:
         if self.size is None:
             return f"{self.texts} texts"

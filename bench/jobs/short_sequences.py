@@ -101,7 +101,7 @@ def scatter_seconds(shape: Shape, share: float, rates: Rates) -> float:
 
 
 def costs(shape: Shape, share: float, rates: Rates) -> Costs:
-    """Both ways, ``share`` of the (sequence, word) pairs active."""
+    """Both ways, ``share`` of the (sequence, vocabulary entry) pairs active."""
     forward = forward_seconds(shape, rates)
     return Costs(gather_seconds(shape, share, rates) / forward, scatter_seconds(shape, share, rates) / forward)
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.harness.environment import device_name
-from bench.harness.result_file import left_out_text
-from bench.harness.rows import is_wrong
+from bench.harness.result_file import is_wrong, left_out_text
 
 Result = dict[str, Any]
 Row = dict[str, Any]

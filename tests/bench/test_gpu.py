@@ -138,11 +138,11 @@ def test_stages_that_fail_hang_and_die_leave_all_earlier_rows(tmp_path, monkeypa
     assert statuses == ["passed", "failed", "failed", "not here: no tool", "timeout"]
     assert [one.exit_status for one in outcomes] == [0, 3, -9, NOT_HERE, None]
     assert _running() == 0
-    assert json.loads((tmp_path / "c/rows.json").read_text())["rows"] == [{"a": 1}]
+    assert json.loads((tmp_path / "c/rows.json").read_text())["rows"] == [{"a": 1, "provenance": 0}]
     assert "stage-4: **timeout**" in (tmp_path / "c/SUMMARY.md").read_text()
     assert gpu.run("c", stages[:1], tmp_path, 1)[0].status == "left out: no time"
     earlier = [path for path in tmp_path.iterdir() if path.name.startswith("c-until-")]
-    assert json.loads((earlier[0] / "rows.json").read_text())["rows"] == [{"a": 1}]
+    assert json.loads((earlier[0] / "rows.json").read_text())["rows"] == [{"a": 1, "provenance": 0}]
 
 
 def test_a_signal_to_the_runner_leaves_a_summary_and_an_archive(tmp_path):

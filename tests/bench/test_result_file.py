@@ -11,7 +11,7 @@ import pytest
 
 from bench import measure
 from bench.harness import environment, result_file
-from bench.harness.result_file import Result, load
+from bench.harness.result_file import Budget, Result, load
 from bench.inputs.cases import CASES, SCREENING, SHOWN_IN, Case
 from bench.tables import markdown
 
@@ -69,7 +69,9 @@ def test_rows_alike_of_one_run_all_stay_and_another_kind_is_refused(tmp_path):
     result = Result("tuning", "bench.tune", tmp_path / "a.json", table=[])
     for number in range(2):
         result.add({"kind": "maximum", "number": number})
-    assert [row["number"] for row in result.rows] == [0, 1]
+    result.rows[2:] = [{"kind": "maximum", "number": 2}]
+    result.write()
+    assert [(row["number"], row["provenance"]) for row in result.rows] == [(0, 0), (1, 0), (2, 0)]
     with pytest.raises(SystemExit, match="expected a result of kind 'head' in .*, got 'tuning'"):
         Result("head", "bench.measure", result.path, append=True)
 
@@ -82,6 +84,18 @@ def test_what_had_been_left_out_and_is_measured_is_left_out_no_more(tmp_path):
     second = Result("head", "bench.measure", path, append=True)
     second.add({"case": "dev", "precision": "bf16", "job": "forward", "variant": "ours"})
     assert second.content["left_out"] == [{"case": "long", "precision": "bf16", "reason": "no time"}]
+
+
+def test_what_fails_is_left_out_with_its_reason_and_the_rest_is_measured(tmp_path):
+    result, budget = Result("head", "bench.measure", tmp_path / "head.json"), Budget(60)
+    assert result.attempt(budget, {"case": "dev"}, lambda: [{"case": "dev"}]) == [{"case": "dev"}]
+    assert result.attempt(Budget(0), {"case": "late"}, lambda: [{"case": "late"}]) == []
+    assert result.attempt(budget, {"case": "wrong"}, lambda: [1 / 0]) == []
+    with pytest.raises(SystemExit, match="^wrong: failed: ZeroDivisionError: division by zero$"):
+        result.finish()
+    (found,) = load([result.path])
+    assert [row["case"] for row in found["rows"]] == ["dev"]
+    assert {entry["reason"][:7] for entry in found["left_out"]} == {"no time", "failed:"}
 
 
 def test_rows_of_the_checked_in_results_have_the_commit_that_measured_them():

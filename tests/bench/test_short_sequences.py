@@ -147,7 +147,7 @@ def test_a_wrong_gradient_is_red_and_not_timed(tmp_path, monkeypatch, rates_of_a
 
     monkeypatch.setattr(short_sequences, "scatter_step", scaled)
     path = tmp_path / "result.json"
-    with pytest.raises(SystemExit, match="S3 active-100% scatter: red: beyond"):
+    with pytest.raises(SystemExit, match="S3 float32 active-100% scatter: red: beyond"):
         short_sequences.main(["--output", str(path), *TINY, "--share", "1", "--budget", "300"])
     rows = json.loads(path.read_text())["rows"]
     assert [row["median"] is None for row in rows] == [False, True, False, False] * 2

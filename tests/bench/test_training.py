@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,23 +151,15 @@ def test_running_out_of_memory_is_a_result(jobs: dict[str, Job], monkeypatch: py
     assert "wall_ms_per_step" not in row
 
 
-@dataclass
-class Event:
+def event(microseconds: float, device: str = "CUDA", annotation: bool = False) -> SimpleNamespace:
     """What :func:`bench.jobs.training.kernel_milliseconds` reads of the profiler's events."""
-
-    microseconds: float
-    device: str = "CUDA"
-    is_user_annotation: bool = False
-    time_range: SimpleNamespace = field(init=False)
-    device_type: SimpleNamespace = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.time_range = SimpleNamespace(elapsed_us=lambda: self.microseconds)
-        self.device_type = SimpleNamespace(name=self.device)
+    elapsed = SimpleNamespace(elapsed_us=lambda: microseconds)
+    kind = SimpleNamespace(name=device)
+    return SimpleNamespace(time_range=elapsed, device_type=kind, is_user_annotation=annotation)
 
 
 def test_device_time_is_that_of_kernels_alone() -> None:
-    events = [Event(1000), Event(500), Event(9000, device="CPU"), Event(1500, is_user_annotation=True)]
+    events = [event(1000), event(500), event(9000, "CPU"), event(1500, annotation=True)]
     assert training_run.kernel_milliseconds(events, wall_milliseconds=2.0) == 1.5
     with pytest.raises(RuntimeError, match="got 1.5 ms from 2 events"):
         training_run.kernel_milliseconds(events, wall_milliseconds=1.0)
