@@ -1,4 +1,4 @@
-// What host and device code have to agree on: which entries count, how they rank, where a sequence lies.
+// Rules that host and device code share: which entries are non-zero, how they rank, where a sequence lies.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace splade_kernels {
 
-// Elements of one mask word.
+// Elements per mask word.
 constexpr int kWord = 32;
 
 SK_HOST_DEVICE constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
@@ -44,8 +44,8 @@ using Float32 = Format<uint32_t, 0x7F800000>;
 using Float16 = Format<uint16_t, 0x7C00>;
 using BFloat16 = Format<uint16_t, 0x7F80>;
 
-// How many of a row's non-zeros are among its `count` largest entries (count <= size): zeros rank below the positive
-// and above the negative entries. What is kept are then that many largest non-zeros.
+// How many of a row's non-zeros are among its `count` largest entries (count <= size). Zeros rank below the positive
+// and above the negative entries, so the kept entries are that many largest non-zeros.
 SK_HOST_DEVICE constexpr int64_t kept_nonzeros(int64_t count, int64_t positives, int64_t nonzeros, int64_t size) {
   const int64_t zeros = size - nonzeros;
   if (count <= positives) return count;

@@ -1,4 +1,4 @@
-// What both implementations require of their arguments, and the dtypes they are written for.
+// Checks of the arguments, and dispatch over dtypes, for the CPU and the CUDA implementation.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -44,7 +44,7 @@ inline void check_gather(const Tensor& embeddings, const Tensor& crow, const Ten
   STD_TORCH_CHECK(capacity >= 0, "capacity: expected at least 0, got ", capacity);
 }
 
-// f with the Format of a floating-point dtype.
+// Calls f with the Format of a floating-point dtype.
 template <class Function>
 void with_format(ScalarType dtype, Function&& f) {
   switch (dtype) {
@@ -56,7 +56,7 @@ void with_format(ScalarType dtype, Function&& f) {
   }
 }
 
-// f with a value of the type of an integer dtype, one of two.
+// Calls f with a value of the type that an integer dtype, one of two, stands for.
 template <class Narrow, class Wide, class Function>
 void with_integer(const char* name, ScalarType dtype, Function&& f) {
   constexpr ScalarType narrow = torch::headeronly::CppTypeToScalarType<Narrow>::value;

@@ -11,10 +11,11 @@ from . import ops
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """Gradients as they are, but an error if they are differentiated.
+    """Returns gradients unchanged and raises if they are differentiated.
 
-    ``once_differentiable`` looks at the incoming gradient alone: with a constant one it lets ``create_graph=True``
-    return gradients that a penalty would silently treat as constants. Here they hang on the inputs of the forward.
+    ``once_differentiable`` looks at the incoming gradient alone: if that is a constant, gradients of
+    ``create_graph=True`` have no graph, and a gradient penalty would silently be a constant. Here they depend on the
+    inputs of the forward.
     """
 
     @staticmethod
@@ -28,47 +29,37 @@ class _FirstDerivative(torch.autograd.Function):
 
 
 class SpladePool(torch.autograd.Function):
-    """``splade_pool`` with its exact sparse gradient, computed only for what requires one."""
+    """``splade_pool`` with its exact sparse gradient, computed only for what requires one.
+
+    Its inputs are those of the operators: hidden states, weight, bias, attention mask, cumulative lengths; and options.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        options: ops.PoolOptions,
-    ) -> Tensor:
-        # The gradient of the bias alone asks for no token.
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.options = inputs
+        options: ops.PoolOptions = ctx.options
+        # The gradient of the bias does not depend on which token attains the maximum.
         need_argmax = options.pooling_strategy == "max" and any(ctx.needs_input_grad[:2])
-        output, argmax = ops.pool_forward(
-            hidden_states, weight, bias, attention_mask, cu_seqlens, *options, need_argmax
-        )
-        ctx.save_for_backward(output, argmax, hidden_states, weight, bias, attention_mask, cu_seqlens)
-        ctx.options = options
+        output, argmax = ops.pool_forward(*tensors, *options, need_argmax)
+        ctx.save_for_backward(output, argmax, *tensors)
         return output  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        output, argmax, hidden_states, weight, bias, attention_mask, cu_seqlens = ctx.saved_tensors
+        output, argmax, *tensors = ctx.saved_tensors
         need = ctx.needs_input_grad[:3]
-        gradients = ops.pool_backward(
-            grad, output, argmax, hidden_states, weight, bias, attention_mask, cu_seqlens, *ctx.options, *need
-        )
+        gradients = ops.pool_backward(grad, output, argmax, *tensors, *ctx.options, *need)
         if torch.is_grad_enabled():
-            inputs = [tensor for tensor in (grad, hidden_states, weight, bias) if tensor is not None]
+            inputs = [tensor for tensor in (grad, *tensors[:3]) if tensor is not None]
             gradients = _FirstDerivative.apply("splade_pool", len(inputs), *inputs, *gradients)  # type: ignore[no-untyped-call]
-        grad_hidden, grad_weight, grad_bias = (g if n else None for g, n in zip(gradients, need, strict=True))
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return *(gradient if n else None for gradient, n in zip(gradients, need, strict=True)), None, None, None
 
 
 class Flops(torch.autograd.Function):
     """``Σ_v (mean_b y[b, v])²`` over the rows of every rank of ``process_group``.
 
-    With a group the gradient is scaled by the number of ranks: data-parallel training averages gradients over ranks,
-    and the average of the scaled ones is the single-process gradient. The column means are saved, so the backward
-    communicates nothing.
+    With a group the gradient is multiplied by the number of ranks, because data-parallel training averages over ranks.
+    The column means are saved, so the backward needs no collective.
     """
 
     @staticmethod

@@ -21,8 +21,7 @@ __all__ = ["flops_loss", "sparsify", "splade_pool"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# No size is larger.
-_LARGEST = 2**31 - 1
+_LARGEST = 2**31 - 1  # no size is larger
 
 
 def splade_pool(
@@ -59,18 +58,17 @@ def splade_pool(
             for ``x <= 0`` and increasing, which the maximum over raw dots, the sparse gradient and screening rest on;
             others are refused by name.
         screening: exact screening: int8 products with a certified error bound find the dots that can be the maximum
-            of their pair and positive, and only those are computed in full precision. ``"auto"``: where a look at
-            this call's inputs says that it pays; True: without asking; False: never. Values agree within the rounding
-            of one float32 sum in another order. For ``pooling_strategy="max"`` only. On a CPU it pays with the compiled
-            operators or VNNI; elsewhere on CPUs "auto" is False. On a GPU "auto" is False until a checked-in
-            measurement of its architecture says that screening pays; there is none yet, and True screens on request.
-            Inference keeps the int8 weight: writes to a few rows of ``weight.data``, which PyTorch does not count, may
-            go unseen. docs/screening.md.
+            of their pair and positive, and only those are computed in full precision. ``"auto"`` screens where a probe
+            of this call's inputs shows that it pays, True always, False never. Values agree within the rounding of one
+            float32 sum in another order. For ``pooling_strategy="max"`` only. "auto" needs the compiled operators or
+            VNNI on a CPU, and on a GPU a checked-in measurement of its architecture that shows a gain: there is none
+            yet, so "auto" is False there. Inference keeps the int8 weight, and may miss writes to a few rows of
+            ``weight.data``, which PyTorch does not count. See docs/screening.md.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; ``SPLADE_KERNELS_BACKEND`` overrides ``"auto"``.
 
     Returns:
-        Contiguous ``[B, V]`` in the dtype of ``hidden_states``; float32 under autocast (which leaves
-        float64 inputs alone, and so does this). A sequence without a real token is a row of zeros and has no gradient.
+        Contiguous ``[B, V]`` in the dtype of ``hidden_states``; float32 under autocast, which leaves float64 inputs
+        alone. A sequence without a real token is a row of zeros and has no gradient.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
@@ -84,34 +82,23 @@ def splade_pool(
     _check_tensor("weight", weight, _DTYPES, hidden_states.device)
     if weight.ndim != 2:
         raise ValueError(f"weight: expected shape [V, D], got {_shape(weight)}")
-    packed = cu_seqlens is not None
     hidden_states, bound = _check_sequences(hidden_states, attention_mask, cu_seqlens, max_seqlen)
-    if hidden_states.shape[-1] != weight.shape[1]:
+    size = hidden_states.shape[-1]
+    if weight.shape[1] != size:
         raise ValueError(
-            f"weight: expected [V, {hidden_states.shape[-1]}] to match the hidden size of hidden_states, "
-            f"got {_shape(weight)}"
+            f"weight: expected [V, {size}] to match the hidden size of hidden_states, got {_shape(weight)}"
         )
     if bias is not None:
         _check_tensor("bias", bias, _DTYPES, hidden_states.device)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {_shape(bias)}")
-    compute_dtype, out_dtype = _choose_dtypes(hidden_states, weight, bias)
-    _check_no_tangent("splade_pool", hidden_states, weight, bias)
-
     options = ops.PoolOptions(
-        max_seqlen=bound,
-        pooling_strategy=pooling_strategy,
-        activation_function=activation_function,
-        compute_dtype=compute_dtype,
-        out_dtype=out_dtype,
-        screening=screening,
-        backend=backend,
+        bound, pooling_strategy, activation_function, *_choose_dtypes(hidden_states, weight, bias), screening, backend
     )
-    mask = None if packed else attention_mask
-    trained = hidden_states.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained and torch.is_grad_enabled():
-        return SpladePool.apply(hidden_states, weight, bias, mask, cu_seqlens, options)  # type: ignore[no-any-return,no-untyped-call]
-    output: Tensor = ops.pool_forward(hidden_states, weight, bias, mask, cu_seqlens, *options, False)[0]
+    _check_no_tangent("splade_pool", hidden_states, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_states, weight, bias)):
+        return SpladePool.apply(hidden_states, weight, bias, attention_mask, cu_seqlens, options)  # type: ignore[no-any-return,no-untyped-call]
+    output: Tensor = ops.pool_forward(hidden_states, weight, bias, attention_mask, cu_seqlens, *options, False)[0]
     return output
 
 
@@ -207,28 +194,25 @@ def _check_mask(attention_mask: Tensor, hidden_states: Tensor) -> None:
             "additive masks mean the opposite (0 for real tokens): pass `mask == 0`"
         )
     _check_tensor("attention_mask", attention_mask, (torch.bool, *_INTEGERS), hidden_states.device)
-    if attention_mask.shape != hidden_states.shape[:2]:
+    if attention_mask.shape != (expected := hidden_states.shape[:2]):
         raise ValueError(
-            f"attention_mask: expected shape {_shape_of(hidden_states.shape[:2])} to match hidden_states, "
-            f"got {_shape(attention_mask)}"
+            f"attention_mask: expected shape {list(expected)} to match hidden_states, got {_shape(attention_mask)}"
         )
 
 
 def _choose_dtypes(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
     """Dtype of the products and of the output."""
-    device = hidden_states.device.type
-    # Meta tensors have no autocast, not even one to ask about.
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    parameters = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
-    if autocast and hidden_states.dtype != torch.float64:
-        for name, tensor in parameters:
-            if tensor.dtype == torch.float64:
-                raise TypeError(f"{name}: expected no float64 under autocast unless hidden_states is, got float64")
-        return torch.get_autocast_dtype(device), torch.float32
-    for name, tensor in parameters:
-        if tensor.dtype != hidden_states.dtype:
-            raise TypeError(f"{name}: expected {hidden_states.dtype} to match hidden_states, got {tensor.dtype}")
-    return hidden_states.dtype, hidden_states.dtype
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    # Asking whether meta tensors are under autocast raises.
+    autocast = device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if autocast and tensor.dtype == torch.float64:
+            raise TypeError(f"{name}: expected no float64 under autocast unless hidden_states is, got float64")
+        if not autocast and tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} to match hidden_states, got {tensor.dtype}")
+    return (torch.get_autocast_dtype(device), torch.float32) if autocast else (dtype, dtype)
 
 
 def _check_embeddings(embeddings: Tensor) -> None:
@@ -238,7 +222,7 @@ def _check_embeddings(embeddings: Tensor) -> None:
 
 
 def check_count(name: str, value: Any, least: int, expected: str = "an int") -> int:
-    """A whole number of at least ``least``, NumPy's too; bounds beyond all sizes are as good as the largest one."""
+    """A whole number of at least ``least``, NumPy's too, cut to the largest size there can be."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if value < least:
@@ -255,7 +239,7 @@ def check_threshold(threshold: Any) -> float | None:
 
 
 def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
-    """Forward-mode derivatives would be lost inside the operators: silently where nothing requires a gradient."""
+    """Inside the operators forward-mode derivatives would be lost, silently where nothing requires a gradient."""
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(f"{name}: forward-mode derivatives are not implemented")
 
@@ -269,14 +253,14 @@ def check_options(
     check_choice("backend", ("auto", *BACKENDS), backend)
     if not isinstance(screening, bool) and not (isinstance(screening, str) and screening == "auto"):
         raise ValueError(f"screening: expected 'auto', True or False, got {screening!r}")
-    if screening is True and pooling_strategy != "max":
-        raise ValueError(
-            f"screening: expected 'auto' or False with pooling_strategy={pooling_strategy!r}, which needs every "
-            "positive logit, got True"
-        )
     if pooling_strategy != "max":
+        if screening is True:
+            raise ValueError(
+                f"screening: expected 'auto' or False with pooling_strategy={pooling_strategy!r}, which needs every "
+                "positive logit, got True"
+            )
         return "off"
-    return "auto" if screening == "auto" else "on" if screening else "off"
+    return {"auto": "auto", True: "on", False: "off"}[screening]
 
 
 def _check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> None:
@@ -293,8 +277,4 @@ def _check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device
 
 
 def _shape(tensor: Tensor) -> str:
-    return _shape_of(tensor.shape)
-
-
-def _shape_of(sizes: torch.Size) -> str:
-    return f"[{', '.join(map(str, sizes))}]"
+    return str(list(tensor.shape))

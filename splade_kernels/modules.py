@@ -22,21 +22,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class SpladeHead(nn.Module):
     """Decoder and SPLADE pooling in one: see :func:`splade_kernels.splade_pool` for formula, dtypes and errors.
 
+    ``weight [V, D]`` and ``bias [V]`` have the names, shapes and initialisation of ``nn.Linear``'s.
+
     Args:
         hidden_size: ``D``.
         vocab_size: ``V``.
         bias: whether the decoder has a bias.
-        pooling_strategy: ``"max"`` or ``"sum"``.
-        activation_function: ``"relu"`` or ``"log1p_relu"``.
-        screening: ``"auto"``, True or False: see :func:`splade_pool`. On a GPU "auto" does not screen yet.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-        device: where the new parameters live.
-        dtype: dtype of the new parameters.
+        pooling_strategy, activation_function, screening, backend: as in :func:`splade_pool`.
+        device, dtype: of the new parameters.
 
     Raises:
-        ValueError: an option is none of these, or ``screening=True`` with ``pooling_strategy="sum"``.
-
-    ``weight [V, D]`` and ``bias [V]`` have the names, shapes and initialisation of ``nn.Linear``'s.
+        ValueError: an option has no such value, or ``screening=True`` with ``pooling_strategy="sum"``.
     """
 
     def __init__(
@@ -71,15 +67,13 @@ class SpladeHead(nn.Module):
             **options: ``pooling_strategy``, ``activation_function``, ``screening``, ``backend``.
 
         Raises:
-            TypeError: ``decoder`` is not an ``nn.Linear``, or of a class derived from it, which may compute more.
-            ValueError: it has hooks, those of pruning and of old weight normalisation among them.
+            TypeError: ``decoder`` is not exactly an ``nn.Linear``; a derived class may compute more.
+            ValueError: it has hooks, such as those of pruning and of the old weight normalisation.
         """
         if error := why_not_plain(decoder):
             raise error
-        bias = decoder.bias is not None
-        head = cls(decoder.in_features, decoder.out_features, bias, device="meta", **options)
-        head.weight = cast(nn.Parameter, decoder.weight)
-        head.bias = decoder.bias if bias else None
+        head = cls(decoder.in_features, decoder.out_features, device="meta", **options)
+        head.weight, head.bias = cast(nn.Parameter, decoder.weight), decoder.bias
         return head.train(decoder.training)
 
     def reset_parameters(self) -> None:
@@ -122,11 +116,9 @@ class SpladeHead(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, bias={self.bias is not None}, "
-            f"pooling_strategy={self.pooling_strategy!r}, activation_function={self.activation_function!r}, "
-            f"screening={self.screening!r}, backend={self.backend!r}"
-        )
+        size = f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, bias={self.bias is not None}"
+        options = ("pooling_strategy", "activation_function", "screening", "backend")
+        return ", ".join([size, *(f"{name}={getattr(self, name)!r}" for name in options)])
 
 
 def hooks_of(module: nn.Module) -> list[str]:
@@ -144,7 +136,7 @@ def why_not_plain(decoder: Any, hooks_of: Callable[[nn.Module], list[str]] = hoo
 
 
 def qualified_name(value: Any) -> str:
-    """Module and qualified name of a class or function, ``torch.nn.modules.linear.Linear``; the name of a builtin."""
+    """``torch.nn.modules.linear.Linear`` for a class or function; the name alone of a builtin."""
     holder = value if hasattr(value, "__qualname__") else type(value)
     module = getattr(value, "__module__", None) or type(value).__module__
     return str(holder.__qualname__) if module == "builtins" else f"{module}.{holder.__qualname__}"

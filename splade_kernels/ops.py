@@ -1,7 +1,7 @@
-"""The operators: schema, fake and per-backend implementation. Opaque to ``torch.compile``; autograd lives above them.
+"""The operators: schema, fake and per-backend implementation. They are opaque to ``torch.compile``.
 
-Every body runs with autocast off (it would still be on inside an operator and turn float32 products into bfloat16
-ones); the compute dtype was chosen once by the caller. No output aliases an input.
+Every body runs with autocast off: it would still be on inside an operator and turn float32 products into bfloat16 ones.
+The caller has chosen the compute dtype. No output aliases an input.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _library = torch.library.Library("splade_kernels", "DEF")
 
 def _define(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.define(f"{name}{signature}")
-    # One body serves every device, and selects its backend itself.
+    # One implementation for every device: it selects the backend itself.
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"splade_kernels::{name}", fake, lib=_library)
 
 
 @contextmanager
 def _isolated(tensor: Tensor) -> Iterator[None]:
-    """No autocast, no graph, and the device of ``tensor`` as the current one: Triton launches on that."""
+    """Autocast and autograd off, and the device of ``tensor`` as the current one, on which Triton launches."""
     device = tensor.device.type
     with torch.autocast(device, enabled=False), torch.no_grad(), torch.cuda.device_of(tensor):
         yield
@@ -109,10 +109,9 @@ def _pool_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _pool_forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, (need_argmax,) = _parse(arguments)
     shape = (inputs.batch_size, inputs.weight.shape[0])
-    argmax = inputs.hidden_states.new_empty(
-        shape if need_argmax else (0,), dtype=argmax_dtype(inputs.options.max_seqlen)
-    )
-    return inputs.hidden_states.new_empty(shape, dtype=inputs.options.out_dtype), argmax
+    new, options = inputs.hidden_states.new_empty, inputs.options
+    argmax = new(shape if need_argmax else (0,), dtype=argmax_dtype(options.max_seqlen))
+    return new(shape, dtype=options.out_dtype), argmax
 
 
 def _pool_backward(grad: Tensor, output: Tensor, argmax: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,9 +152,8 @@ def _flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Te
 
 
 def _flops_sums_fake(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
-    rows, columns = embeddings.shape
-    kept = embeddings.new_empty(0 if threshold is None else rows, dtype=torch.bool)
-    return embeddings.new_empty(columns, dtype=torch.promote_types(embeddings.dtype, torch.float32)), kept
+    sums = embeddings.new_empty(embeddings.shape[1], dtype=torch.promote_types(embeddings.dtype, torch.float32))
+    return sums, embeddings.new_empty(0 if threshold is None else embeddings.shape[0], dtype=torch.bool)
 
 
 def _flops_value(statistics: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +175,7 @@ def _sparsify(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, 
 
 
 def _check_cu_seqlens(inputs: _Inputs) -> None:
-    """Values, where reading them costs no sync; on a device the kernels clamp them instead."""
+    """Checks the values on a CPU, where reading them costs no sync; on a device the kernels clamp them instead."""
     cu_seqlens, max_seqlen = inputs.cu_seqlens, inputs.options.max_seqlen
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return

@@ -1,7 +1,7 @@
-"""The definition of every operation of this package, in plain dense PyTorch.
+"""The definition of every operation of this package in plain dense PyTorch, which the tests compare with.
 
-These functions are the tests' truth: they materialise everything, hold no tricks and run on any device and dtype.
-float16 and bfloat16 inputs are computed in float32 and rounded once, at the end.
+Everything is materialised, on any device and in any dtype. float16 and bfloat16 inputs are computed in float32 and
+rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -31,14 +31,9 @@ def splade_pool(
     it. A sequence without a real token is a row of zeros.
 
     Args:
-        hidden_states: ``[B, S, D]``, or packed ``[T, D]`` / ``[1, T, D]`` together with ``cu_seqlens``.
-        weight: ``[V, D]`` decoder weight.
-        bias: ``[V]`` decoder bias.
-        attention_mask: ``[B, S]`` bool or integer, non-zero marks a real token.
-        cu_seqlens: ``[B + 1]`` cumulative lengths of the packed sequences.
-        max_seqlen: accepted for symmetry with :func:`splade_kernels.splade_pool`; not needed here.
-        pooling_strategy: ``"max"`` or ``"sum"``.
-        activation_function: ``"relu"`` or ``"log1p_relu"``.
+        hidden_states, weight, bias, attention_mask, cu_seqlens, pooling_strategy, activation_function: as in
+            :func:`splade_kernels.splade_pool`.
+        max_seqlen: accepted for symmetry with it; not needed here.
 
     Returns:
         ``[B, V]`` in the dtype of ``hidden_states``.
@@ -47,23 +42,17 @@ def splade_pool(
         hidden_states, attention_mask = _pad(hidden_states.reshape(-1, hidden_states.shape[-1]), cu_seqlens)
     if attention_mask is None:
         attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
-    # One more padded token, so that there is something to reduce over when S = 0.
+    # One more padding token, so that there is something to reduce over when S = 0.
     hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
     real = F.pad(attention_mask != 0, (0, 1))
 
-    compute_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    hidden = torch.where(real.unsqueeze(-1), hidden_states, 0).to(compute_dtype)
-    dots = hidden @ weight.to(compute_dtype).mT
-    any_real = real.any(dim=1, keepdim=True)
-
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    dots = torch.where(real.unsqueeze(-1), hidden_states, 0).to(dtype) @ weight.to(dtype).mT
     if pooling_strategy == "max":
-        pooled = _first_maximum(dots, real.unsqueeze(-1))
-        logits = pooled if bias is None else pooled + bias.to(compute_dtype)
-        values = _activate(logits, activation_function)
-        values = torch.where(any_real, values, 0)
+        values = _activate(_first_maximum(dots, real.unsqueeze(-1)), bias, activation_function)
+        values = torch.where(real.any(dim=1, keepdim=True), values, 0)
     elif pooling_strategy == "sum":
-        logits = dots if bias is None else dots + bias.to(compute_dtype)
-        values = torch.where(real.unsqueeze(-1), _activate(logits, activation_function), 0).sum(dim=1)
+        values = torch.where(real.unsqueeze(-1), _activate(dots, bias, activation_function), 0).sum(dim=1)
     else:
         raise ValueError(f"pooling_strategy: expected 'max' or 'sum', got {pooling_strategy!r}")
     return values.to(hidden_states.dtype)
@@ -97,11 +86,10 @@ def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tenso
 def _pad(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Packed ``[T, D]`` to padded ``[B, S, D]`` and its mask."""
     sequences = packed.split(cu_seqlens.diff().tolist())
-    mask = [packed.new_ones(len(sequence), dtype=torch.bool) for sequence in sequences]
     if not sequences:
         return packed.reshape(0, 0, packed.shape[-1]), packed.new_zeros(0, 0, dtype=torch.bool)
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(sequences, batch_first=True), pad(mask, batch_first=True)
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=packed.device) < cu_seqlens.diff()[:, None]
 
 
 def _first_maximum(dots: Tensor, real: Tensor) -> Tensor:
@@ -115,7 +103,8 @@ def _first_maximum(dots: Tensor, real: Tensor) -> Tensor:
     return dots.gather(1, first).squeeze(1)
 
 
-def _activate(logits: Tensor, activation_function: str) -> Tensor:
+def _activate(dots: Tensor, bias: Tensor | None, activation_function: str) -> Tensor:
+    logits = dots if bias is None else dots + bias.to(dots.dtype)
     if activation_function == "relu":
         return logits.relu().log1p()
     if activation_function == "log1p_relu":

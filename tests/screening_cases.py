@@ -8,6 +8,7 @@ from torch import Tensor
 
 import splade_kernels as sk
 from splade_kernels.backends import compiled
+from splade_kernels.backends.tiled import screening
 from tests.oracle import Case, make_case
 
 
@@ -15,8 +16,9 @@ def need_compiled() -> None:
     """Skips a test of the compiled kernels where there are none."""
     if not compiled.serves(torch.device("cpu")):
         pytest.skip(f"csrc: {compiled.why_not()}")
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        pytest.skip("this CPU, or what ATEN_CPU_CAPABILITY leaves of it, has no AVX2")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not any(capability.startswith(known.allowed_by) for known in screening.INSTRUCTION_SETS.values()):
+        pytest.skip(f"no kernels for this CPU, or for what ATEN_CPU_CAPABILITY allows of it ({capability})")
 
 
 def pool(case: Case, screen: str | bool, **options: str) -> Tensor:

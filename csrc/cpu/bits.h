@@ -1,5 +1,5 @@
-// Finding the non-zeros of a row, 32 at a time: the loop that reads all of the input, written so that any compiler
-// vectorises it for the baseline of any 64-bit machine.
+// Finds the non-zeros of a row, 32 at a time. This loop reads all of the input; any compiler vectorises it for the
+// baseline instruction set of a 64-bit machine.
 #pragma once
 
 #include <bit>
@@ -24,7 +24,7 @@ struct Row {
 template <class F>
 inline uint32_t nonzero_bits(const typename F::Bits* x) {
   using Bits = typename F::Bits;
-  // Most words of a sparse row are all zero, which an OR tells in a quarter of the time.
+  // Most mask words of a sparse row are zero, which an OR over the elements detects in a quarter of the time.
   Bits any = 0;
   for (int i = 0; i < kWord; ++i) any = static_cast<Bits>(any | x[i]);
   if (!F::nonzero(any)) return 0;
@@ -40,7 +40,7 @@ inline uint32_t nonzero_bits(const typename F::Bits* x) {
   return word;
 }
 
-// The same for the elements [32 w, 32 w + 32) of a row of any stride; past the end there is nothing.
+// The same for the elements [32 w, 32 w + 32) of a row of any stride; bits past the end of the row are 0.
 template <class F>
 inline uint32_t nonzero_word(Row<typename F::Bits> row, int64_t w, int64_t size) {
   const int64_t first = w * kWord;

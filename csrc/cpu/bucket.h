@@ -7,13 +7,13 @@
 
 namespace splade_kernels::cpu {
 
-// What bucket_sequence needs again for the next sequence.
+// Memory that bucket_sequence reuses for the next sequence.
 struct BucketScratch {
   std::vector<uint32_t> mask;
   std::vector<int32_t> cursors;
 };
 
-// Writes words and values from `offset` on, where the sequence's segment begins, and bounds of its rows that have
+// Writes the sequence's vocabulary ids (words) and values from `offset` on, and the bounds of those rows that have
 // entries. V < 2^31.
 template <class Position>
 void bucket_sequence(

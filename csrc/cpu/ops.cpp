@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> sparsify(Tensor embeddings, int64_t count) {
   with_format(embeddings.scalar_type(), [&](auto format) {
     using F = decltype(format);
     using Bits = typename F::Bits;
-    // What a thread found in its share of the rows, under its first row. Gathered while the row is in the cache: a
-    // second visit, when all counts are known, costs as much as the first.
+    // The entries of a thread's share of the rows, at the index of its first row. They are gathered while the row is in
+    // the cache: a second pass, once all counts are known, would cost as much as the first.
     struct Share {
       std::vector<int64_t> columns;
       std::vector<Bits> values;

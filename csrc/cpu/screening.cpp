@@ -1,5 +1,5 @@
-// The operators of exact screening on a CPU. A "word" is a vocabulary entry, a "block" as many words as the kernels of an
-// instruction set take at once. Blocks are independent of each other: any number of threads gives the same bytes.
+// The operators of exact screening on a CPU. A "word" is a vocabulary entry, a "block" as many words as the kernels of
+// an instruction set take at once. Blocks are independent of each other: any number of threads gives the same bytes.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -120,9 +120,9 @@ struct Chunk {
   Tokens tokens;
 };
 
-// Writes the largest dot of every (sequence, word) that may exceed -bias, and the position of the token that attains it,
-// to the rows `sequences` of largest and argmax; -inf and 0 where no dot may. Returns how many dots it computed. If the
-// quantised words are not passed in, each strip is quantised right before it is used.
+// Writes the largest dot of every (sequence, word) that may exceed -bias, and the position of the token that attains
+// it, to the rows `sequences` of largest and argmax; -inf and 0 where no dot may. Returns how many dots it computed. If
+// the quantised words are not passed in, each strip is quantised right before it is used.
 int64_t screened_maximum(
     Tensor rows, Tensor offsets, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> quantised,
     std::optional<Tensor> bounds, std::optional<Tensor> shift, Tensor sequences, Tensor positions, Tensor largest,

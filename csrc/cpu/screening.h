@@ -1,5 +1,5 @@
-// Exact maxima over tokens by int8 bounds: what the kernels of all instruction sets share. docs/screening.md derives the
-// bounds.
+// Exact maxima over tokens by int8 bounds: what the kernels of all instruction sets share. docs/screening.md derives
+// the bounds.
 //
 // An instruction set is a header like avx2.h and a line in the table of screening.cpp.
 #pragma once
@@ -30,8 +30,8 @@ constexpr int64_t kMaxHiddenSize = 65536;
 // The next four are mirrored from splade_kernels/backends/int8_bound.py; a test compares them.
 // Rows whose largest element is outside this range have no bound: products of their norms would leave float32.
 constexpr float kTiny = 0x1p-40f, kHuge = 0x1p40f;
-// Relative rounding errors of a row of D elements, in units of 2^-23: D + kNormSlack of a computed norm; D + kDotSlack of
-// a dot and its bound, relative to the product of the norms.
+// Relative rounding errors of a row of D elements, in units of 2^-23: D + kNormSlack of a computed norm; D + kDotSlack
+// of a dot and its bound, relative to the product of the norms.
 constexpr int64_t kNormSlack = 64, kDotSlack = 128;
 
 inline int32_t four_bytes(const uint8_t* p) {

@@ -1,4 +1,4 @@
-// One row of dense → CSR: which entries, then their ids and values.
+// One row of dense → CSR: a mask of the entries, then their ids and values.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 
 namespace splade_kernels::cpu {
 
-// Bits of the non-zeros among the `count` largest entries of a row; how many. Ties go to the lowest id.
+// Sets the bits of the non-zeros among the `count` largest entries of a row; returns how many. Ties go to the lowest
+// id.
 template <class F>
 int64_t mask_row(
     Row<typename F::Bits> row, int64_t size, int64_t count, uint32_t* mask, std::vector<typename F::Bits>& keys) {
@@ -34,7 +35,7 @@ int64_t mask_row(
   const auto last = keys.begin() + (kept - 1);
   std::nth_element(keys.begin(), last, keys.end(), std::greater<Bits>());
   const Bits cut = *last;
-  // Entries before `last` are at least the cut: what is not above it there are ties, and so is `last` itself.
+  // Keys before `last` are at least the cut. Those equal to it are ties, and so is `last` itself.
   int64_t places = 1 + std::count(keys.begin(), last, cut);
   for (int64_t w = 0; w < words; ++w) {
     uint32_t word = mask[w];
@@ -47,12 +48,13 @@ int64_t mask_row(
   return kept;
 }
 
-// Ids and values of the bits in a row's mask to [begin, end), whose size should be their number; no further than that.
+// Writes ids and values of the bits in a row's mask to [begin, end), which should have room for them; never past the
+// end.
 template <class Bits>
 void gather_row(
     Row<Bits> row, int64_t size, const uint32_t* mask, int64_t begin, int64_t end, int64_t* columns, Bits* values) {
   const int64_t words = divide_up(size, kWord);
-  // The row has left the cache since its mask was made, and its few entries are far apart.
+  // The row may have left the cache since its mask was made, and its few entries are far apart.
   for (int64_t w = 0; w < words; ++w) {
     for_each_bit(mask[w], w, [&](int64_t v) { __builtin_prefetch(&row.data[v * row.stride]); });
   }

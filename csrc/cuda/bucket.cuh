@@ -1,27 +1,27 @@
 // Stable counting sort of each sequence's active entries by token, in three kernels.
 //
 // A sequence's vocabulary is cut into slices, one block each, so that few sequences fill a GPU:
-//   count   how many active entries each token has in each slice                 counts[slice][row]
-//   scan    a block a sequence: bounds of every row; counts become the place of each (row, slice)'s first entry
-//   place   a block walks its slice in tiles, sorts a tile by token in shared memory, and writes it out
+//   count   counts the active entries of each token in each slice                counts[slice][row]
+//   scan    one block per sequence: bounds of every row; counts become the place of each (row, slice)'s first entry
+//   place   one block per slice processes it in tiles, sorts each tile by token in shared memory, and writes it out
 //
-// Why sorted first: written entry by entry, neighbours in memory come from different warps at different times, and
-// with more sequences in flight than the L2 cache holds every 4-byte store costs a 32-byte sector. From the sorted tile
-// consecutive threads write consecutive places of the same row.
+// Tiles are sorted before they are written because neighbours in memory come from different warps at different times:
+// with more sequences in flight than the L2 cache holds, every 4-byte store would cost a 32-byte sector. From the
+// sorted tile consecutive threads write consecutive places of the same row.
 //
-// Order: entries of a row ascend by slice (scan), tile (the block walks them in order and advances the row's place),
-// warp (a warp owns consecutive entries; offsets over warps), and inside a warp by step and lane. No atomic decides an
-// order; the ones in count add integers.
+// Order: entries of a row ascend by slice (scan), tile (the block processes tiles in order and advances the row's
+// place), warp (a warp owns consecutive entries; prefix sums over warps), and within a warp by step and lane. No order
+// depends on an atomic; those in count add integers.
 #pragma once
 
 #include "device.cuh"
 
 namespace splade_kernels::cuda {
 
-// Entries of a tile: a thread holds kItems of them in registers.
+// Entries per tile: each thread holds kItems of them in registers.
 constexpr int kItems = 16;
 constexpr int kTile = kThreads * kItems;
-// Tokens whose counters fit shared memory in `place`; longer sequences are sorted in passes over the same registers.
+// Tokens whose counters fit in shared memory in `place`; longer sequences take several passes over the same registers.
 constexpr int kPassTokens = 2048;
 // The same in `count`; longer sequences count in global memory.
 constexpr int kCountTokens = 8192;
@@ -40,8 +40,8 @@ struct BucketInput {
   int32_t slices;  // slices of a sequence
 };
 
-// How many slices: enough blocks to fill a GPU several times over, but counters for no more than an eighth as many
-// (row, slice) as there are entries, since each is read and written as often as an entry.
+// The number of slices: enough blocks to fill a GPU several times over, but at most an eighth as many (row, slice)
+// counters as entries, since a counter is read and written as often as an entry.
 inline int32_t slices_for(int64_t sequences, int64_t vocab_size, int64_t rows) {
   const int64_t tiles = divide_up(vocab_size, kTile);
   const int64_t filling = divide_up(4096, sequences);
@@ -50,7 +50,7 @@ inline int32_t slices_for(int64_t sequences, int64_t vocab_size, int64_t rows) {
   return static_cast<int32_t>(wanted < 1 ? 1 : wanted < tiles ? wanted : tiles);
 }
 
-// The slice of a block, and the sequence it belongs to.
+// The slice that a block handles, and its sequence.
 template <class Position, class Edge>
 struct Slice {
   int64_t b;
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(BucketInput<Position, E
   for (int64_t token = tid; token < length; token += kThreads) rows[token] = tokens[token];
 }
 
-// One block a sequence: bounds of its rows (those without entries stay as they are), and in `counts` the place of each
-// (slice, row)'s first entry, from the beginning of the sequence's words.
+// One block per sequence: writes the bounds of its rows (rows without entries stay as they are), and to `counts` the
+// place of each (slice, row)'s first entry, relative to the beginning of the sequence's words.
 template <class Position, class Edge>
 __global__ void __launch_bounds__(kThreads) scan_kernel(BucketInput<Position, Edge> in, int32_t* counts, int64_t* bounds) {
   __shared__ int32_t warp_sums[kWarps];
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(BucketInput<Position, Ed
   }
 }
 
-// The tile's counters and, once every entry knows its place in the sorted tile, the sorted tile.
+// Holds the tile's counters and, once every entry's place in the sorted tile is known, the sorted tile.
 union PlaceMemory {
   uint16_t counts[kWarps][kPassTokens];
   struct {
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   uint16_t* counts = memory.counts[warp];
 
   for (int64_t tile = slice.begin; tile < slice.end; tile += kTile) {
-    // A warp's entries are consecutive: step i, lane by lane.
+    // A warp's entries are consecutive: lane by lane within step i.
     const int within = warp * kItems * kWarp + lane;
     int32_t token_of[kItems];  // -1: not active
     uint32_t grad[kItems];

@@ -1,4 +1,4 @@
-// What the kernels share: the block, and sums over it. Every collective is reached by all threads of the block or warp.
+// Block size and sums over a block, for all kernels. All threads of the block or warp must reach every collective.
 #pragma once
 
 #include "../arithmetic.h"

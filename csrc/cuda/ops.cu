@@ -13,8 +13,8 @@ namespace {
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
-// The one function that the stable ABI has in libtorch_cuda only. Found in the library that PyTorch has loaded, not
-// linked to, so that this builds beside any PyTorch, the CPU's too.
+// The one function of the stable ABI that is in libtorch_cuda. It is looked up in the library that PyTorch has loaded,
+// not linked to, so that this file also builds beside a CPU-only PyTorch.
 cudaStream_t current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const auto function = [] {

@@ -1,4 +1,4 @@
-// Dense → CSR, one block a row: which entries, then their ids and values.
+// Dense → CSR with one block per row: a mask of the entries, then their ids and values.
 #pragma once
 
 #include "device.cuh"
@@ -14,7 +14,7 @@ struct Matrix {
   __device__ T operator()(int64_t b, int64_t v) const { return data[b * stride_b + v * stride_v]; }
 };
 
-// What of a row is kept: non-zeros with a key above `cut`, and the first `places` of those at it.
+// The entries of a row that are kept: non-zeros with a key above `cut`, and the first `places` of those equal to it.
 template <class Bits>
 struct Cut {
   Bits cut;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
   if (tid == 0) counts[b] = total;
 }
 
-// col and values of the entries in the mask: row b's from crow[b] on, nothing at or past `capacity`.
+// Writes col and values of the entries in the mask, those of row b from crow[b] on; nothing at or past `capacity`.
 template <class Bits>
 __global__ void __launch_bounds__(kThreads) gather_kernel(
     Matrix<Bits> in, const int64_t* crow, const uint32_t* mask, int64_t capacity, int64_t* col, Bits* values) {
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(
   const int64_t begin = crow[b], end = crow[b + 1] < capacity ? crow[b + 1] : capacity;
   int64_t done = begin;
   for (int64_t first = 0; first < words; first += kThreads) {
-    // A thread counts one word, then the warp writes the warp's 32 words together.
+    // Each thread counts the bits of one mask word, then the warp writes the entries of its 32 words together.
     const uint32_t own = first + tid < words ? mask[b * words + first + tid] : 0;
     int32_t total;
     const int32_t own_before = sum_before(__popc(own), warp_sums, total);

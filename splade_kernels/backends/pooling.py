@@ -68,11 +68,7 @@ class PoolingCall:
 
     @property
     def logs(self) -> int:
-        """How many log1p follow relu.
-
-        Raises:
-            ValueError: the activation function is unknown.
-        """
+        """How many log1p follow relu."""
         return choose("activation_function", ACTIVATION_FUNCTIONS, self.activation_function)
 
     def new_argmax(self, like: Tensor, vocab_size: int) -> Tensor:
@@ -83,26 +79,25 @@ class PoolingCall:
     def edges(self, hidden: Tensor) -> Tensor:
         """``[B + 1]`` int32: sequence b has the rows ``edges[b] .. edges[b + 1] - 1`` of the flat hidden states.
 
-        ``cu_seqlens`` cannot be checked on a device without reading it back. Whatever it holds there, edges begin at 0,
-        do not fall, and name no row outside ``hidden``.
+        Checking ``cu_seqlens`` on a device would cost a sync. Whatever it holds there, edges begin at 0, are
+        non-decreasing, and name no row outside ``hidden``.
         """
         if self.cu_seqlens is None:
             return torch.arange(self.batch_size + 1, device=hidden.device, dtype=torch.int32) * self.max_seqlen
         edges = self.cu_seqlens.clamp(0, hidden.shape[0]).to(torch.int32)[1:]
         if dispatch.has_kernel("_cummax_helper", edges.device.type):
             edges = edges.cummax(0).values
-        else:  # valid edges ascend, so that sorting them changes no more
+        else:  # sorting leaves valid edges as they are
             edges = edges.sort().values
         return F.pad(edges, (1, 0))
 
     def real_rows(self) -> tuple[Tensor, Tensor]:
-        """Flat rows of the real tokens in order, and ``[B]`` real tokens per sequence (syncs: for a CPU)."""
+        """Flat rows of the real tokens in order, and ``[B]`` real tokens per sequence; reads data, so for a CPU."""
         if self.cu_seqlens is not None:
-            lengths = self.cu_seqlens.diff().to(torch.int64)
-            return torch.arange(int(self.cu_seqlens[-1])), lengths
+            return torch.arange(int(self.cu_seqlens[-1])), self.cu_seqlens.diff().to(torch.int64)
         if self.attention_mask is None:
-            lengths = torch.full((self.batch_size,), self.max_seqlen)
-            return torch.arange(self.batch_size * self.max_seqlen), lengths
+            rows = torch.arange(self.batch_size * self.max_seqlen)
+            return rows, torch.full((self.batch_size,), self.max_seqlen)
         real = self.attention_mask != 0
         return real.reshape(-1).nonzero().squeeze(1), real.sum(dim=1)
 

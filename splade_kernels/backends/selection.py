@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from . import compiled
+from .pooling import check_choice
 
 ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_BACKEND"
 BACKENDS = ("torch", "triton")
@@ -17,13 +18,10 @@ BACKENDS = ("torch", "triton")
 def available_backends() -> dict[str, str]:
     """Name of each backend and ``"available"``, or the reason why it cannot run.
 
-    ``"csrc"`` is no backend to choose: the compiled operators that both use where they were built.
+    ``"csrc"``, the compiled operators that both use where they were built, cannot be chosen as a backend.
     """
-    return {
-        "torch": "available",
-        "triton": _why_not_triton() or "available",
-        "csrc": compiled.why_not() or "available",
-    }
+    reasons = {"torch": None, "triton": _why_not_triton(), "csrc": compiled.why_not()}
+    return {name: reason or "available" for name, reason in reasons.items()}
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -37,9 +35,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower() or "auto"
-        if name not in ("auto", *BACKENDS):
-            expected = ", ".join(repr(choice) for choice in ("auto", *BACKENDS))
-            raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of {expected}, got {name!r}")
+        check_choice(ENVIRONMENT_VARIABLE, ("auto", *BACKENDS), name)
     if name == "auto":
         name = "triton" if device.type == "cuda" and _why_not_triton(device, dtype) is None else "torch"
     if name == "torch":

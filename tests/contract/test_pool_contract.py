@@ -415,7 +415,7 @@ def test_activation_functions_are_zero_up_to_zero_and_increase():
         assert bool((y[x <= 0] == 0).all())
         assert bool((y[x > 0].diff() > 0).all())
         dense = x.clone().requires_grad_()
-        reference = sk.reference._activate(dense, name)
+        reference = sk.reference._activate(dense, None, name)
         assert torch.equal(reference.detach(), y)
         (slope,) = torch.autograd.grad(reference.sum(), dense)
         assert torch.allclose(activation_gradient(torch.ones_like(y), y, call), slope, rtol=1e-14, atol=0)

@@ -36,10 +36,7 @@ def _sum_pool_backward(call: PoolingCall, grad: Tensor, *inputs: Any) -> Gradien
     return backward(call, grad, *inputs)
 
 
-POOLINGS = {
-    "max": Pooling(_max_pool_forward, max_pool_backward),
-    "sum": Pooling(_sum_pool_forward, _sum_pool_backward),
-}
+POOLINGS = {"max": Pooling(_max_pool_forward, max_pool_backward), "sum": Pooling(_sum_pool_forward, _sum_pool_backward)}
 
 
 def flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:

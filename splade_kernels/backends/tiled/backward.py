@@ -1,4 +1,4 @@
-"""Backward of the maximum in PyTorch's operations, for every device: two weighted gathers over the active entries."""
+"""Backward of the maximum in PyTorch's operations, on every device: two weighted gathers over the active entries."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import compaction, compiled, dispatch
-from ..pooling import PoolingCall, activation_gradient
+from ..pooling import Gradients, PoolingCall, activation_gradient
 from . import segments
 
-# Entries [sequence, vocabulary] of one block of the backward: bounds its index, about 60 bytes an entry.
+# (sequence, vocabulary) entries per block of the backward: bounds the memory of its index, about 60 bytes an entry.
 BACKWARD_ENTRIES = 1 << 20
-# Inactive entries of one of the spare bags that keep them out of the last bag (see _bag_sum).
+# Inactive entries per spare bag (see _bag_sum).
 SPARE_BAG = 64
 
 
 def max_pool_backward(
     call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Sparse backward of the maximum: two weighted gathers over the active entries, no atomics, a fixed order.
+) -> Gradients:
+    """``dW[v] = Σ_b g[b, v] · h[a[b, v]]`` and ``dh[t] = Σ g[b, v] · W[v]`` over the ``(b, v)`` that token t won.
 
-    One bag per vocabulary entry over the rows of ``h`` gives dW; one bag per token over the rows of ``W``, after a
-    stable sort by token, gives dh. Entries with ``g = 0`` are left out, not multiplied.
+    Both are sums over bags of rows, in a fixed order without atomics: one bag per vocabulary entry over the rows of
+    ``h``, and, after a stable sort by token, one bag per token over the rows of ``W``. Entries with ``g = 0`` are left
+    out, not multiplied.
     """
-    vocab_size, hidden_size = weight.shape
-    rows = hidden.shape[0]
+    vocab_size, rows = weight.shape[0], hidden.shape[0]
     if rows == 0:
         return torch.zeros_like(hidden), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
     table = hidden.to(call.accumulation_dtype).contiguous() if call.need_weight else hidden
     edges = call.edges(hidden)
     starts = edges[:-1]
-    # The same order from a counting sort as from the stable sort, in a tenth of the time.
+    # The counting sort gives the same order as the stable sort in a tenth of the time.
     in_csrc = dispatch.on_host(hidden) and call.accumulation_dtype == torch.float32 and compiled.serves(hidden.device)
     grad_hidden: Tensor | None = None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if call.need_weight else None
@@ -52,34 +52,33 @@ def max_pool_backward(
             weights = values.reshape(-1)[entries]
             token = (argmax[:, columns].to(torch.int32) + starts[:, None]).clamp_(0, rows - 1).t().reshape(-1)[entries]
         if grad_weight is not None:
-            offsets = _exclusive_sum(active.sum(dim=1))
-            block_gradient = _bag_sum(token, table, offsets, weights)
+            block_gradient = _bag_sum(token, table, _exclusive_sum(active.sum(dim=1)), weights)
             if step >= vocab_size:
                 grad_weight = block_gradient.to(weight.dtype)
             else:
                 grad_weight[columns] = block_gradient
         if call.need_hidden:
             if in_csrc:
-                words, weights, offsets = _bucket(argmax[:, columns], gradient, edges, rows)
+                ids, weights, offsets = _bucket(argmax[:, columns], gradient, edges, rows)
             else:
-                words = entries.div(call.batch_size, rounding_mode="floor").to(torch.int32)
+                ids = entries.div(call.batch_size, rounding_mode="floor").to(torch.int32)
                 if not dispatch.may_wait(hidden):
                     in_use = torch.arange(len(entries), device=hidden.device) < active.sum()
                     token = torch.where(in_use, token, rows)
                 token, order = torch.sort(token, stable=True)
                 bounds = torch.arange(rows + 1, device=hidden.device, dtype=torch.int32)
                 offsets = torch.searchsorted(token, bounds, out_int32=True)
-                words, weights = words[order], weights[order]
+                ids, weights = ids[order], weights[order]
             block = weight[columns].to(call.accumulation_dtype).contiguous()
-            part = _bag_sum(words, block, offsets, weights)
+            part = _bag_sum(ids, block, offsets, weights)
             grad_hidden = part if grad_hidden is None else grad_hidden.add_(part)
     if call.need_hidden:
-        grad_hidden = hidden.new_zeros(rows, hidden_size) if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        grad_hidden = hidden.new_zeros(hidden.shape) if grad_hidden is None else grad_hidden.to(hidden.dtype)
     return grad_hidden, grad_weight, grad_bias
 
 
 def _active_entries(active: Tensor) -> Tensor:
-    """Flat indices of the true entries, ascending; where counting them would sync, all others follow behind."""
+    """Flat indices of the true entries, ascending; if counting them would sync, those of all others follow."""
     if dispatch.may_wait(active):
         return active.view(-1).nonzero().squeeze(1)
     return torch.argsort(active.view(-1).logical_not(), stable=True)
@@ -90,13 +89,13 @@ def _exclusive_sum(counts: Tensor) -> Tensor:
 
 
 def _bucket(argmax: Tensor, gradient: Tensor, edges: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Vocabulary ids and values of the active entries by token, without gaps, and ``[rows + 1]`` where each begins."""
-    bounds, words, values = compaction.bucket_by_token(argmax, gradient, edges, rows)
+    """Vocabulary ids and values of the active entries by token, without gaps, and the ``[rows + 1]`` first ones."""
+    bounds, ids, values = compaction.bucket_by_token(argmax, gradient, edges, rows)
     offsets = _exclusive_sum(bounds[:, 1] - bounds[:, 0])
     counts = offsets[edges.to(torch.int64)].diff().tolist()
     width = gradient.shape[1]
-    packed = [torch.cat([t[b * width : b * width + n] for b, n in enumerate(counts)]) for t in (words, values)]
-    return packed[0], packed[1], offsets
+    ids, values = (torch.cat([t[b * width : b * width + n] for b, n in enumerate(counts)]) for t in (ids, values))
+    return ids, values, offsets
 
 
 def _bag_sum(index: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -107,8 +106,8 @@ def _bag_sum(index: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> 
     if len(index) == 0:
         return table.new_zeros(bags, table.shape[1])
     if not dispatch.may_wait(table):
-        # PyTorch's CUDA kernel may ignore the last offset (pytorch#178614). The last bag would then also sum all the
-        # inactive entries behind it, one after the other. They get short spare bags, whose sums are dropped.
+        # PyTorch's CUDA kernel may ignore the last offset (pytorch#178614), so that the last bag would also sum all
+        # inactive entries behind it, one after the other. They go into short spare bags, whose sums are dropped.
         ends = torch.arange(1, len(index) // SPARE_BAG + 2, device=offsets.device, dtype=torch.int32) * SPARE_BAG
         offsets = torch.cat([offsets, (offsets[-1:] + ends).clamp_max(len(index))])
     sums = F.embedding_bag(

@@ -1,12 +1,11 @@
 """The torch backend on a CPU: real tokens packed, vocabulary tiles that stay in cache.
 
-The real tokens are packed first (padding is a third of a real batch), sequences of equal length side by side, and the
-vocabulary is walked in tiles whose ``[tokens, tile]`` dots stay in cache: one matmul, one reduction over the tokens,
-one store of ``[sequences, tile]``. Nothing of size tokens × vocabulary exists, forward or backward.
+The real tokens are packed first (padding is a third of a real batch), in the order of their sequences' lengths. The
+vocabulary is then processed in tiles whose ``[tokens, tile]`` dots stay in cache: one matmul, one reduction over the
+tokens, one store of ``[sequences, tile]``. Nothing of size tokens × vocabulary exists, forward or backward.
 
-bfloat16 dots use bfloat16 matmul instructions where the CPU has them and are then rounded to bfloat16 before the
-maximum is taken, as the dense head does: PyTorch's CPU matmul has no wider output. Every other half-precision dot is
-computed in float32.
+Where the CPU has bfloat16 matmul instructions, bfloat16 dots are rounded to bfloat16 before the maximum is taken, as in
+the dense head, because PyTorch's CPU matmul has no wider output. Every other half-precision dot is computed in float32.
 """
 
 from __future__ import annotations
@@ -19,17 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..pooling import Gradients, PoolingCall, activate, activation_gradient
-from . import screening, screening_plain
+from . import screening
+from .screening_plain import Target
 
-# A tile of dots is at most this many elements (16 MiB of float32), so that it is reduced from cache.
+# Elements per tile of dots, at most (16 MiB of float32), so that it is reduced from cache.
 TILE_ELEMENTS = 4 << 20
 MAX_TILE_COLUMNS = 4096
-# The sum and its gradient work on every dot and hold several tiles at a time.
+# The sum and its gradient hold several tiles at a time.
 SUM_TILE_ELEMENTS = TILE_ELEMENTS // 8
 MIN_TILE_COLUMNS = 128
-# Packed rows of one slice of the batch: what bounds the packed copy and keeps a tile at full width.
+# Packed rows per slice of the batch: bounds the packed copy, and keeps tiles wide.
 SLICE_ROWS = 4096
-# BLAS rows do not depend on the other rows of a call from 16 rows on (float32); smaller calls take other routines.
+# From 16 rows on, a row of a float32 BLAS matmul does not depend on the number of rows; below, other routines run.
 MIN_ROWS = 16
 # Rows per group of the two-stage argmax, used where padding sequences to whole groups makes at most this many times the
 # rows.
@@ -44,7 +44,7 @@ class Slice:
     """
 
     rows: Tensor  # [R] row of each packed token in the flat [N, D] hidden states
-    positions: Tensor  # [R] position of each packed token in its sequence
+    positions: Tensor  # [R] its position in its sequence
     sequences: Tensor  # [n] index of each sequence in the batch
     lengths: list[int]  # [n] packed rows of each sequence
     group: int
@@ -53,9 +53,6 @@ class Slice:
     def offsets(self) -> Tensor:
         """``[n + 1]`` first packed row of each sequence."""
         return F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0))
-
-    def tile_columns(self, elements: int) -> int:
-        return max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, elements // max(len(self.rows), 1)))
 
 
 def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -68,10 +65,8 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         rows, offsets = packed[: len(part.rows)], part.offsets()
         if screen is not None and screen.pays(rows, offsets):
-            target = screening_plain.Target(
-                part.sequences, part.positions, largest, argmax if call.need_argmax else None
-            )
-            screen.maximise(rows, offsets, target)
+            positions = argmax if call.need_argmax else None
+            screen.maximise(rows, offsets, Target(part.sequences, part.positions, largest, positions))
             if bias is not None and _rounds_dots(call):
                 largest.index_add_(0, part.sequences, bias.to(dtype).expand(len(part.sequences), -1))
             continue
@@ -178,13 +173,14 @@ def _tiles(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield ``(columns, dots [R, columns])``, about ``elements`` dots at a time, all written into the same buffer.
 
-    A matmul that rounds its result to half precision gets the bias in its accumulator: dots far from zero would be
-    rounded more coarsely than the logits, and tie more often.
+    If the matmul rounds its result to half precision, the bias is added in its accumulator: dots lie further from zero
+    than logits, and would be rounded more coarsely and tie more often.
     """
     dtype = _matmul_dtype(call)
     packed = packed.to(dtype)
     vocab_size = weight.shape[0]
-    width = max(1, min(part.tile_columns(elements), vocab_size))
+    width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, elements // max(len(part.rows), 1)))
+    width = max(1, min(width, vocab_size))
     buffer = packed.new_empty(len(packed) * width)
     for first in range(0, vocab_size, width):
         columns = slice(first, min(first + width, vocab_size))
@@ -199,13 +195,13 @@ def _tiles(
 
 
 def _matmul_dtype(call: PoolingCall) -> torch.dtype:
-    """The compute dtype where this CPU multiplies it natively; emulation is slower than float32."""
+    """The compute dtype if this CPU multiplies it natively, else that of the accumulation: emulation is slower."""
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if call.compute_dtype == torch.bfloat16 and has_bfloat16 else call.accumulation_dtype
 
 
 def _rounds_dots(call: PoolingCall) -> bool:
-    """Whether the matmul's result is rounded to half precision, and so has the bias inside."""
+    """Whether the matmul's result is rounded to half precision, and so includes the bias."""
     return _matmul_dtype(call) != call.accumulation_dtype
 
 
@@ -217,15 +213,15 @@ def _logits(dots: Tensor, bias: Tensor | None, columns: slice, call: PoolingCall
 def _segment_maximum(dots: Tensor, part: Slice, need_position: bool) -> tuple[Tensor, Tensor | None]:
     """Maximum over each sequence's tokens ``[n, columns]`` and its position in the sequence.
 
-    NaN is the largest, the lowest position wins ties. PyTorch's maximum without indices is vectorised, the one with is
-    not: groups are reduced without, then the winning group is found, and the winner inside it.
+    NaN is the largest, ties go to the lowest position. PyTorch's maximum is vectorised without indices only. So groups
+    are reduced without, and the indices are found among the group maxima, then inside the winning group.
     """
     members = dots.view(-1, part.group, dots.shape[1])
-    heads = members.amax(dim=1) if part.group > 1 else dots
-    heads = heads.index_select(0, part.groups.view(-1)).view(*part.groups.shape, -1)
+    maxima = members.amax(dim=1) if part.group > 1 else dots
+    maxima = maxima.index_select(0, part.groups.view(-1)).view(*part.groups.shape, -1)
     if not need_position:
-        return heads.amax(dim=1), None
-    largest, winner = heads.max(dim=1)
+        return maxima.amax(dim=1), None
+    largest, winner = maxima.max(dim=1)
     row = part.groups.gather(1, winner)
     if part.group > 1:
         candidates = members.gather(0, row[:, None].expand(-1, part.group, -1))

@@ -1,10 +1,10 @@
 """Maxima and sums over consecutive rows, by operations that every device has.
 
-``torch.segment_reduce`` has no kernel on MPS (pytorch#197880), and a scatter with atomics is not repeatable for sums.
-Here rows are reduced a small group at a time, with ``amax``, ``amin`` or ``sum`` over one dimension of a
-``[groups, members, columns]`` tensor, until one row of each segment is left. Padded input is one group a sequence, and
-takes one reduction. The number of steps for packed input follows from a bound on the length that the host knows, so
-nothing is read back from the device; however uneven the lengths, at most ``GROUP`` rows a segment come on top.
+``torch.segment_reduce`` has no kernel on MPS (pytorch#197880), and sums scattered with atomics are not repeatable. Here
+small groups of rows are reduced with ``amax``, ``amin`` or ``sum`` over one dimension of a ``[groups, members,
+columns]`` tensor, until one row per segment is left. Padded input takes one such step, with one group per sequence. For
+packed input the number of steps follows from the host-known bound on the length, so nothing is read back from the
+device, and each segment is padded by at most ``GROUP`` rows, however uneven the lengths are.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from torch.nn import functional as F
 
 from ..pooling import PoolingCall
 
-# Rows of a packed segment that are reduced together.
+# Rows per group of a packed segment.
 GROUP = 8
-# Elements of one block of weighted rows in bag_sum: 64 MiB of float32.
+# Elements per block of weighted rows in bag_sum: 64 MiB of float32.
 BAG_ELEMENTS = 16 << 20
 
 
 @dataclass(frozen=True)
 class Step:
-    """One reduction of rows to fewer rows."""
+    """One reduction of rows, in G groups of L members, to G rows."""
 
-    index: Tensor | None  # [G, L] row of each member of each group; None: every L rows are a group
-    real: Tensor  # [G, L] whether there is such a member
+    index: Tensor | None  # [G, L] row of each member of each group; None: every L consecutive rows are a group
+    real: Tensor  # [G, L] False for padding
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Consecutive rows of a ``[N, columns]`` tensor that are reduced to one row each."""
+    """Segments of consecutive rows of a ``[N, columns]`` tensor, which are reduced to one row each."""
 
     steps: list[Step]
-    position: Tensor  # [G, L] of the members of the first step, in their segment; float32, which is exact to 2^24
+    position: Tensor  # [G, L] positions in their segment of the members of the first step; float32, exact to 2^24
     occupied: Tensor  # [n] whether a segment has a row
 
     @property
     def rows(self) -> int:
-        """Rows that the first reduction gathers, absent members included."""
+        """Rows that the first reduction gathers, padding included."""
         return self.position.numel()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Segments:
         return values
 
     def maximum(self, values: Tensor, need_position: bool) -> tuple[Tensor, Tensor | None]:
-        """Maximum, -inf of nothing, and its position: NaN is the largest, the lowest position wins ties."""
+        """Maximum (-inf of an empty segment) and its position: NaN is the largest, ties go to the lowest position."""
         position = self.position[..., None]
         for number, step in enumerate(self.steps):
             members = _members(values, step, -torch.inf)
@@ -66,7 +66,7 @@ class Segments:
 
 
 def of_call(call: PoolingCall, hidden: Tensor) -> Segments:
-    """The sequences of a call, of which there is at least one; ``hidden`` is not empty."""
+    """The sequences of a call with at least one sequence and one row."""
     if call.cu_seqlens is not None:
         return of_edges(call.edges(hidden), hidden.shape[0], call.max_seqlen)
     shape = call.batch_size, call.max_seqlen
@@ -76,7 +76,7 @@ def of_call(call: PoolingCall, hidden: Tensor) -> Segments:
 
 
 def of_edges(edges: Tensor, rows: int, longest: int) -> Segments:
-    """Segment i has the rows ``edges[i] .. edges[i + 1] - 1`` of ``rows > 0``, and at most ``longest``."""
+    """Segment i has the rows ``edges[i] .. edges[i + 1] - 1`` of ``rows > 0``, at most ``longest`` of them."""
     first, *others = _steps(edges.to(torch.int64), rows, max(1, min(longest, rows)))
     return Segments([first[0], *(step for step, _ in others)], first[1], edges[:-1] < edges[1:])
 
@@ -90,7 +90,7 @@ def _steps(edges: Tensor, rows: int, longest: int) -> Iterator[tuple[Step, Tenso
         else:
             counts = ((edges[1:] - edges[:-1] + size - 1) // size).clamp_min(1)
             bounds = F.pad(counts.cumsum(0), (1, 0))
-            # An upper bound on the number of groups. Surplus groups begin behind the last segment and have no members.
+            # Their number is an upper bound. Surplus groups begin behind the last segment and have no members.
             groups = torch.arange(rows // size + segments, device=edges.device)
             owner = torch.searchsorted(bounds[1:], groups, right=True).clamp_max(segments - 1)
             offset = (groups - bounds[owner]) * size
@@ -104,7 +104,7 @@ def _steps(edges: Tensor, rows: int, longest: int) -> Iterator[tuple[Step, Tenso
 
 
 def _members(values: Tensor, step: Step, absent: float) -> Tensor:
-    """``[G, L, columns]``, with the value ``absent`` in place of absent members."""
+    """``[G, L, columns]``, with the value ``absent`` for padding."""
     if step.index is not None:
         values = values.index_select(0, step.index.view(-1))
     return torch.where(step.real[..., None], values.view(*step.real.shape, values.shape[1]), absent)
@@ -113,7 +113,7 @@ def _members(values: Tensor, step: Step, absent: float) -> Tensor:
 def bag_sum(index: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """``out[i] = Σ weights[j] · table[index[j]]`` over ``offsets[i] <= j < offsets[i + 1]``, in a fixed order.
 
-    For devices without a kernel of ``embedding_bag``. Waits for the length of the longest bag.
+    For devices without a kernel of ``embedding_bag``. The host waits for the length of the longest bag.
     """
     bags, width = len(offsets) - 1, table.shape[1]
     total = table.new_zeros(bags, width)
