@@ -1,8 +1,8 @@
 """Maximum pooling forward: grouped-maximum matmul on packed tokens, then finalise.
 
-Tiles are ``acc[BLOCK_V, BLOCK_T] = W_tile @ H_tile^T``, vocabulary on rows and tokens on columns, so that few
-lanes hold a group of 16 tokens and reduce it. The groups of a sequence are combined by an integer atomic maximum, whose
-result does not depend on the order of arrival. Keys hold raw dots: int64 with the packed row in training
+Tiles are ``acc[BLOCK_V, BLOCK_T] = W_tile @ H_tile^T``, vocabulary on rows and tokens on columns, so that few lanes
+hold and reduce a group of 16 tokens. The groups of a sequence are combined by an integer atomic maximum, whose result
+does not depend on the order of arrival. Keys hold raw dots: int64 with the packed row in training
 (:func:`.common.training_key`), int32 ``ordered(dot)`` in inference. The bias only decides whether a key is written
 (``dot + c > 0`` or NaN); finalise adds it.
 """
@@ -68,7 +68,6 @@ def max_pool_forward(
     problem = launch.problem(call, weight)
     arch, *_, precision = problem
     config = config or matmul_config(*problem)
-    int8_config = int8_config or matmul_config(*problem, kind="int8")
     original, weight = weight, weight.to(call.compute_dtype)
     quantised_weight = quantised(call, original, weight, arch)
     bias = None if bias is None else bias.contiguous()
@@ -91,9 +90,9 @@ def max_pool_forward(
             keys = torch.full((sequences, vocab_size), nothing, device=hidden.device, dtype=key_dtype)
         group_sequence, group_count = packed.group_sequence, packed.group_offsets[-1:]
         if quantised_weight is not None:
-            group_sequence, group_count = screen(
-                int8_config, SHARE[call.screening], packed, weight, quantised_weight, bias, keys
-            )
+            tiles = int8_config or matmul_config(*problem, kind="int8")
+            share = SHARE[call.screening]
+            group_sequence, group_count = screen(tiles, share, packed, weight, quantised_weight, bias, keys)
         programs, matrices, options = launch.tiled_launch(config, weight, packed.rows)
         options["ORDER"] = config.order if options["DESCRIPTORS"] else "strips"
         options |= {"PRECISION": precision, "SLICES": config.epilogue_slices, "PARTIALS": config.partials}

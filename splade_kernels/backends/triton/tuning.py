@@ -33,9 +33,8 @@ EPILOGUE_SLICES = (1, 2, 4)
 # "tf32" is float32 whose products may use it. IEEE float32 products have one configuration and are not tuned.
 TUNED_DTYPES = ("bfloat16", "float16", "tf32")
 
-# Architectures on which screening="auto" screens. For each of them bench/results/ has to hold a result of `python -m
-# bench.measure screening` from a GPU of that architecture that shows what bench.screening_pays demands; a test checks
-# it. Empty: no GPU has measured any yet, so "auto" screens on none.
+# Architectures on which screening="auto" screens: bench/results/ has to hold a result of `python -m bench.measure
+# screening` from a GPU of each that shows what bench.screening_pays demands; a test checks it. No GPU has measured yet.
 SCREENING_PAYS: frozenset[int] = frozenset()
 
 
@@ -123,7 +122,7 @@ def uses_descriptors(arch: int) -> bool:
 
 
 def screening_may_pay(arch: int) -> bool:
-    """Whether a checked-in result of this architecture says that screening pays; in the interpreter it never does."""
+    """Whether a checked-in result of this architecture says that screening pays; never in the interpreter."""
     return arch in SCREENING_PAYS
 
 
