@@ -95,16 +95,16 @@ def _gradient_kernel(
 
 @triton.jit
 def _sum_rows(word_ptr, value_ptr, weight_ptr, stride_wv, stride_wd, begin, end, o_d, m_d, ENTRIES: tl.constexpr):
-    """``Σ value[e] · W[word[e], :]`` over ``begin <= e < end``, ENTRIES at a time."""
+    """``Σ value[e] · W[v[e], :]`` over ``begin <= e < end``, ENTRIES at a time."""
     p_weight = weight_ptr + o_d.to(tl.int64)[None, :] * stride_wd
     total = tl.zeros((o_d.shape[0],), dtype=tl.float32)
     for first in range(begin, end, ENTRIES):
         o_e = first + tl.arange(0, ENTRIES)
         m_e = o_e < end
-        word = tl.load(word_ptr + o_e, mask=m_e, other=0).to(tl.int64)
+        v = tl.load(word_ptr + o_e, mask=m_e, other=0).to(tl.int64)
         g = tl.load(value_ptr + o_e, mask=m_e, other=0.0)
         # [ENTRIES, BLOCK_D]
-        w = tl.load(p_weight + word[:, None] * stride_wv, mask=m_e[:, None] & m_d[None, :], other=0.0)
+        w = tl.load(p_weight + v[:, None] * stride_wv, mask=m_e[:, None] & m_d[None, :], other=0.0)
         total += tl.sum(g[:, None] * widen(w), axis=0)
     return total
 
