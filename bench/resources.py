@@ -1,4 +1,4 @@
-"""Compile every kernel in every shipped configuration, with no GPU present, and report what the compiler made of it.
+"""Compile every kernel in the default and all shipped configurations, without a GPU, and report what became of it.
 
     python -m bench.resources [--json RESULT.json] [--arch 86 --arch 90]
 
@@ -69,14 +69,15 @@ class Row:
         if self.matmul and not exempt:
             if not self.ptx.get("multiply"):
                 found.append("has no matrix instruction in its PTX")
-            if not any(self.instructions.get(name) for name in TENSOR_CORE):
+            if not self.has(TENSOR_CORE):
                 found.append("multiplies without tensor cores")
-        # A compiler that cannot place a product in a pipeline may drop it together with what depends on it.
-        if self.matmul and not (
-            self.ptx.get("write") and any(self.instructions.get(name) for name in (*ATOMIC, *STORE))
-        ):
+        # A compiler that cannot pipeline a product may drop it together with what depends on it.
+        if self.matmul and not (self.ptx.get("write") and self.has((*ATOMIC, *STORE))):
             found.append("writes no result to global memory")
         return found
+
+    def has(self, names: tuple[str, ...]) -> bool:
+        return any(self.instructions.get(name) for name in names)
 
 
 def compile_case(case: Case) -> Any:

@@ -3,11 +3,11 @@
     python -m bench.smoke --output RESULT.json [--budget-seconds 40]
     python -m bench.smoke --only NAME          # in this process
 
-An error of CUDA stays with the process that met it, so one kernel that faults does not take the others with it. Inputs
-are small whole numbers, whose products and sums no order of addition and no 16-bit dtype changes: the token that
-attains a maximum is then the same in every precision, and gradients can be held against float64 as they are. A row says
-how far each result is from the definition, in multiples of what its dtype allows, and whether a second run gave the
-same bits. Without a GPU the same runs in Triton's interpreter (``TRITON_INTERPRET=1``).
+A CUDA error stays with its process, so a kernel that faults does not take the others with it. Inputs are small
+integers, whose products and sums are exact in every dtype and order: the token that attains a maximum is the same in
+every precision, and gradients can be compared with float64 directly. A row says how far each result is from the
+definition, in multiples of what its dtype allows, and whether a second run gave the same bits. Without a GPU the same
+runs in Triton's interpreter (``TRITON_INTERPRET=1``).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from splade_kernels.backends.triton.tuning import matmul_config
 
 PROCESSES = 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# One hidden size whose rows TMA can fetch, as models have, and one for pointers; sizes no tile divides. The interpreter
-# takes a second for what a GPU does in microseconds.
+# One hidden size whose rows TMA can fetch, as those of models, and one for pointers; no tile divides the vocabulary.
+# The interpreter takes a second for what a GPU does in microseconds.
 HIDDEN_SIZE, ODD_HIDDEN_SIZE, VOCAB_SIZE = (768, 100, 1043) if DEVICE.type == "cuda" else (64, 36, 139)
 LENGTHS = (40, 17, 0, 1)
 
@@ -62,6 +62,10 @@ def draw(dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE, lengths: Sequence[i
     return {"hidden_states": hidden, "weight": weight, "bias": bias, "attention_mask": mask.to(DEVICE)}
 
 
+def widened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
 def pooled(inputs: dict[str, Tensor], training: bool, function: Callable[..., Tensor], **options: Any) -> list[Tensor]:
     """The output, and in training the gradients of hidden states, weight and bias."""
     if not training:
@@ -79,11 +83,8 @@ def pool(
     """``splade_pool`` against the float64 definition, twice: inference with screening keeps its quantised weight."""
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     inputs = draw(DTYPES[dtype], hidden_size, lengths)
-    definition = {"pooling_strategy": "max", "activation_function": "relu"} | {
-        name: options[name] for name in ("pooling_strategy", "activation_function") if name in options
-    }
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    exact = pooled(wide, training, sk.reference.splade_pool, **definition)
+    definition = {name: options[name] for name in ("pooling_strategy", "activation_function") if name in options}
+    exact = pooled(widened(inputs), training, sk.reference.splade_pool, **definition)
     run = partial(pooled, inputs, training, sk.splade_pool, **{"backend": "triton", "screening": False, **options})
     return _twice(run, exact)
 
@@ -106,8 +107,7 @@ def persistent(dtype: str) -> Found:
     config = matmul_config(*launch.problem(call, weight))
     run = partial(max_pool_forward, call, hidden.flatten(0, 1), weight, bias)
     (output, argmax), expected = run(replace(config, programs=3)), run(config)
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    exact = pooled(wide, False, sk.reference.splade_pool)
+    exact = pooled(widened(inputs), False, sk.reference.splade_pool)
     return {"output": (output, exact[0]), **_same_bits([output, argmax], [*expected])}
 
 
@@ -167,8 +167,8 @@ def rival(dtype: str) -> Found:
     from bench.inputs.variants import rival as make
 
     inputs = draw(DTYPES[dtype])
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    return _twice(lambda: [make(False)(*inputs.values())], pooled(wide, False, sk.reference.splade_pool))
+    exact = pooled(widened(inputs), False, sk.reference.splade_pool)
+    return _twice(lambda: [make(False)(*inputs.values())], exact)
 
 
 def captured(dtype: str) -> Found:
@@ -258,7 +258,7 @@ def run(names: Sequence[str], result: Result, seconds: float) -> None:
         while waiting and len(running) < PROCESSES:
             name = waiting.pop(0)
             command = [sys.executable, "-m", "bench.smoke", "--only", name]
-            # A file and no pipe, which would fill up: a compiler that fails prints what it had.
+            # A file: a compiler that fails prints more than a pipe holds.
             written = tempfile.TemporaryFile("w+")
             running[name] = subprocess.Popen(command, stdout=written, stderr=written, text=True), written
         time.sleep(0.05)

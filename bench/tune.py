@@ -65,12 +65,12 @@ class Load:
     active_terms: int | None = None
 
 
-# What the choice is judged by, both loads together: a configuration may depend on neither.
+# The choice is judged by both loads together, since a configuration may depend on neither.
 FORWARD_LOADS = {"32 x 256": Load(32, 256), "32 x 60": Load(32, 60)}
 BACKWARD_LOADS = {"32 x 256, most active": Load(32, 256), "32 x 256, 200 active": Load(32, 256, 200)}
-# What results are compared on: lengths and words that fill no tile, and in the longest tiles one sequence alone.
+# What results are compared on: sizes that fill no tile, and sequences longer than any tile.
 CHECKED_LOAD = Load(3, 300)
-# The second where the vocabulary is a multiple of 16, which kernels are compiled anew for: what is timed is checked.
+# The second where the vocabulary is a multiple of 16: Triton compiles another kernel for it, and that one is timed.
 CHECKED_VOCAB_SIZES = 4099, 4112
 
 
@@ -139,14 +139,14 @@ def step(shape: Shape, load: Load, device: str, exact: bool = False) -> Callable
 
 
 def disagreement(shape: Shape, config: Config, device: str) -> str | None:
-    """How a candidate's results differ from the shipped configuration's, on exact integers; None if they do not.
+    """How a candidate's results differ from those of the default configuration, on integers; None if they do not.
 
-    Dots are exact, so maxima and positions have to be equal; sums of activated values are only as close as rounding.
+    Dots are exact, so maxima and positions have to be equal; sums of activated values may differ by rounding.
     """
     largest = CHECKED_VOCAB_SIZES[shape.vocab_size % 16 == 0]
     small = shape._replace(vocab_size=min(shape.vocab_size, largest))
     if isinstance(config, MatmulConfig):
-        # So few programs that a persistent one walks many tiles, as it will.
+        # So few programs that each walks many tiles, as with a real vocabulary.
         config = dataclasses.replace(config, programs=3)
     run = step(small, CHECKED_LOAD, device, exact=True)
     for number, (ours, theirs) in enumerate(zip(run(config), run(shipped(shape)), strict=True)):
@@ -164,7 +164,7 @@ def disagreement(shape: Shape, config: Config, device: str) -> str | None:
 def tournament(
     entrants: Sequence[Config], first: Config, time_once: Callable[[Config], float], rounds: Iterable[tuple[int, int]]
 ) -> dict[Config, list[float]]:
-    """Times of all, by interleaved rounds that fewer and fewer survive; ``first`` always does.
+    """Times of all entrants, in interleaved rounds that fewer and fewer survive; ``first`` always does.
 
     Args:
         time_once: seconds (any unit) of one run; the score of a configuration is its median.
@@ -193,19 +193,19 @@ def choose(times: dict[Config, list[float]], first: Config) -> tuple[Config, flo
 
 
 def verdict(shape: Shape, config: Config, device: str) -> list[str]:
-    """Why a candidate is out before it is timed: what the compiler says of it, or another result than the shipped
-    configuration's. What it compiles here is what is timed, from Triton's cache."""
-    # As in the process that times it: TF32 has to be allowed for the package to take it.
+    """Why a candidate is dropped before it is timed: the compiler's problems, or a wrong result. The kernels that this
+    compiles are timed later, from Triton's cache."""
+    # As in the process that times: the package uses TF32 only where it is allowed.
     torch.backends.cuda.matmul.allow_tf32 = True
     _, problems = examine(shape, config)
     if config == shipped(shape):
-        problems = [problem for problem in problems if "spills" not in problem]  # what others are measured against
+        problems = [problem for problem in problems if "spills" not in problem]  # the others are compared with it
     difference = None if problems else disagreement(shape, config, device)
     return problems if difference is None else [difference]
 
 
 def admit(shape: Shape, configs: Sequence[Config], device: str) -> tuple[list[Config], list[dict[str, Any]]]:
-    """The configurations to be timed, and a row for each of the others: dropped, and why."""
+    """The configurations to be timed, and a row for each of the others that says why it was dropped."""
     admitted, rows = [], []
     tasks = [(shape, config, device) for config in configs]
     for config, found in zip(configs, side_by_side(verdict, tasks), strict=True):
@@ -234,7 +234,7 @@ def measure(
     single = {run: statistics.median(_milliseconds(run, first, flush) for _ in range(5)) for run in runs}
 
     def relative(config: Config) -> float:
-        """Mean over the loads of the time against the shipped configuration's, so that no load outweighs the other."""
+        """Mean over the loads of the time over the default's, so that no load outweighs the other."""
         return statistics.fmean(_milliseconds(run, config, flush) / single[run] for run in runs)
 
     for config in entrants:
@@ -242,7 +242,7 @@ def measure(
     times = tournament(entrants, first, relative, ROUNDS)
     best, _ = choose(times, first)
     keep(best, dropped_rows + _timed(shape, times, first))
-    # Of the best, which has passed, another kernel each.
+    # Refinements of the best are kernels of their own and have to pass as well.
     refined, more_dropped = admit(shape, refinements(best, shape.kind), device)
     dropped_rows += more_dropped
     if len(refined) > 1:
@@ -266,13 +266,13 @@ def _timed(shape: Shape, times: dict[Config, list[float]], first: Config) -> lis
 
 def _row(shape: Shape, config: Config, **more: Any) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
-    # In one column of a table, what the package reads in another form.
+    # For tables, whose cells are text.
     text = ", ".join(f"{name} {value}" for name, value in fields.items())
     return {**shape._asdict(), "configuration": text, "config": fields, **more}
 
 
 def _milliseconds(run: Callable[[Config], Results], config: Config, flush: Tensor) -> float:
-    """One run by the device's clock, its operands out of the L2 cache and the host ahead of the device."""
+    """One run by the device's clock, with a cold L2 cache and the host ahead of the device."""
     flush.zero_()
     torch.cuda._sleep(_HEAD_START)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -302,23 +302,15 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
             for config in candidates(shape)[: args.limit]:
                 compiled, problems = examine(shape, config)
                 kept += not problems
-                needs = [
-                    {
-                        "kernel": row.kernel,
-                        "registers": row.registers,
-                        "spilled": row.spill_bytes,
-                        "shared": row.shared_bytes,
-                    }
-                    for row in compiled
-                ]
-                rows.append(_row(shape, config, compiled=needs, dropped=problems))
                 print(f"{shape.kind} sm_{arch} {shape.dtype} {config}")
-                for need in needs:
-                    print(
-                        "    {kernel:28} {registers:4} registers {spilled:5} spilled {shared:7} shared".format(**need)
-                    )
+                needs = []
+                for row in compiled:
+                    numbers = {"registers": row.registers, "spilled": row.spill_bytes, "shared": row.shared_bytes}
+                    needs.append({"kernel": row.kernel, **numbers})
+                    print(f"    {row.kernel:28}", *(f"{value:7} {name}" for name, value in numbers.items()))
                 for problem in problems:
                     print(f"    dropped: {problem}")
+                rows.append(_row(shape, config, compiled=needs, dropped=problems))
         print(
             f"would measure {shape.kind} for D {shape.hidden_size}, V {shape.vocab_size}, {shape.dtype}: "
             f"{' and '.join(loads(shape))}"
@@ -359,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     arch = _architecture()
     budget = Budget(args.budget_seconds)
     result = Result("tuning", "bench.tune", args.output, architecture=arch, table=[])
-    # TF32 has to be allowed for the package to take it: the choice is between its configurations.
+    # The package uses TF32 only where it is allowed.
     torch.backends.cuda.matmul.allow_tf32 = True
     for shape in shapes(args, arch):
         # The first shape started the processes and compiled what the next ones find.

@@ -1,8 +1,8 @@
 """The rival of the packed maximum kernel: one program owns a sequence and a vocabulary tile, and stores y and a itself.
 
-No keys, no atomics and no second kernel, but every sequence has its last block of tokens to itself, so that short
-sequences waste most of it. It stands here to be measured beside the kernel of the package, on the same packed rows, and
-returns the same bits (``tests/triton/test_rival.py``).
+It needs no keys, no atomics and no second kernel, but the last block of tokens of a sequence holds no other sequence,
+so that short ones waste most of it. The benchmarks measure it beside the kernel of the package, on the same packed
+rows; it returns the same bits (``tests/triton/test_rival.py``).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from splade_kernels.backends.triton.common import (
     tile_of,
     widen,
 )
+from splade_kernels.backends.triton.launch import tile_options
 from splade_kernels.backends.triton.pack import find_tokens, pack_sequences, slices
 from splade_kernels.backends.triton.tuning import MatmulConfig
 
@@ -33,7 +34,7 @@ def max_pool_forward(
     call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, config: MatmulConfig
 ) -> tuple[Tensor, Tensor]:
     """As the package's kernel, with the tile ``[config.block_v, config.block_t]``."""
-    vocab_size, hidden_size = weight.shape
+    vocab_size = weight.shape[0]
     output = hidden.new_empty(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size)
     weight = weight.to(call.compute_dtype)
@@ -41,27 +42,11 @@ def max_pool_forward(
     for part in slices(call, vocab_size, hidden, 0):
         packed = pack_sequences(call, tokens, hidden, part)
         sequences = part.stop - part.start
+        owners = packed.group_offsets, packed.lengths, packed.positions
+        targets = output[part], argmax[part] if call.need_argmax else None
+        options = {"LOGS": call.logs, "PRECISION": dot_precision(call.compute_dtype), **tile_options(config)}
         _sequence_kernel[(sequences * triton.cdiv(vocab_size, config.block_v),)](
-            weight,
-            packed.rows,
-            bias,
-            packed.group_offsets,
-            packed.lengths,
-            packed.positions,
-            output[part],
-            argmax[part] if call.need_argmax else None,
-            sequences,
-            vocab_size,
-            hidden_size,
-            *weight.stride(),
-            LOGS=call.logs,
-            BLOCK_V=config.block_v,
-            BLOCK_T=config.block_t,
-            BLOCK_K=config.block_k,
-            GROUP_V=config.group_v,
-            PRECISION=dot_precision(call.compute_dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            weight, packed.rows, bias, *owners, *targets, sequences, *weight.shape, *weight.stride(), **options
         )
     return output, argmax
 
@@ -94,16 +79,14 @@ def _sequence_kernel(
     m_v = o_v < vocab_size
     first_row = tl.load(offset_ptr + b) * GROUP_ROWS
     length = tl.load(length_ptr + b)
+    weight = weight_ptr, stride_wv, stride_wd
     best = tl.full((BLOCK_V,), float("-inf"), tl.float32)
     best_rank = tl.zeros((BLOCK_V,), tl.int32)
     for first in range(0, length, BLOCK_T):
         rank = first + tl.arange(0, BLOCK_T)
         m_t = rank < length
         # [BLOCK_V, BLOCK_T]
-        dot = dots(
-            weight_ptr, row_ptr, o_v, first_row + rank, m_v, m_t, hidden_size, hidden_size, stride_wv, stride_wd,
-            BLOCK_K, PRECISION,
-        )  # fmt: skip
+        dot = dots(weight, row_ptr, o_v, first_row + rank, m_v, m_t, hidden_size, hidden_size, BLOCK_K, PRECISION)
         dot = tl.where(m_t[None, :], canonical(dot), float("-inf"))
         largest = maximum(dot, 1)
         better = ordered(largest) > ordered(best)

@@ -165,7 +165,7 @@ def test_slices_of_one_sequence_are_the_same_bits(tiles, monkeypatch):
     sliced = tiles.run(case)
     assert torch.equal(whole[0], sliced[0])
     assert torch.equal(whole[1], sliced[1])
-    assert len(tiles) == 1 + 5
+    assert len(tiles.launched) == 1 + 5
 
 
 def test_a_row_does_not_depend_on_the_rest_of_the_batch(tiles):
@@ -192,7 +192,17 @@ def test_strides_beyond_two_to_the_31_elements(tiles, need_argmax, strides):
             memory = torch.empty(extent, dtype=torch.float16)
         return memory.as_strided((4, 8), strides).copy_(tensor)
 
-    call = PoolingCall(1, case.mask, None, 4, "max", "relu", torch.float16, torch.float16, need_argmax=need_argmax)
+    call = PoolingCall(
+        batch_size=1,
+        attention_mask=case.mask,
+        cu_seqlens=None,
+        max_seqlen=4,
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=torch.float16,
+        out_dtype=torch.float16,
+        need_argmax=need_argmax,
+    )
     hidden, weight = spread(case.hidden.detach()[0]), spread(case.weight.detach())
     output, argmax = forward.max_pool_forward(call, hidden, weight, case.bias.detach())
     assert torch.equal(output, expected[0])
@@ -234,7 +244,15 @@ def test_packed_tokens_are_cut_into_few_slices_whatever_bound_on_a_length_is_kno
     """A slice packs as many rows as its sequences may have; a bound that says nothing must not multiply that."""
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
     call = PoolingCall(
-        batch, None, cu_seqlens, bound or total, "max", "relu", torch.bfloat16, torch.bfloat16, need_argmax=True
+        batch_size=batch,
+        attention_mask=None,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=bound or total,
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=torch.bfloat16,
+        out_dtype=torch.bfloat16,
+        need_argmax=True,
     )
     parts = list(pack.slices(call, 30522, torch.empty(total, 768, device="meta"), 8))
     assert len(parts) == expected

@@ -174,9 +174,20 @@ def test_logarithms_of_what_is_not_positive_and_finite(arithmetic):
 def test_outputs_and_gradients_are_rounded_once(dtype, pooling, activation, arithmetic):
     case = make_case((3, 21, 16, 90), dtype, pattern="holes")
     call = PoolingCall(
-        3, case.mask.to(DEVICE), None, 21, pooling, activation, dtype, dtype, "auto" if pooling == "max" else "off",
-        need_argmax=pooling == "max", need_hidden=True, need_weight=True, need_bias=True,
-    )  # fmt: skip
+        batch_size=3,
+        attention_mask=case.mask.to(DEVICE),
+        cu_seqlens=None,
+        max_seqlen=21,
+        pooling_strategy=pooling,
+        activation_function=activation,
+        compute_dtype=dtype,
+        out_dtype=dtype,
+        screening="auto" if pooling == "max" else "off",
+        need_argmax=pooling == "max",
+        need_hidden=True,
+        need_weight=True,
+        need_bias=True,
+    )
     hidden, weight, bias = (tensor.detach().to(DEVICE) for tensor in case.parameters())
     tensors = hidden.flatten(0, 1), weight, bias
     output, argmax = backend.POOLINGS[pooling].forward(call, *tensors)

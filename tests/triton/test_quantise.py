@@ -74,7 +74,17 @@ def test_what_the_last_tile_still_reads_is_quantised_too():
     """Tiles are whole: behind the last group they hold zeros, not what memory happens to hold."""
     case = sparse_case((40, 32, 16, 4), pattern="full")
     case.mask[5:] = False
-    call = PoolingCall(40, case.mask, None, 32, "max", "relu", torch.float32, torch.float32, "on")
+    call = PoolingCall(
+        batch_size=40,
+        attention_mask=case.mask,
+        cu_seqlens=None,
+        max_seqlen=32,
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=torch.float32,
+        out_dtype=torch.float32,
+        screening="on",
+    )
     hidden = case.hidden.detach().flatten(0, 1)
     packed = pack.pack_sequences(call, pack.find_tokens(call, hidden), hidden, slice(0, 40))
     assert packed.group_offsets[-1] == 10

@@ -24,7 +24,17 @@ def test_the_rival_returns_the_same_bits(pattern, dtype, need_argmax):
     case = make_case((5, 45, 24, 70), dtype, pattern=pattern)
     with torch.no_grad():
         case.hidden[-1, 20, 3] = torch.nan
-    call = PoolingCall(5, case.mask, None, 45, "max", "relu", dtype, dtype, need_argmax=need_argmax)
+    call = PoolingCall(
+        batch_size=5,
+        attention_mask=case.mask,
+        cu_seqlens=None,
+        max_seqlen=45,
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=dtype,
+        out_dtype=dtype,
+        need_argmax=need_argmax,
+    )
     tensors = [tensor.detach() for tensor in (case.hidden.flatten(0, 1), case.weight, case.bias)]
     ours = package.POOLINGS["max"].forward(call, *tensors)
     theirs = rival.max_pool_forward(call, *tensors, MatmulConfig(32, 32, 32, 4, 1, group_v=2))

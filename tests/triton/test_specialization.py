@@ -88,9 +88,20 @@ def _run(batch: int, length: int, dtype: torch.dtype, pooling: str, layout: str)
     if layout == "packed":
         cu_seqlens = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
     call = PoolingCall(
-        batch, mask, cu_seqlens, length, pooling, "relu", dtype, dtype, "on" if pooling == "max" else "off",
-        need_argmax=pooling == "max", need_hidden=True, need_weight=True, need_bias=True,
-    )  # fmt: skip
+        batch_size=batch,
+        attention_mask=mask,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=length,
+        pooling_strategy=pooling,
+        activation_function="relu",
+        compute_dtype=dtype,
+        out_dtype=dtype,
+        screening="on" if pooling == "max" else "off",
+        need_argmax=pooling == "max",
+        need_hidden=True,
+        need_weight=True,
+        need_bias=True,
+    )
     hidden, weight, bias = draw(batch * length, HIDDEN), draw(VOCAB, HIDDEN), draw(VOCAB)
     output, argmax = backend.POOLINGS[pooling].forward(call, hidden, weight, bias)
     grad = draw(batch, VOCAB)

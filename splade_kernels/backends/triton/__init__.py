@@ -13,7 +13,4 @@ from .sum_pool import sum_pool_backward, sum_pool_forward
 
 __all__ = ["POOLINGS", "flops_sums"]
 
-POOLINGS = {
-    "max": Pooling(max_pool_forward, max_pool_backward),
-    "sum": Pooling(sum_pool_forward, sum_pool_backward),
-}
+POOLINGS = {"max": Pooling(max_pool_forward, max_pool_backward), "sum": Pooling(sum_pool_forward, sum_pool_backward)}

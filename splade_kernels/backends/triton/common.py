@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows of a packed group: what one reduction combines, and what sequences are filled up to.
+# Rows of a packed group: what one reduction combines, and what sequences are padded to a multiple of.
 GROUP = 16
 GROUP_ROWS = tl.constexpr(GROUP)
-# Most tokens of a tile: how far past the last one packed rows are read, and so zeroed.
+# Most tokens of a tile: so far past the last token packed rows are read, and have to be zeros.
 LARGEST_BLOCK_T = 256
 # Columns that rows of int8 are padded to a multiple of: whole blocks of every configuration, whatever the hidden size,
 # so that nothing is masked along them and every row is aligned.
@@ -35,7 +35,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def widen(x):
-    """``x`` in float32. The interpreter by itself gets bfloat16 below 2^-126 wrong."""
+    """``x`` in float32. The interpreter's own conversion gets bfloat16 below 2^-126 wrong."""
     if INTERPRETED:
         if x.dtype == tl.bfloat16:
             return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -44,10 +44,10 @@ def widen(x):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """``x`` in DTYPE, rounded to nearest and ties to even, as every conversion on a GPU is.
+    """``x`` in DTYPE, rounded to nearest with ties to even, as conversions on a GPU are.
 
-    The interpreter by itself cuts float32 off to bfloat16, also with ``fp_downcast_rounding="rtne"``, and makes
-    infinities of some NaN. Its float16 is NumPy's, which is right.
+    The interpreter's own conversion truncates float32 to bfloat16, even with ``fp_downcast_rounding="rtne"``, and turns
+    some NaN into infinity. Its float16 is NumPy's, which is right.
     """
     if INTERPRETED:
         x = x if x.dtype == DTYPE else widen(x)
@@ -122,7 +122,7 @@ def _larger(a, b):
 def maximum(x, AXIS: tl.constexpr):
     """Maximum of canonical floats over an axis. NaN is the largest, which ``tl.max`` would drop."""
     if INTERPRETED:
-        # A combining function of one's own takes the interpreter a second a tile.
+        # A custom combine function takes the interpreter a second a tile.
         return unordered(tl.max(ordered(x), axis=AXIS))
     else:
         return tl.reduce(x, AXIS, _larger)
@@ -130,12 +130,12 @@ def maximum(x, AXIS: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """``log(1 + x)`` for ``x >= 0``, small x included: ``log(u) + r / u`` where ``u = 1 + x`` was rounded by r.
+    """``log(1 + x)`` for ``x >= 0``, also for small x: ``log(u) + r / u`` with the rounding error r of ``u = 1 + x``.
 
-    The quotient is so small that its own error, two units in the last place on a GPU, is lost in the sum.
+    The quotient is so small that its own error, two units in the last place on a GPU, vanishes in the sum.
     """
     u = 1.0 + x
-    # Infinity less itself would be NaN.
+    # Infinity minus infinity would be NaN.
     rest = tl.where(u - 1.0 == x, 0.0, x - (u - 1.0))
     return tl.where(u == 1.0, x, tl.log(u) + rest / u)
 
@@ -151,7 +151,7 @@ def activate(x, LOGS: tl.constexpr):
 
 @triton.jit
 def tiles_of_program(tiles, ORDER: tl.constexpr):
-    """First tile of a program of a persistent grid, the end and the step: one run of tiles for ORDER "runs"."""
+    """First tile, end and step of a program of a persistent grid; with ORDER "runs" it takes consecutive tiles."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     if ORDER == "runs":
@@ -164,7 +164,7 @@ def tiles_of_program(tiles, ORDER: tl.constexpr):
 
 @triton.jit
 def tile_of(program, tiles_v, tiles_t, GROUP_V: tl.constexpr, ORDER: tl.constexpr = STRIPS):
-    """Tile of a program: strips of GROUP_V vocabulary tiles, tokens inside, so that a strip's rows of W stay in L2.
+    """Tile of a program: strips of GROUP_V vocabulary tiles that walk the tokens, so that a strip of W stays in L2.
 
     ORDER "runs": row by row, so that consecutive tiles share their rows of W.
     """
@@ -178,21 +178,12 @@ def tile_of(program, tiles_v, tiles_t, GROUP_V: tl.constexpr, ORDER: tl.constexp
 
 
 @triton.jit
-def dots(
-    weight_ptr,
-    row_ptr,
-    o_v,
-    o_t,
-    m_v,
-    m_t,
-    depth,
-    hidden_size,
-    stride_wv,
-    stride_wd,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``W[v] · h[t]`` over the first ``depth`` hidden dimensions: ``[BLOCK_V, BLOCK_T]`` in float32."""
+def dots(weight, row_ptr, o_v, o_t, m_v, m_t, depth, hidden_size, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """``W[v] · h[t]`` over the first ``depth`` hidden dimensions: ``[BLOCK_V, BLOCK_T]`` in float32.
+
+    ``weight`` is the pointer of W with its two strides.
+    """
+    weight_ptr, stride_wv, stride_wd = weight
     p_w = weight_ptr + o_v.to(tl.int64)[:, None] * stride_wv
     p_h = row_ptr + o_t.to(tl.int64)[None, :] * hidden_size
     acc = tl.zeros((o_v.shape[0], o_t.shape[0]), dtype=tl.float32)
@@ -209,8 +200,8 @@ def dots(
 def multiply(b_w, b_h, acc, PRECISION: tl.constexpr):
     """``acc + b_w @ b_h``.
 
-    The interpreter would multiply the bit patterns of bfloat16, and leaves float32 to a BLAS whose rounding may depend
-    on the place in the tile; rounded from float64 it does not.
+    The interpreter would multiply the bit patterns of bfloat16, and hands float32 to a BLAS whose rounding may depend
+    on the position in the tile. Rounding from float64 avoids both.
     """
     if INTERPRETED:
         exact = tl.dot(widen(b_w).to(tl.float64), widen(b_h).to(tl.float64), out_dtype=tl.float64)

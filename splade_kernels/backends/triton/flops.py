@@ -1,6 +1,6 @@
 """FLOPS statistics: the column sums of ``[B, V]`` embeddings over the rows that a threshold keeps.
 
-Every program sums a fixed number of rows of a few columns; the partial sums are then added in order by the same kernel.
+Every program sums a fixed number of rows of a few columns; the same kernel then adds the partial sums in order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .common import widen
 
 BLOCK_V = 256
-# Rows in flight, and rows of one partial sum.
+# Rows that are loaded together, and rows of one partial sum.
 BLOCK_B = 8
 PARTIAL_ROWS = 64
 
@@ -39,30 +39,19 @@ def flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Ten
 def _count_rows(embeddings: Tensor, threshold: float) -> Tensor:
     rows, vocab_size = embeddings.shape
     kept = torch.empty(rows, device=embeddings.device, dtype=torch.uint8)
-    # As an integer, so that no rounding to float32 decides; nothing exceeds NaN.
+    # An integer, so that rounding to float32 decides nothing. No count exceeds a NaN threshold.
     dropped = math.floor(max(threshold, -1.0)) if threshold < vocab_size else vocab_size
     if rows > 0:
-        _count_kernel[(rows,)](
-            embeddings, kept, vocab_size, dropped, embeddings.stride(0), embeddings.stride(1), BLOCK_V=2048, num_warps=4
-        )
+        _count_kernel[(rows,)](embeddings, kept, vocab_size, dropped, *embeddings.stride(), BLOCK_V=2048, num_warps=4)
     return kept
 
 
 def _launch_sums(values: Tensor, kept: Tensor | None, sums: Tensor, rows_each: int) -> None:
     rows, vocab_size = values.shape
     if vocab_size > 0:
-        _sums_kernel[(triton.cdiv(vocab_size, BLOCK_V), sums.shape[0])](
-            values,
-            kept,
-            sums,
-            rows,
-            rows_each,
-            vocab_size,
-            values.stride(0),
-            values.stride(1),
-            BLOCK_B=BLOCK_B,
-            BLOCK_V=BLOCK_V,
-            num_warps=4,
+        sizes = rows, rows_each, vocab_size, *values.stride()
+        _sums_kernel[(triton.cdiv(vocab_size, BLOCK_V), len(sums))](
+            values, kept, sums, *sizes, BLOCK_B=BLOCK_B, BLOCK_V=BLOCK_V, num_warps=4
         )
 
 

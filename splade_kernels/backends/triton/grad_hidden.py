@@ -1,9 +1,10 @@
 """``dh[n, :] = Σ g[b, v] · W[v, :]`` over the active entries (b, v) whose maximum was attained in row n of h.
 
-The entries of a slice of the batch are put in the order of their rows, then a program sums the rows of W of one row of
-h. Early in training up to half of the vocabulary lands on one token, so runs are cut into chunks of ``CHUNK`` entries,
-counted from the run's own beginning: the row's program sums the first, programs of their own the others, and the row's
-program adds those partial sums in order. Where a run lies, and how the batch was sliced or padded, changes no bit.
+The entries of a slice of the batch are sorted by row (:func:`..compaction.bucket_by_token`), then one program sums the
+rows of W for a row of h. Early in training up to half of the vocabulary lands on one token, so the run of entries of a
+row is cut into chunks of ``CHUNK`` entries, counted from its own beginning: the program of the row sums the first
+chunk, other programs the rest, and the program of the row adds their partial sums in order. Neither where a run lies
+nor how the batch was sliced or padded changes a bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..pooling import PoolingCall
 from .common import logit_gradient, narrow, widen
 from .tuning import HiddenConfig
 
-# Entries of a run that one program sums; part of the result's rounding, so the same for every shape.
+# Entries of a chunk. It decides how sums are rounded, so it is the same for every shape.
 CHUNK = 256
 # Entries [sequences, V] of one slice.
 SLICE_ENTRIES = 1 << 21
@@ -39,26 +40,20 @@ def sum_hidden(
     """Write all of ``grad_hidden [N, D]``; sequence b has the rows ``edges[b] .. edges[b + 1] - 1``."""
     total_rows, hidden_size = grad_hidden.shape
     vocab_size = weight.shape[0]
-    # What the forward multiplied with: under autocast half the bytes of the parameter.
+    # In the dtype of the forward's products: under autocast half the bytes of the parameter.
     weight = weight.to(call.compute_dtype)
     blocks_d = triton.cdiv(hidden_size, config.block_d)
     tiles = {"CHUNK": CHUNK, "ENTRIES": config.entries, "BLOCK_D": config.block_d, "num_warps": config.num_warps}
     step = max(1, SLICE_ENTRIES // vocab_size)
     for first in range(0, call.batch_size, step):
         count = min(step, call.batch_size - first)
-        # At least one, since a bound of 0 for packed tokens must not leave rows of dh unwritten.
+        # At least one: with a bound of 0 on packed lengths, the rows of dh still have to be written.
         rows = max(1, min(total_rows, count * call.max_seqlen))
         part = slice(first, first + count)
         values = torch.empty(count, vocab_size, device=output.device, dtype=torch.float32)
+        tensors = grad[part], output[part], values
         _gradient_kernel[(count, triton.cdiv(vocab_size, GRADIENT_BLOCK))](
-            grad[part],
-            output[part],
-            values,
-            vocab_size,
-            *grad.stride(),
-            LOGS=call.logs,
-            BLOCK_V=GRADIENT_BLOCK,
-            num_warps=4,
+            *tensors, vocab_size, *grad.stride(), LOGS=call.logs, BLOCK_V=GRADIENT_BLOCK, num_warps=4
         )
         entries = bucket_by_token(argmax[part], values, edges[first : first + count + 1], rows)
         chunk_offsets, chunk_rows = _chunk_long_runs(entries[0], count * vocab_size)
@@ -67,15 +62,15 @@ def sum_hidden(
         sums = (*entries, chunk_offsets, weight, *weight.stride(), partial, hidden_size, rows)
         if capacity > 0:
             _chunk_kernel[(capacity, blocks_d)](*sums, chunk_rows, **tiles)
-        # Programs take rows in turn: twice the slice's share is enough where the bound on a length says nothing.
+        # Programs take rows in turn, so where the bound on a length is loose, twice the slice's share is enough.
         programs = triton.cdiv(min(rows, triton.cdiv(2 * total_rows * count, call.batch_size)), config.rows)
         limits = (first, count, call.batch_size, total_rows)
         _hidden_kernel[(programs, blocks_d)](*sums, edges, grad_hidden, *limits, ROWS=config.rows, **tiles)
-        del values, entries, partial, sums  # before the next slice's are allocated
+        del values, entries, partial, sums  # before the next slice allocates its own
 
 
 def _chunk_long_runs(bounds: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """``offsets [R + 1]`` of each row's chunks after its first, and ``[capacity]`` each chunk's row (R: no chunk).
+    """``offsets [R + 1]`` of each row's chunks after its first, and ``[capacity]`` the row of each chunk (R: unused).
 
     A row of n entries has ``(n - 1) // CHUNK`` such chunks, hence the capacity: the host does not know their number.
     """
@@ -87,14 +82,7 @@ def _chunk_long_runs(bounds: Tensor, entries: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["stride_gb"], do_not_specialize_on_alignment=["grad_ptr", "output_ptr"])
 def _gradient_kernel(
-    grad_ptr,
-    output_ptr,
-    value_ptr,
-    vocab_size,
-    stride_gb,
-    stride_gv,
-    LOGS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    grad_ptr, output_ptr, value_ptr, vocab_size, stride_gb, stride_gv, LOGS: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """``value[b, v] = g[b, v]``."""
     b = tl.program_id(0).to(tl.int64)
@@ -107,16 +95,16 @@ def _gradient_kernel(
 
 @triton.jit
 def _sum_rows(word_ptr, value_ptr, weight_ptr, stride_wv, stride_wd, begin, end, o_d, m_d, ENTRIES: tl.constexpr):
-    """``Σ value[e] · W[word[e], :]`` over ``begin <= e < end``, ENTRIES at a time."""
+    """``Σ value[e] · W[v[e], :]`` over ``begin <= e < end``, ENTRIES at a time."""
     p_weight = weight_ptr + o_d.to(tl.int64)[None, :] * stride_wd
     total = tl.zeros((o_d.shape[0],), dtype=tl.float32)
     for first in range(begin, end, ENTRIES):
         o_e = first + tl.arange(0, ENTRIES)
         m_e = o_e < end
-        word = tl.load(word_ptr + o_e, mask=m_e, other=0).to(tl.int64)
+        v = tl.load(word_ptr + o_e, mask=m_e, other=0).to(tl.int64)
         g = tl.load(value_ptr + o_e, mask=m_e, other=0.0)
         # [ENTRIES, BLOCK_D]
-        w = tl.load(p_weight + word[:, None] * stride_wv, mask=m_e[:, None] & m_d[None, :], other=0.0)
+        w = tl.load(p_weight + v[:, None] * stride_wv, mask=m_e[:, None] & m_d[None, :], other=0.0)
         total += tl.sum(g[:, None] * widen(w), axis=0)
     return total
 
@@ -175,8 +163,8 @@ def _hidden_kernel(
 ):
     """``dh[n, :] = Σ g · W[v, :]`` over the entries of row n: its first chunk, then the partial sums, in order.
 
-    Slices share out all rows of dh, those of no sequence included. Rows from ``rows`` on, which only sequences longer
-    than their bound can have, have no entries.
+    The slices together write all rows of dh, also those of no sequence. Rows from ``rows`` on, which exist only where a
+    sequence is longer than its bound, have no entries.
     """
     begin_row = tl.load(edge_ptr + first)
     end_row = tl.where(first + count == batch_size, total_rows, tl.load(edge_ptr + first + count))

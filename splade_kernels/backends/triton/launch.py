@@ -1,4 +1,4 @@
-"""What a launch needs to know of the GPU: its architecture, its multiprocessors, what a TMA descriptor can describe."""
+"""What a launch depends on: architecture, multiprocessors, TMA descriptors, and what configurations are chosen by."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """What a persistent grid is counted in; a few in the interpreter, so that its loop is run."""
+    """Number of multiprocessors; a few in the interpreter, so that a persistent program walks several tiles."""
     return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -36,7 +36,7 @@ def problem(call: PoolingCall, weight: Tensor) -> tuple[int, int, int, torch.dty
 
 
 def fits_descriptor(matrix: Tensor) -> bool:
-    """Whether a TMA descriptor can describe it: dense rows, base address and row stride multiples of 16 bytes."""
+    """Whether a TMA descriptor can describe it: dense rows, 16-byte aligned base address and row stride."""
     row_bytes = matrix.stride(0) * matrix.element_size()
     dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] and matrix.numel() > 0
     return dense and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
@@ -45,7 +45,7 @@ def fits_descriptor(matrix: Tensor) -> bool:
 def tiled_launch(
     config: MatmulConfig, weight: Tensor, rows: Tensor
 ) -> tuple[int, tuple[Tensor | TensorDescriptor, ...], dict[str, Any]]:
-    """Programs, the matrices as a kernel of tiles ``[block_v, block_t]`` fetches them, its constants and options."""
+    """Number of programs, the matrices as pointers or descriptors, and the kernel's constants and launch options."""
     programs = -(-weight.shape[0] // config.block_v) * -(-rows.shape[0] // config.block_t)
     matrices: tuple[Tensor | TensorDescriptor, ...] = (weight, rows)
     descriptors = config.tma and fits_descriptor(weight) and fits_descriptor(rows)

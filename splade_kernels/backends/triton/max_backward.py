@@ -6,8 +6,8 @@ With ``g[b, v] = where(y <= 0, 0, dy · dact)`` and the row ``r[b, v]`` of h at 
     dh[n, :] = Σ g[b, v] · W[v, :]  over all (b, v) with r[b, v] = n     (:mod:`.grad_hidden`)
 
 A program owns a block of dW and walks the batch in order. It looks at 16 sequences at a time and visits those with an
-active entry in its block: few late in training, all early. Entries with ``g = 0`` are left out, never multiplied. ``g``
-is computed where it is used: a few instructions, instead of ``[B, V]`` more in float32.
+active entry in its block: few late in training, all of them early. Entries with ``g = 0`` are dropped, never
+multiplied. ``g`` is recomputed where it is used: a few instructions instead of a float32 ``[B, V]``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .common import logit_gradient, narrow, widen
 from .grad_hidden import sum_hidden
 from .tuning import HiddenConfig, WeightConfig
 
-# Sequences whose activity is looked up at once: one bit each in an int32.
+# Sequences whose activity is tested at once, one bit each in an int32.
 BLOCK_B = 16
-# Left alone, the compiler spills a few bytes to fit one more program, or takes 169 where rows are aligned to nothing.
+# Uncapped, ptxas spills a few bytes to raise occupancy, or takes 169 registers where rows have no known alignment.
 MAX_REGISTERS = 112
 
 
@@ -42,7 +42,7 @@ def max_pool_backward(
 ) -> Gradients:
     """As :func:`splade_kernels.backends.tiled.packed.max_pool_backward`.
 
-    An argmax outside its sequence, which only wrong ``cu_seqlens`` on a device can bring, is left out of dh and dW.
+    An argmax outside its sequence, which only wrong ``cu_seqlens`` on a device can cause, is left out of dh and dW.
 
     Args:
         weight_config: of the kernel of dW, by default what :mod:`.tuning` chooses.
@@ -75,28 +75,14 @@ def _sum_weight(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    batch_size, vocab_size = output.shape
+    vocab_size = output.shape[1]
     hidden_size = hidden.shape[1]
     blocks_d = 1 if grad_weight is None else max(1, triton.cdiv(hidden_size, config.block_d))
+    tiles = {"BLOCK_B": BLOCK_B, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d, "num_warps": config.num_warps}
+    tensors = grad, output, argmax, edges, hidden, grad_weight, grad_bias
+    sizes = (*output.shape, hidden_size, *grad.stride(), *hidden.stride())
     _weight_kernel[(triton.cdiv(vocab_size, config.block_v), blocks_d)](
-        grad,
-        output,
-        argmax,
-        edges,
-        hidden,
-        grad_weight,
-        grad_bias,
-        batch_size,
-        vocab_size,
-        hidden_size,
-        *grad.stride(),
-        *hidden.stride(),
-        LOGS=call.logs,
-        BLOCK_B=BLOCK_B,
-        BLOCK_V=config.block_v,
-        BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
-        maxnreg=MAX_REGISTERS,
+        *tensors, *sizes, LOGS=call.logs, **tiles, maxnreg=MAX_REGISTERS
     )
 
 

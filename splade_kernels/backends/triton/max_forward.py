@@ -1,12 +1,10 @@
 """Maximum pooling forward: grouped-maximum matmul on packed tokens, then finalise.
 
-Tiles are ``acc[BLOCK_V, BLOCK_T] = W_tile @ H_tile^T``, vocabulary on rows and tokens on columns, so that the maximum
-over a group of 16 tokens stays inside a few lanes. Groups of one sequence meet in an atomic maximum over integers,
-which is free of order and so deterministic.
-
-training: int64 keys ``(ordered(dot) + 2^31) << 31 | (2^31 - 1 - packed row)``: always positive, NaN largest, lowest row
-on ties. inference: int32 ``ordered(dot)``. Both hold raw dots. The bias gates the write (only dots with
-``dot + c > 0``, or NaN, can matter) and is added by finalise.
+Tiles are ``acc[BLOCK_V, BLOCK_T] = W_tile @ H_tile^T``, vocabulary on rows and tokens on columns, so that few lanes
+hold and reduce a group of 16 tokens. The groups of a sequence are combined by an integer atomic maximum, whose result
+does not depend on the order of arrival. Keys hold raw dots: int64 with the packed row in training
+(:func:`.common.training_key`), int32 ``ordered(dot)`` in inference. The bias only decides whether a key is written
+(``dot + c > 0`` or NaN); finalise adds it.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ from .tuning import MatmulConfig, matmul_config
 
 _NOTHING = tl.constexpr(-0x80000000)
 FINALISE_BLOCK = 1024
-# Of partial maxima: twice as many would spill on sm_80 to sm_89.
+# With partial maxima, a block of 1024 spills on sm_80 to sm_89.
 PARTIAL_FINALISE_BLOCK = 512
 
 
@@ -70,7 +68,6 @@ def max_pool_forward(
     problem = launch.problem(call, weight)
     arch, *_, precision = problem
     config = config or matmul_config(*problem)
-    int8_config = int8_config or matmul_config(*problem, kind="int8")
     original, weight = weight, weight.to(call.compute_dtype)
     quantised_weight = quantised(call, original, weight, arch)
     bias = None if bias is None else bias.contiguous()
@@ -80,7 +77,7 @@ def max_pool_forward(
     group_bytes = 0
     if quantised_weight is not None:
         group_bytes = queue_bytes(call, vocab_size)
-        config = replace(config, partials=False)  # exact dots meet the others in the keys
+        config = replace(config, partials=False)  # exact dots and these maxima are combined in the keys
     partial_rows = config.block_t // config.epilogue_slices if config.partials else 0
     finalise_block = PARTIAL_FINALISE_BLOCK if config.partials else FINALISE_BLOCK
     for part in slices(call, vocab_size, hidden, key_dtype.itemsize, group_bytes, partial_rows):
@@ -93,53 +90,22 @@ def max_pool_forward(
             keys = torch.full((sequences, vocab_size), nothing, device=hidden.device, dtype=key_dtype)
         group_sequence, group_count = packed.group_sequence, packed.group_offsets[-1:]
         if quantised_weight is not None:
-            group_sequence, group_count = screen(
-                int8_config, SHARE[call.screening], packed, weight, quantised_weight, bias, keys
-            )
-        _launch_maximum(config, precision, weight, packed.rows, bias, group_sequence, group_count, keys)
+            tiles = int8_config or matmul_config(*problem, kind="int8")
+            share = SHARE[call.screening]
+            group_sequence, group_count = screen(tiles, share, packed, weight, quantised_weight, bias, keys)
+        programs, matrices, options = launch.tiled_launch(config, weight, packed.rows)
+        options["ORDER"] = config.order if options["DESCRIPTORS"] else "strips"
+        options |= {"PRECISION": precision, "SLICES": config.epilogue_slices, "PARTIALS": config.partials}
+        sizes = (*weight.shape, len(packed.rows), *weight.stride())
+        _maximum_kernel[(programs,)](*matrices, bias, group_sequence, group_count, keys, *sizes, **options)
+        offsets = packed.group_offsets if config.partials else None
+        targets = output[part], argmax[part] if call.need_argmax else None
+        options = {"LOGS": call.logs, "PARTIAL_ROWS": partial_rows, "BLOCK_V": finalise_block, "num_warps": 4}
         _finalise_kernel[(sequences, triton.cdiv(vocab_size, finalise_block))](
-            keys,
-            bias,
-            packed.positions,
-            packed.group_offsets if config.partials else None,
-            output[part],
-            argmax[part] if call.need_argmax else None,
-            vocab_size,
-            LOGS=call.logs,
-            PARTIAL_ROWS=partial_rows,
-            BLOCK_V=finalise_block,
-            num_warps=4,
+            keys, bias, packed.positions, offsets, *targets, vocab_size, **options
         )
-        del packed, keys, group_sequence, group_count  # before the next slice's are allocated
+        del packed, matrices, keys, group_sequence, group_count  # before the next slice allocates its own
     return output, argmax
-
-
-def _launch_maximum(
-    config: MatmulConfig,
-    precision: str,
-    weight: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    group_sequence: Tensor,
-    group_count: Tensor,
-    keys: Tensor,
-) -> None:
-    programs, matrices, options = launch.tiled_launch(config, weight, rows)
-    _maximum_kernel[(programs,)](
-        *matrices,
-        bias,
-        group_sequence,
-        group_count,
-        keys,
-        *weight.shape,
-        len(rows),
-        *weight.stride(),
-        PRECISION=precision,
-        ORDER=config.order if options["DESCRIPTORS"] else "strips",
-        SLICES=config.epilogue_slices,
-        PARTIALS=config.partials,
-        **options,
-    )
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group_count_ptr"])
@@ -168,15 +134,16 @@ def _maximum_kernel(
     """``key[b, v] = max(key[b, v], key(max over a group of W[v] · h[t]))`` for every group of 16 tokens of a sequence.
 
     PARTIALS: ``key[i + b, v] = key(max of W[v] · h[t])`` over the tokens of sequence b in the i-th part of
-    ``BLOCK_T / SLICES`` packed rows, stored without atomics. Neither i nor b falls along the rows and one of them grows
-    from one pair to the next, so no two pairs share a slot. QuACK stores the sums over the columns of its products a
-    tile each likewise, and Liger Kernel the gradients of its norms' weights a program each.
+    ``BLOCK_T / SLICES`` packed rows, stored without atomics. Along the rows i and b never decrease, and one of them
+    grows from one pair (i, b) to the next, so each pair has a slot of its own. QuACK likewise stores one partial column
+    sum for each tile, and Liger Kernel one partial weight gradient for each program.
 
-    ``weight`` and ``row`` are pointers, a program a tile, or TMA descriptors and a persistent grid. Either way programs
-    walk the tiles that hold tokens, whose number only the device knows.
+    ``weight`` and ``row`` are pointers, with one program for each tile, or TMA descriptors with a persistent grid. Only
+    tiles that hold tokens are computed, and only the device knows their number.
     """
     tiles_v = tl.cdiv(vocab_size, BLOCK_V)
     tiles_t = tl.cdiv(tl.load(group_count_ptr) * GROUP_ROWS, BLOCK_T)
+    target = bias_ptr, group_sequence_ptr, key_ptr, vocab_size, rows
     tile = tl.program_id(0)
     if DESCRIPTORS:
         first_tile, last_tile, step = tiles_of_program(tiles_v * tiles_t, ORDER)
@@ -189,25 +156,24 @@ def _maximum_kernel(
                     b_w = weight.load([tile_v * BLOCK_V, first])
                     b_h = row.load([tile_t * BLOCK_T, first])
                     acc = multiply(b_w, b_h.T, acc, PRECISION)
-                _combine(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows, SLICES, PARTIALS)
+                _combine(acc, target, tile_v, tile_t, SLICES, PARTIALS)
     elif tile < tiles_v * tiles_t:
-        # Without the loop: on sm_86 it would take a third more registers.
+        # No loop here: on sm_86 it takes a third more registers.
         tile_v, tile_t = tile_of(tile, tiles_v, tiles_t, GROUP_V)
         if _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T):
             o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
             o_t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-            acc = dots(
-                weight, row, o_v, o_t, o_v < vocab_size, o_t < rows, hidden_size, hidden_size, stride_wv, stride_wd,
-                BLOCK_K, PRECISION,
-            )  # fmt: skip
-            _combine(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows, SLICES, PARTIALS)
+            w = weight, stride_wv, stride_wd
+            m_v, m_t = o_v < vocab_size, o_t < rows
+            acc = dots(w, row, o_v, o_t, m_v, m_t, hidden_size, hidden_size, BLOCK_K, PRECISION)
+            _combine(acc, target, tile_v, tile_t, SLICES, PARTIALS)
 
 
 @triton.jit
 def _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
-    """Whether a group of the tile is left to this kernel.
+    """Whether any group of the tile is left to this kernel.
 
-    Scalars, so that the compiler knows that a warp does not part here: it would double every shuffle that follows.
+    Read as scalars, so that the compiler sees a uniform branch: behind a divergent one it emits every shuffle twice.
     """
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
     largest = -1
@@ -218,41 +184,32 @@ def _is_wanted(group_sequence_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _combine(
-    acc,
-    bias_ptr,
-    group_sequence_ptr,
-    key_ptr,
-    tile_v,
-    tile_t,
-    vocab_size,
-    rows,
-    SLICES: tl.constexpr,
-    PARTIALS: tl.constexpr,
-):
-    """Maxima of a finished tile, in SLICES of its tokens one after another, into the keys of their sequences."""
+def _combine(acc, target, tile_v, tile_t, SLICES: tl.constexpr, PARTIALS: tl.constexpr):
+    """Maxima of a finished tile, in SLICES of its tokens one after another, into the keys of their sequences.
+
+    ``target``: what every step of this takes, from bias to the number of packed rows.
+    """
     if SLICES == 1:
-        _combine_tile(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows, PARTIALS)
+        _combine_tile(acc, target, tile_v, tile_t, PARTIALS)
     else:
         HALF: tl.constexpr = acc.shape[1] // 2
         # [BLOCK_V, HALF, 2]
         halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1))
         left, right = tl.split(halves)
         first = 2 * tile_t
-        _combine(left, bias_ptr, group_sequence_ptr, key_ptr, tile_v, first, vocab_size, rows, SLICES // 2, PARTIALS)
-        # What begins past the last row is no part of any sequence, and its groups are not there to be read.
-        if (first + 1) * HALF < rows:
-            _combine(
-                right, bias_ptr, group_sequence_ptr, key_ptr, tile_v, first + 1, vocab_size, rows, SLICES // 2, PARTIALS
-            )
+        _combine(left, target, tile_v, first, SLICES // 2, PARTIALS)
+        # A half that begins past the last row belongs to no sequence, and has no group_sequence to be read.
+        if (first + 1) * HALF < target[4]:
+            _combine(right, target, tile_v, first + 1, SLICES // 2, PARTIALS)
 
 
 @triton.jit
-def _combine_tile(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vocab_size, rows, PARTIALS: tl.constexpr):
-    """Maxima of a finished tile, or of a slice as if it were one, into the keys of their sequences.
+def _combine_tile(acc, target, tile_v, tile_t, PARTIALS: tl.constexpr):
+    """Maxima of a finished tile, or of one slice of it, into the keys of their sequences.
 
-    A tile of one sequence is one run of tokens: a third of the instructions that its groups would take.
+    A tile of one sequence is reduced as one run of tokens, in a third of the instructions that its groups would take.
     """
+    _, group_sequence_ptr, _, _, rows = target
     BLOCK_V: tl.constexpr = acc.shape[0]
     BLOCK_T: tl.constexpr = acc.shape[1]
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
@@ -262,27 +219,17 @@ def _combine_tile(acc, bias_ptr, group_sequence_ptr, key_ptr, tile_v, tile_t, vo
     last_g = first_g + GROUPS - 1
     first_sequence = tl.load(group_sequence_ptr + first_g)
     last_sequence = tl.load(group_sequence_ptr + last_g, mask=last_g < rows // GROUP_ROWS, other=-1)
-    # Between two groups of one sequence there is no other; between two that were screened (-1) there may be.
+    # Groups between two of one sequence belong to it; between two screened ones (-1) there may be others.
     if (first_sequence == last_sequence) & (first_sequence >= 0):
-        _combine_runs(dot, bias_ptr, group_sequence_ptr, key_ptr, tile_t, o_v, vocab_size, rows, BLOCK_T, PARTIALS)
+        _combine_runs(dot, target, tile_t, o_v, BLOCK_T, PARTIALS)
     else:
-        _combine_runs(dot, bias_ptr, group_sequence_ptr, key_ptr, tile_t, o_v, vocab_size, rows, GROUP_ROWS, PARTIALS)
+        _combine_runs(dot, target, tile_t, o_v, GROUP_ROWS, PARTIALS)
 
 
 @triton.jit
-def _combine_runs(
-    dot,
-    bias_ptr,
-    group_sequence_ptr,
-    key_ptr,
-    tile_t,
-    o_v,
-    vocab_size,
-    rows,
-    WIDTH: tl.constexpr,
-    PARTIALS: tl.constexpr,
-):
+def _combine_runs(dot, target, tile_t, o_v, WIDTH: tl.constexpr, PARTIALS: tl.constexpr):
     """Maxima over runs of WIDTH tokens into the keys of their sequences."""
+    bias_ptr, group_sequence_ptr, key_ptr, vocab_size, rows = target
     BLOCK_V: tl.constexpr = dot.shape[0]
     RUNS: tl.constexpr = dot.shape[1] // WIDTH
     first_g = tile_t * (dot.shape[1] // GROUP_ROWS)
@@ -294,7 +241,7 @@ def _combine_runs(
     o_g = first_g + tl.arange(0, RUNS) * (WIDTH // GROUP_ROWS)
     sequence = tl.load(group_sequence_ptr + o_g, mask=o_g < rows // GROUP_ROWS, other=-1)
     if not PARTIALS:
-        # Before the keys: the other way round most training kernels for sm_90 take more registers.
+        # Computed before the keys: in the other order most training kernels for sm_90 take more registers.
         logit = largest
         if bias_ptr is not None:
             logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
@@ -314,9 +261,9 @@ def _combine_runs(
 
 @triton.jit
 def _store_partials(key, sequence, group_sequence_ptr, key_ptr, tile_t, first_g, o_v, vocab_size, rows):
-    """The largest key ``[BLOCK_V, RUNS]`` of each sequence of a tile into the slot that is its alone.
+    """The largest key ``[BLOCK_V, RUNS]`` of each sequence of a tile into the slot of this tile and sequence.
 
-    The bias decides nothing here: the largest dot stays the largest, and finalise makes zero of what is inactive.
+    The bias is not needed: it does not change which dot is the largest, and finalise zeroes what is inactive.
     """
     RUNS: tl.constexpr = key.shape[1]
     m_v = o_v < vocab_size
@@ -337,7 +284,7 @@ def _store_partials(key, sequence, group_sequence_ptr, key_ptr, tile_t, first_g,
 
 @triton.jit
 def _largest_partial(key_ptr, offset_ptr, b, o_v, vocab_size, PARTIAL_ROWS: tl.constexpr):
-    """Maximum over the slots of sequence b: one for each PARTIAL_ROWS packed rows that hold a token of it."""
+    """Maximum over the slots of sequence b, one for each part of PARTIAL_ROWS packed rows that holds a token of it."""
     first_g = tl.load(offset_ptr + b)
     last_g = tl.load(offset_ptr + b + 1)
     NOTHING: tl.constexpr = 0 if key_ptr.dtype.element_ty == tl.int64 else _NOTHING
@@ -362,9 +309,9 @@ def _finalise_kernel(
     PARTIAL_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """``y = act(dot + c)`` and the position that attained it, from the keys; nothing written means inactive.
+    """``y = act(dot + c)`` and the position that attained it, from the keys; a key that nobody wrote is inactive.
 
-    With ``offset``, the first group of each sequence, a key is the maximum over the partial ones of its sequence.
+    With ``offset``, the first group of each sequence, the key is the maximum over the partial keys of its sequence.
     """
     b = tl.program_id(0).to(tl.int64)
     o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)

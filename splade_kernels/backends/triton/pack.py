@@ -1,8 +1,8 @@
 """Pack: the real tokens of a slice of the batch, densely, in groups of 16 rows.
 
-Every sequence is filled up to whole groups with its own first token, which changes neither a maximum nor its lowest
-position; groups past the last one are zeros and belong to sequence -1. All on the device: grids cover the bound that
-the host knows.
+Every sequence is padded to whole groups with its own first token, which changes neither a maximum nor its lowest
+position. Groups past the last one are zeros and belong to sequence -1. Nothing is read back: grids cover the most
+groups that the host's bounds allow.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from ..pooling import PoolingCall
 from .common import GROUP, GROUP_ROWS, LARGEST_BLOCK_T, narrow
 
-# Bytes of the packed rows, and of the [sequences, V] keys or the partial maxima, of one slice.
+# Bytes of one slice: of its packed rows, and of its keys [sequences, V] or partial maxima.
 SLICE_BYTES = 64 << 20
-# Times the packed tokens that there are, up to which the bound on their lengths is taken to mean something.
+# Up to so many times the packed tokens there are, the bound on their lengths is taken as tight.
 LOOSE_BOUND = 4
-# Groups past the last one that are zeros: what its tile may still hold.
+# Zero groups past the last one: what the last tile may read.
 TAIL_GROUPS = LARGEST_BLOCK_T // GROUP
 ALL_GROUPS = 1 << 30
 
@@ -57,25 +57,18 @@ def find_tokens(call: PoolingCall, hidden: Tensor) -> Tokens:
         _list_kernel[(call.batch_size,)](
             mask, listed, lengths, mask.shape[1], mask.stride(0), mask.stride(1), BLOCK_S=1024, num_warps=4
         )
-    _offset_kernel[(1,)](
-        edges if mask is None else None,
-        lengths,
-        group_offsets,
-        call.batch_size,
-        call.max_seqlen,
-        BLOCK_B=1024,
-        num_warps=4,
-    )
+    known = edges if mask is None else None
+    _offset_kernel[(1,)](known, lengths, group_offsets, call.batch_size, call.max_seqlen, BLOCK_B=1024, num_warps=4)
     return Tokens(edges[:-1], lengths, listed, group_offsets)
 
 
 def slices(
     call: PoolingCall, vocab_size: int, hidden: Tensor, key_bytes: int, group_bytes: int = 0, partial_rows: int = 0
 ) -> Iterator[slice]:
-    """The batch in pieces whose keys and packed rows stay below ``SLICE_BYTES`` each, as far as the host can tell.
+    """The batch in slices whose keys and packed rows stay below ``SLICE_BYTES`` each, as far as the host can tell.
 
-    So does whatever else takes ``group_bytes`` for each group of packed rows, and, unless ``partial_rows`` is 0, the
-    keys together with as many again for every ``partial_rows`` packed rows.
+    So does a buffer of ``group_bytes`` for each group of packed rows, and, unless ``partial_rows`` is 0, the keys
+    together with as many again for every ``partial_rows`` packed rows.
     """
     total_rows, hidden_size = hidden.shape
     group_bytes = max(group_bytes, GROUP * hidden_size * call.compute_dtype.itemsize)
@@ -83,8 +76,8 @@ def slices(
     partial_bytes = triton.cdiv(sequence_bytes * GROUP, partial_rows) if partial_rows else 0
     step = SLICE_BYTES // max(1, sequence_bytes)
     capacity = group_capacity(call, call.batch_size, total_rows)
-    # Pieces of packed tokens would each pack as many rows as the bound on a length says. Where that is several times
-    # what there is, all rows of a piece are packed at once, no more than a copy of the hidden states.
+    # Each slice of packed tokens has to reserve as many rows as the bound on a length allows. Where that is several
+    # times the tokens there are, rows do not limit a slice: together they are no more than a copy of the hidden states.
     groups = triton.cdiv(call.max_seqlen, GROUP)
     if call.cu_seqlens is None or call.batch_size * groups * GROUP <= LOOSE_BOUND * total_rows:
         for fixed, growing in ((0, group_bytes), (sequence_bytes, partial_bytes)):
@@ -110,7 +103,7 @@ def pack_sequences(call: PoolingCall, tokens: Tokens, hidden: Tensor, part: slic
 
 
 def pack_groups(call: PoolingCall, tokens: Tokens, hidden: Tensor, first: int, groups: int) -> Packed:
-    """``groups`` groups of the whole packed batch from ``first`` on; sequences that begin earlier have offsets < 0."""
+    """``groups`` groups of the whole packed batch from ``first`` on; earlier sequences have negative offsets."""
     return _pack(call, tokens, hidden, slice(0, call.batch_size), tokens.group_offsets - first, groups, ALL_GROUPS)
 
 
@@ -122,23 +115,10 @@ def _pack(
     rows = hidden.new_empty(groups * GROUP, hidden_size, dtype=call.compute_dtype)
     positions = torch.empty(groups * GROUP, device=hidden.device, dtype=torch.int32)
     group_sequence = torch.empty(groups, device=hidden.device, dtype=torch.int32)
-    _pack_kernel[(groups,)](
-        hidden,
-        tokens.starts[part],
-        lengths,
-        listed if listed is None else listed[part],
-        offsets,
-        rows,
-        positions,
-        group_sequence,
-        len(lengths),
-        hidden_size,
-        call.max_seqlen,
-        tail,
-        *hidden.stride(),
-        BLOCK_D=min(256, triton.next_power_of_2(max(hidden_size, 1))),
-        num_warps=4,
-    )
+    sources = hidden, tokens.starts[part], lengths, listed if listed is None else listed[part], offsets
+    sizes = len(lengths), hidden_size, call.max_seqlen, tail, *hidden.stride()
+    block_d = min(256, triton.next_power_of_2(max(hidden_size, 1)))
+    _pack_kernel[(groups,)](*sources, rows, positions, group_sequence, *sizes, BLOCK_D=block_d, num_warps=4)
     return Packed(rows, positions, group_sequence, offsets, lengths)
 
 
@@ -209,7 +189,7 @@ def _pack_kernel(
     if g >= count + tail:
         return
 
-    # The last sequence whose first group is not past g; empty sequences share their offset with the next one.
+    # Bisect for the last sequence whose first group is not past g: empty ones share their offset with the next one.
     low = tl.full((), 0, tl.int32)
     high = sequences
     while high - low > 1:

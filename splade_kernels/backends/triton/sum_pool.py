@@ -1,11 +1,11 @@
 """Sum pooling: ``y[b, v] = Σ_s act(h[b, s] · W[v] + c[v])``, and its backward, which recomputes the logits.
 
-The activation stands between the product and the sum, so groups cannot be combined before it: a program owns a sequence
-and a tile of the vocabulary, walks the sequence's packed rows in order and stores y once.
+The activation stands between the product and the sum, so that it cannot be hoisted: a program owns a sequence and a
+tile of the vocabulary, walks the packed rows of the sequence in order and stores y once.
 
-The backward cuts the packed rows of the whole batch, and the vocabulary, into chunks of fixed size, writes the gradient
-of the logits of one chunk of both and multiplies it out. How the tokens came (padded, packed, more padding) changes
-neither the chunks nor the shapes of the products, and so not a bit of the gradients.
+The backward cuts the packed rows of the whole batch, and the vocabulary, into chunks of fixed size, writes the logit
+gradient of one chunk of both and multiplies it by the rows and by W. Whether the tokens came padded, packed or with
+more padding changes neither the chunks nor the shapes of the products, and so not a bit of the gradients.
 """
 
 from __future__ import annotations
@@ -21,30 +21,19 @@ from torch import Tensor
 
 from ..pooling import Gradients, PoolingCall
 from . import launch
-from .common import (
-    GROUP,
-    GROUP_ROWS,
-    INTERPRETED,
-    activate,
-    dots,
-    is_active,
-    log1p,
-    narrow,
-    tile_of,
-    widen,
-)
+from .common import GROUP, GROUP_ROWS, INTERPRETED, activate, dots, is_active, log1p, narrow, tile_of, widen
 from .pack import find_tokens, group_capacity, pack_groups, pack_sequences, slices
 from .tuning import MatmulConfig, matmul_config
 
-# Every sequence has its last block of tokens to itself: shorter blocks waste less of it.
+# The last block of a sequence holds no other sequence: shorter blocks waste less of it.
 MAX_BLOCK_T, MAX_BLOCK_V = 64, 128
-# Logits of one tile of the backward: the derivative keeps several values of each in registers.
+# Logits of one tile of the backward, whose derivative keeps several values of each in registers.
 MAX_TILE = 8192
 WARP_LOGITS = 1024
-# Packed rows and words of one chunk: whole blocks of every configuration, 16 MiB of gradients in half precision. Every
-# program costs the interpreter milliseconds, those without a token too.
+# Packed rows and vocabulary entries of one chunk: whole blocks of every configuration, 16 MiB of gradients in half
+# precision. In the interpreter every program, even one without a token, costs milliseconds.
 CHUNK_ROWS = 128 if INTERPRETED else 2048
-CHUNK_WORDS = 4096
+CHUNK_VOCAB = 4096
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,7 @@ def sum_pool_forward(
     call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, config: MatmulConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """``(y [B, V], argmax [B, V])`` of ``pooling_strategy="sum"``; see :class:`.Pooling`."""
-    vocab_size, hidden_size = weight.shape
+    vocab_size = weight.shape[0]
     output = hidden.new_empty(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size)
     if hidden.shape[0] == 0 or vocab_size == 0:
@@ -72,18 +61,9 @@ def sum_pool_forward(
     for part in slices(call, vocab_size, hidden, 0):
         packed = pack_sequences(call, tokens, hidden, part)
         sequences = part.stop - part.start
+        owners = packed.group_offsets, packed.lengths, output[part], sequences
         _sum_kernel[(sequences * triton.cdiv(vocab_size, config.block_v),)](
-            weight,
-            packed.rows,
-            bias,
-            packed.group_offsets,
-            packed.lengths,
-            output[part],
-            sequences,
-            vocab_size,
-            hidden_size,
-            *weight.stride(),
-            **options,
+            weight, packed.rows, bias, *owners, *weight.shape, *weight.stride(), **options
         )
     return output, argmax
 
@@ -101,41 +81,37 @@ def sum_pool_backward(
     """As :func:`splade_kernels.backends.tiled.packed.sum_pool_backward`."""
     vocab_size, hidden_size = weight.shape
     total_rows = hidden.shape[0]
-    # One row more than there are: repeats and rows past the end are added there.
+    # One more row than there are tokens: padding rows are written there.
     grad_hidden = hidden.new_zeros(total_rows + 1, hidden_size) if call.need_hidden else None
     grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if call.need_weight else None
     grad_bias = bias.new_zeros(bias.shape, dtype=torch.float32) if call.need_bias and bias is not None else None
     config, options = _configure(call, weight, config, logit_grad_config)
-    words = weight.to(call.compute_dtype)
+    parameter, weight = weight, weight.to(call.compute_dtype)
     bias = None if bias is None else bias.contiguous()
 
-    width = min(CHUNK_WORDS, vocab_size)
-    logit_grad = words.new_empty(width, CHUNK_ROWS) if call.need_hidden or call.need_weight else None
-    partial = words.new_empty(width, CHUNK_ROWS // config.block_t, dtype=torch.float32) if call.need_bias else None
+    width = min(CHUNK_VOCAB, vocab_size)
+    logit_grad = weight.new_empty(width, CHUNK_ROWS) if call.need_hidden or call.need_weight else None
+    partial = weight.new_empty(width, CHUNK_ROWS // config.block_t, dtype=torch.float32) if call.need_bias else None
     for chunk in _chunks(call, hidden) if vocab_size > 0 else ():
         grad_rows = torch.zeros_like(chunk.rows, dtype=torch.float32) if call.need_hidden else None
-        for first in range(0, vocab_size, CHUNK_WORDS):
-            columns = slice(first, min(first + CHUNK_WORDS, vocab_size))
+        for first in range(0, vocab_size, CHUNK_VOCAB):
+            columns = slice(first, min(first + CHUNK_VOCAB, vocab_size))
             count = columns.stop - columns.start
-            _logit_grad_kernel[(triton.cdiv(count, config.block_v) * (CHUNK_ROWS // config.block_t),)](
-                words[columns],
+            part = (
+                weight[columns],
                 chunk.rows,
                 None if bias is None else bias[columns],
                 chunk.sequence,
                 grad[:, columns],
-                logit_grad,
-                partial,
-                count,
-                hidden_size,
-                *words.stride(),
-                *grad.stride(),
-                ROWS=CHUNK_ROWS,
-                **options,
+            )
+            sizes = count, hidden_size, *weight.stride(), *grad.stride()
+            _logit_grad_kernel[(triton.cdiv(count, config.block_v) * (CHUNK_ROWS // config.block_t),)](
+                *part, logit_grad, partial, *sizes, ROWS=CHUNK_ROWS, **options
             )
             if grad_weight is not None and logit_grad is not None:
                 _add_product(grad_weight[columns], logit_grad[:count], chunk.rows)
             if grad_rows is not None and logit_grad is not None:
-                _add_product(grad_rows, logit_grad[:count].t(), words[columns])
+                _add_product(grad_rows, logit_grad[:count].t(), weight[columns])
             if grad_bias is not None and partial is not None:
                 grad_bias[columns] += partial[:count].sum(dim=1)
         if grad_hidden is not None and grad_rows is not None:
@@ -143,7 +119,7 @@ def sum_pool_backward(
             grad_hidden.index_copy_(0, destination, grad_rows.to(grad_hidden.dtype))
     return (
         None if grad_hidden is None else grad_hidden[:total_rows],
-        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_weight is None else grad_weight.to(parameter.dtype),
         None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
     )
 
@@ -154,12 +130,12 @@ def sum_config(config: MatmulConfig) -> MatmulConfig:
 
 
 def logit_grad_config(config: MatmulConfig) -> MatmulConfig:
-    """What the backward makes of it."""
+    """What the backward makes of the same configuration."""
     return _with_short_blocks(config, MAX_TILE // min(config.block_v, MAX_BLOCK_V))
 
 
 def _with_short_blocks(config: MatmulConfig, longest: int) -> MatmulConfig:
-    """Fewer tokens at a time, no more than ``MAX_BLOCK_V`` words, and warps enough for every logit without spills."""
+    """At most ``longest`` tokens and ``MAX_BLOCK_V`` vocabulary entries, with enough warps that no logit spills."""
     block_v, block_t = min(config.block_v, MAX_BLOCK_V), min(config.block_t, longest)
     num_warps = max(config.num_warps, block_v * block_t // WARP_LOGITS)
     return replace(config, block_v=block_v, block_t=block_t, num_warps=num_warps)
@@ -177,8 +153,8 @@ def _configure(
 def _chunks(call: PoolingCall, hidden: Tensor) -> Iterator[Chunk]:
     """The packed rows of the whole batch, ``CHUNK_ROWS`` at a time; past the end they are zeros.
 
-    Slices by sequence, as the forward takes, would depend on the bound of the lengths, and with them the order in which
-    the gradient of the weight is summed.
+    Slices by sequence, as in the forward, would depend on the bound of the lengths, and with them the order of the sum
+    over tokens in dW.
     """
     capacity = group_capacity(call, call.batch_size, hidden.shape[0])
     if hidden.shape[0] == 0 or capacity == 0:
@@ -229,15 +205,13 @@ def _sum_kernel(
     m_v = o_v < vocab_size
     first_row = tl.load(offset_ptr + b) * GROUP_ROWS
     length = tl.load(length_ptr + b)
+    weight = weight_ptr, stride_wv, stride_wd
     y = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for first in range(0, length, BLOCK_T):
         rank = first + tl.arange(0, BLOCK_T)
         m_t = rank < length
         # [BLOCK_V, BLOCK_T]
-        logit = dots(
-            weight_ptr, row_ptr, o_v, first_row + rank, m_v, m_t, hidden_size, hidden_size, stride_wv, stride_wd,
-            BLOCK_K, PRECISION,
-        )  # fmt: skip
+        logit = dots(weight, row_ptr, o_v, first_row + rank, m_v, m_t, hidden_size, hidden_size, BLOCK_K, PRECISION)
         if bias_ptr is not None:
             logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
         y += tl.sum(tl.where(m_t[None, :], activate(logit, LOGS), 0.0), axis=1)
@@ -279,12 +253,11 @@ def _logit_grad_kernel(
     o_t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_g = tile_t * BLOCK_T + tl.arange(0, GROUPS) * GROUP_ROWS
     m_v = o_v < vocab_size
-    # The first row of a group is real unless the group is past the end, and then so are all after it.
+    # The first row of a group is real unless the group, and every later one, is past the end.
     depth = tl.where(tl.load(sequence_ptr + tile_t * BLOCK_T) >= 0, hidden_size, 0)
     # [BLOCK_V, BLOCK_T]
-    logit = dots(
-        weight_ptr, row_ptr, o_v, o_t, m_v, o_t < ROWS, depth, hidden_size, stride_wv, stride_wd, BLOCK_K, PRECISION
-    )
+    weight = weight_ptr, stride_wv, stride_wd
+    logit = dots(weight, row_ptr, o_v, o_t, m_v, o_t < ROWS, depth, hidden_size, BLOCK_K, PRECISION)
     if bias_ptr is not None:
         logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
     sequence = tl.load(sequence_ptr + o_t)

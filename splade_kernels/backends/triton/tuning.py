@@ -14,7 +14,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +33,8 @@ EPILOGUE_SLICES = (1, 2, 4)
 # "tf32" is float32 whose products may use it. IEEE float32 products have one configuration and are not tuned.
 TUNED_DTYPES = ("bfloat16", "float16", "tf32")
 
-# Architectures on which screening="auto" screens. For each of them bench/results/ has to hold a result of `python -m
-# bench.measure screening` from a GPU of that architecture that shows what bench.screening_pays demands; a test checks
-# it. Empty: no GPU has measured any yet, so "auto" screens on none.
+# Architectures on which screening="auto" screens: bench/results/ has to hold a result of `python -m bench.measure
+# screening` from a GPU of each that shows what bench.screening_pays demands; a test checks it. No GPU has measured yet.
 SCREENING_PAYS: frozenset[int] = frozenset()
 
 
@@ -123,7 +122,7 @@ def uses_descriptors(arch: int) -> bool:
 
 
 def screening_may_pay(arch: int) -> bool:
-    """Whether a checked-in result of this architecture says that screening pays; in the interpreter it never does."""
+    """Whether a checked-in result of this architecture says that screening pays; never in the interpreter."""
     return arch in SCREENING_PAYS
 
 
@@ -297,25 +296,12 @@ def _parse_config(where: str, fields: Any, shape: Shape) -> Config:
     for name in fields:
         _check(f"{where}.{name}", fields[name], f"one of the fields {sorted(known)}", name in known)
     least = GROUP if made is MatmulConfig else 1
+    power = (f"a power of two of at least {least}", lambda value: _is_power_of_two(value, least))
     for name, field in known.items():
-        if name not in fields and field.default is not dataclasses.MISSING:
-            continue
-        value = fields.get(name)
-        if str(field.type) == "bool":
-            expected, holds = "true or false", isinstance(value, bool)
-        elif name.startswith("block_") or name in ("rows", "entries"):
-            expected, holds = f"a power of two of at least {least}", _is_power_of_two(value, least)
-        elif name == "order":
-            expected, holds = f"one of {ORDERS}", value in ORDERS
-        elif name == "epilogue_slices":
-            expected, holds = f"one of {EPILOGUE_SLICES}", _is_positive(value) and value in EPILOGUE_SLICES
-        elif name == "num_warps":
-            expected, holds = "a power of two up to 32", _is_power_of_two(value) and value <= 32
-        elif name == "programs":
-            expected, holds = "0, since the grid follows the GPU", value == 0 and not isinstance(value, bool)
-        else:
-            expected, holds = "a positive integer", _is_positive(value)
-        _check(f"{where}.{name}", value, expected, holds)
+        if name in fields or field.default is dataclasses.MISSING:
+            value = fields.get(name)
+            expected, holds = _RULES.get(name, power)
+            _check(f"{where}.{name}", value, expected, holds(value))
     config = made(**fields)
     if isinstance(config, MatmulConfig):
         _check_matmul(where, config, shape)
@@ -341,6 +327,15 @@ def _check_matmul(where: str, config: MatmulConfig, shape: Shape) -> None:
         check(name, f"{value!r}, since {shape.kind} kernels have no such option", getattr(config, name) == value)
 
 
+# What a field of a configuration has to be; all others are powers of two.
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_warps": ("a power of two up to 32", lambda value: _is_power_of_two(value) and value <= 32),
+    **dict.fromkeys(("num_stages", "group_v", "resident"), ("a positive integer", lambda value: _is_positive(value))),
+    **dict.fromkeys(("tma", "partials"), ("true or false", lambda value: isinstance(value, bool))),
+    "programs": ("0, since the grid follows the GPU", lambda value: type(value) is int and value == 0),
+    "order": (f"one of {ORDERS}", lambda value: value in ORDERS),
+    "epilogue_slices": (f"one of {EPILOGUE_SLICES}", lambda value: _is_positive(value) and value in EPILOGUE_SLICES),
+}
 _UNUSED = {
     "sum": ("tma", "resident", "order", "epilogue_slices", "partials"),
     "int8": ("order", "epilogue_slices", "partials"),

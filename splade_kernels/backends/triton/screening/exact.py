@@ -1,6 +1,7 @@
-"""Exact dots of the pairs that screening kept: a queue of them, drained into the keys of the unscreened kernel.
+"""Exact dots of the pairs that screening kept, from its queue into the keys of the unscreened kernel.
 
-An entry is a word, a group of 16 packed tokens, and a bit for each of its tokens whose logit may be positive.
+An entry of the queue is a vocabulary entry, a group of 16 packed tokens, and a bit for each token of the group whose
+logit may be positive.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from .. import launch
 from ..common import GROUP, GROUP_ROWS, canonical, is_active, ordered, training_key, widen
 from ..pack import Packed
 
-# Of the 64 bits of an entry: 20 of word, 27 of group, 16 of tokens, never negative.
+# An entry is a non-negative int64: 20 bits of vocabulary entry, 27 of group, 16 of tokens.
 ENTRY_BYTES = 8
 MAX_VOCAB_SIZE = 1 << 20
 WORD_SHIFT = tl.constexpr(43)
 GROUP_SHIFT = tl.constexpr(16)
 _GROUP_MASK = tl.constexpr((1 << 27) - 1)
 _TOKEN_MASK = tl.constexpr((1 << GROUP) - 1)
-# Entries a program works on together, so that enough reads are under way.
+# Entries that a program computes together, so that enough loads are in flight.
 ENTRIES = 8
 BLOCK_D = 256
 WARPS = 4
-# Programs for each multiprocessor.
+# Programs on each multiprocessor.
 RESIDENT = 8
 
 
@@ -38,25 +39,13 @@ def compute_exactly(
     entry_count: Tensor,
     keys: Tensor,
 ) -> None:
-    """The queue into the keys, but for the entries of dense sequences; at once done if there are no others."""
-    vocab_size, hidden_size = weight.shape
+    """The queue into the keys, except entries of dense sequences; returns at once if all sequences are dense."""
+    block_d = min(BLOCK_D, triton.next_power_of_2(weight.shape[1]))
+    groups = packed.group_sequence, dense_sequence, outcome, entry_count, queue
     _exact_kernel[(RESIDENT * launch.multiprocessors(weight.device),)](
-        weight,
-        packed.rows,
-        bias,
-        packed.group_sequence,
-        dense_sequence,
-        outcome,
-        entry_count,
-        queue,
-        keys,
-        vocab_size,
-        hidden_size,
-        *weight.stride(),
-        ENTRIES=ENTRIES,
-        BLOCK_D=min(BLOCK_D, triton.next_power_of_2(hidden_size)),
-        num_warps=WARPS,
-    )
+        weight, packed.rows, bias, *groups, keys, *weight.shape, *weight.stride(),
+        ENTRIES=ENTRIES, BLOCK_D=block_d, num_warps=WARPS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["entry_count_ptr"])
@@ -100,7 +89,7 @@ def _exact_kernel(
         best = tl.full((ENTRIES,), nothing, key_ptr.dtype.element_ty)
         while tl.max(tokens, axis=0) > 0:
             lowest = tokens & -tokens
-            # The exponent of a power of two, as a float, is the place of its bit.
+            # The float exponent of a power of two is the position of its bit.
             place = tl.maximum((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, 0)
             packed_row = group * GROUP_ROWS + place
             m_row = tokens > 0

@@ -1,8 +1,8 @@
-"""Rows in int8 with what is known about them: what screening multiplies, and how far off it can be.
+"""int8 rows for screening, with bounds on what quantising them loses.
 
-``docs/screening.md`` derives the bound. A row x is kept as ``q = round(x / s)`` with its own scale s, ``max|x| / 127``,
-an upper bound N on its norm, and a radius R that bounds ``‖x - s q‖`` together with the rounding of every product that
-the row may take part in.
+``docs/screening.md`` derives the bound. A row x is kept as ``q = round(x / s)`` with its own scale ``max|x| / 127``,
+an upper bound N on its norm, and a radius R that bounds ``‖x - s q‖`` together with the rounding of every dot that the
+row can take part in.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LEAST_BITS, _MOST_BITS = map(tl.constexpr, struct.unpack("2i", struct.pack("2f"
 
 @dataclass(frozen=True)
 class Quantised:
-    rows: Tensor  # [n, D filled up] int8
+    rows: Tensor  # [n, D padded to a multiple of INT8_WIDTH] int8
     # float32. Of a weight: [n] scales, [n] radii, [n] norms. Of packed rows: [n] scales, and of every group of 16 the
     # largest ratios [n / 16] of radius and [n / 16] of norm to scale.
     statistics: Tensor
@@ -44,12 +44,12 @@ def quantise_weight(weight: Tensor) -> Quantised:
 
 
 def requantise_weight(weight: Tensor, quantised: Quantised, wanted: Tensor) -> None:
-    """Once more, in place, if the device finds ``wanted`` (0-dimensional bool) true."""
+    """Quantise again, in place, if ``wanted`` (0-dimensional bool on the device) is true."""
     _launch(weight, quantised, wanted=wanted)
 
 
 def quantise_packed(packed: Packed) -> Quantised:
-    """The rows of all groups and of the zeros that follow them; what is behind these is left as it is."""
+    """The rows of all groups and of the zero groups that follow them; rows past those stay uninitialised."""
     groups = len(packed.group_sequence)
     quantised = _empty(packed.rows, groups * (GROUP + 2))
     _launch(packed.rows, quantised, group_count=packed.group_offsets[-1:])
@@ -68,21 +68,9 @@ def _empty(source: Tensor, statistics: int) -> Quantised:
 def _launch(
     source: Tensor, quantised: Quantised, *, group_count: Tensor | None = None, wanted: Tensor | None = None
 ) -> None:
-    count, hidden_size = source.shape
-    _quantise_kernel[(triton.cdiv(count, GROUP),)](
-        source,
-        group_count,
-        wanted,
-        quantised.rows,
-        quantised.statistics,
-        count,
-        hidden_size,
-        quantised.rows.shape[1],
-        TAIL_GROUPS,
-        *source.stride(),
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-    )
+    sizes = (*source.shape, quantised.rows.shape[1], TAIL_GROUPS, *source.stride())
+    tensors = source, group_count, wanted, quantised.rows, quantised.statistics
+    _quantise_kernel[(triton.cdiv(len(source), GROUP),)](*tensors, *sizes, BLOCK_D=BLOCK_D, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["rows", "tail"], do_not_specialize_on_alignment=["group_count_ptr", "wanted_ptr"])
@@ -102,10 +90,9 @@ def _quantise_kernel(
 ):
     """16 rows: ``m = max|x|``, ``s = m / 127``, ``q = round(x / s)``, ``R >= ‖x - s q‖ + A N`` and ``N >= ‖x‖``.
 
-    A and delta are multiples of float32's unit in the last place: A covers the rounding of dots of such rows in any
-    order of summation, of the residual and of the bound that is computed from it, delta that of the two sums here. Rows
-    with NaN, infinities or a largest magnitude outside of 2^-40 to 2^40 are not quantised: s = NaN, of which no bound
-    comes out, so that every pair with one of them is computed exactly.
+    A covers the rounding of dots of such rows in any order of summation, of the residual and of the bound computed from
+    it; delta covers the rounding of the two sums here. Rows with NaN, infinities or a largest magnitude outside of
+    2^-40 to 2^40 are not quantised: their scale NaN makes every bound NaN, so all their pairs are computed exactly.
     """
     g = tl.program_id(0)
     if group_count_ptr is not None:
@@ -118,7 +105,7 @@ def _quantise_kernel(
     m_n = o_n < rows
     p_n = source_ptr + o_n.to(tl.int64)[:, None] * stride_n
 
-    # Magnitudes are compared as bits, where NaN is larger than infinity.
+    # Magnitudes are compared as bits: NaN is then larger than infinity.
     largest = tl.zeros((GROUP_ROWS,), dtype=tl.int32)
     for first in range(0, hidden_size, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
@@ -136,7 +123,7 @@ def _quantise_kernel(
         o_d = first + tl.arange(0, BLOCK_D)
         m_d = (m_n & plain)[:, None] & (o_d < hidden_size)[None, :]
         x = widen(tl.load(p_n + o_d.to(tl.int64)[None, :] * stride_d, mask=m_d, other=0.0))
-        # Any whole number within the levels will do: the residual is that of the one chosen.
+        # However x / s is rounded, the residual is computed from the level that was chosen.
         q = tl.floor(x * inverse[:, None] + 0.5)
         residual = x - scale[:, None] * q
         squares += x * x

@@ -1,19 +1,14 @@
-"""Exact screening: int8 products show which logits can be positive, and only those are computed.
+"""Exact screening: an int8 product bounds every logit from above, and only those that may be positive are computed.
 
-``docs/screening.md`` derives the bound. Four kernels, between pack and the unscreened kernel, all on the device:
+``docs/screening.md`` derives the bound. Four kernels run on the device between pack and the unscreened kernel:
 
-budget: how many pairs every sequence may keep, and an empty queue.
+- budget: how many pairs (16-token group, vocabulary entry) each sequence may keep; empties the queue.
+- screen: tiles as in ``max_forward``, of int8 rows. A pair with a token whose logit may be positive is appended to the
+  queue, with a bit for every such token. A sequence that finds more pairs than its budget is *dense*.
+- divide: leaves the groups of dense sequences, and no others, to the unscreened kernel.
+- exact: float32 dots of the queued tokens, into the keys of the unscreened kernel, by an atomic maximum.
 
-screen: tiles as in ``max_forward``, of quantised rows. A pair (16-token group, word) with a token whose logit may be
-positive is appended to a queue, with a bit for every such token. A sequence that keeps more than its budget is *dense*.
-
-divide: the groups of dense sequences, for the unscreened kernel; no others are left to it.
-
-exact: dots of the queue's tokens in float32, into the keys of the unscreened kernel. Their maximum does not depend on
-the order of the queue.
-
-Whether a sequence is dense depends on its own tokens alone, and so does everything computed for it: on nothing else in
-the batch, nor on how the batch was cut or padded.
+Whether a sequence is dense depends on its own tokens alone, not on the rest of the batch, its slices or its padding.
 """
 
 from __future__ import annotations
@@ -33,24 +28,26 @@ from ..tuning import MatmulConfig, screening_may_pay
 from .exact import ENTRY_BYTES, GROUP_SHIFT, MAX_VOCAB_SIZE, WORD_SHIFT, compute_exactly
 from .quantise import Quantised, quantise_packed, quantise_weight, requantise_weight
 
-# A sequence keeps at most one of so many of its pairs. "auto": reasoned, not measured. A pair that is kept costs a row
-# of W and little more than one of h, read from the second cache; one that is not saves half of its product by tensor
-# cores (Hopper) to three quarters of it (Ampere), worth a few per cent of such reads on the former and more on the
-# latter. "on": what memory allows, a byte for each pair.
+# A sequence keeps at most one in so many of its pairs. "auto" is reasoned, not measured: a kept pair costs a row of W
+# and little more than one row of h, read from L2; a screened one saves half (Hopper) to three quarters (Ampere) of its
+# product on tensor cores, which is worth a few per cent of such reads on Hopper and more on Ampere. "on" is what memory
+# allows, a byte for each pair.
 SHARE = {"auto": 32, "on": 8}
 BLOCK = 1024
 
 
 def can_screen(call: PoolingCall, weight: Tensor, arch: int) -> bool:
-    """As far as the host decides: never from batch or length. "auto" screens on measured architectures alone."""
+    """What the host decides, never from batch or length: "auto" screens on measured architectures alone."""
     vocab_size, hidden_size = weight.shape
     wanted = call.screening == "on" or (call.screening == "auto" and screening_may_pay(arch))
     return wanted and 0 < hidden_size <= MAX_HIDDEN_SIZE and vocab_size <= MAX_VOCAB_SIZE
 
 
 def quantised(call: PoolingCall, original: Tensor, weight: Tensor, arch: int) -> Quantised | None:
-    """The rows of ``weight``, which is ``original`` in the compute dtype; kept from one inference call to the next.
-    None where the call is not screened; training forgets the weight even then."""
+    """The int8 rows of ``weight``, which is ``original`` in the compute dtype; None where the call is not screened.
+
+    Inference calls keep the result for the next one; a training call, screened or not, drops it.
+    """
     if call.need_argmax:
         weight_cache.forget(original)
     if not can_screen(call, weight, arch):
@@ -60,20 +57,20 @@ def quantised(call: PoolingCall, original: Tensor, weight: Tensor, arch: int) ->
     sample = weight_cache.sample(original)
     kind = f"triton int8 of {call.compute_dtype}"
     kept, kept_sample = weight_cache.cached(original, kind, lambda: (quantise_weight(weight), _normal_copy(sample)))
-    # Of a write that was not counted only the device knows.
+    # Writes that bypass the version counter can only be detected by comparing values on the device.
     requantise_weight(weight, kept, (sample != kept_sample).any())
     kept_sample.copy_(sample)
     return kept
 
 
 def _normal_copy(tensor: Tensor) -> Tensor:
-    """One that may be written inside and outside of inference mode."""
+    """A copy that may be written inside and outside of inference mode."""
     with torch.inference_mode(False):
         return tensor.clone()
 
 
 def queue_bytes(call: PoolingCall, vocab_size: int) -> int:
-    """Of one group, at most."""
+    """Most bytes of queue that one group takes."""
     return vocab_size // SHARE[call.screening] * ENTRY_BYTES
 
 
@@ -86,10 +83,10 @@ def screen(
     bias: Tensor | None,
     keys: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Keys of all sequences that are not dense.
+    """Compute the keys of all sequences that are not dense.
 
     Returns:
-        ``[G]`` int32 sequence of each group that is left to the unscreened kernel, -1 for the others, and ``[1]`` the
+        ``[G]`` int32 sequence of each group that is left to the unscreened kernel, -1 for the others; and ``[1]`` the
         number of groups up to the last such one.
     """
     vocab_size = weight.shape[0]
@@ -99,53 +96,25 @@ def screen(
     budget = torch.empty(len(packed.lengths), device=weight.device, dtype=torch.int64)
     entry_count = torch.empty(1, device=weight.device, dtype=torch.int64)
     dense_sequence = torch.empty_like(packed.group_sequence)
-    # Groups up to the last dense one; whether there is anything for the exact kernel.
+    # The number of groups up to the last dense one; whether the exact kernel has anything to do.
     outcome = torch.empty(2, device=weight.device, dtype=torch.int32)
 
     _budget_kernel[(triton.cdiv(len(budget), BLOCK),)](
-        packed.group_offsets,
-        budget,
-        entry_count,
-        len(budget),
-        vocab_size // share,
-        BLOCK_B=BLOCK,
-        num_warps=4,
+        packed.group_offsets, budget, entry_count, len(budget), vocab_size // share, BLOCK_B=BLOCK, num_warps=4
     )
     programs, matrices, options = launch.tiled_launch(config, quantised_weight.rows, rows.rows)
-    _screen_kernel[(programs,)](
-        *matrices,
-        quantised_weight.statistics,
-        rows.statistics,
-        bias,
-        packed.positions,
-        packed.group_sequence,
-        packed.group_offsets[-1:],
-        budget,
-        entry_count,
-        queue,
-        vocab_size,
-        rows.rows.shape[1],
-        groups * GROUP,
-        **options,
-    )
-    _divide_kernel[(1,)](
-        packed.group_sequence,
-        packed.group_offsets[-1:],
-        budget,
-        dense_sequence,
-        outcome,
-        groups,
-        TAIL_GROUPS,
-        BLOCK_G=BLOCK,
-        num_warps=BLOCK // 128,
-    )
+    bounds = quantised_weight.statistics, rows.statistics, bias
+    owners = packed.group_sequence, packed.group_offsets[-1:], budget
+    sizes = vocab_size, rows.rows.shape[1], groups * GROUP
+    _screen_kernel[(programs,)](*matrices, *bounds, packed.positions, *owners, entry_count, queue, *sizes, **options)
+    _divide_kernel[(1,)](*owners, dense_sequence, outcome, groups, TAIL_GROUPS, BLOCK_G=BLOCK, num_warps=BLOCK // 128)
     compute_exactly(packed, weight, bias, dense_sequence, outcome, queue, entry_count, keys)
     return dense_sequence, outcome[:1]
 
 
 @triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=["offset_ptr"])
 def _budget_kernel(offset_ptr, budget_ptr, entry_count_ptr, sequences, kept, BLOCK_B: tl.constexpr):
-    """What each sequence may keep, ``kept`` pairs for each of its groups (below zero, it is dense); an empty queue."""
+    """``budget[b] = kept · groups of b``, below 0 once the sequence is dense; and an empty queue."""
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_b = o_b < sequences
     p_offset = offset_ptr + o_b
@@ -180,13 +149,15 @@ def _screen_kernel(
     """Append to the queue every pair (group, v) that has a token with ``d + B > -c``; count them by sequence.
 
     ``d = s_t s_v i`` from the product i of the quantised rows, ``B = s_t (ρ (N_v + R_v) + ν R_v)`` with the largest
-    ratios ``ρ = R_t / s_t``, ``ν = N_t / s_t`` of the tokens of a group: little more than the bound of each token, as
-    residuals are half a step whatever the row, and three quarters of the registers.
+    ratios ``ρ = R_t / s_t``, ``ν = N_t / s_t`` over the tokens of a group. That is little more than the bound of each
+    token, since residuals are about half a step whatever the row, and takes three quarters of the registers.
 
     ``weight`` and ``row`` are int8, pointers or TMA descriptors, as in the unscreened kernel.
     """
     tiles_v = tl.cdiv(vocab_size, BLOCK_V)
     tiles_t = tl.cdiv(tl.load(group_count_ptr) * GROUP_ROWS, BLOCK_T)
+    statistics = weight_statistics_ptr, row_statistics_ptr, bias_ptr, position_ptr, group_sequence_ptr
+    rest = statistics, (budget_ptr, entry_count_ptr, queue_ptr, vocab_size, rows)
     tile = tl.program_id(0)
     if DESCRIPTORS:
         for tile in tl.range(tl.program_id(0), tiles_v * tiles_t, tl.num_programs(0)):
@@ -198,10 +169,7 @@ def _screen_kernel(
                     b_w = weight.load([tile_v * BLOCK_V, first])
                     b_h = row.load([tile_t * BLOCK_T, first])
                     product = tl.dot(b_w, b_h.T, product, out_dtype=tl.int32)
-                _append(
-                    product, weight_statistics_ptr, row_statistics_ptr, bias_ptr, position_ptr, group_sequence_ptr,
-                    budget_ptr, entry_count_ptr, queue_ptr, tile_v, tile_t, vocab_size, rows,
-                )  # fmt: skip
+                _append(product, rest, tile_v, tile_t)
     elif tile < tiles_v * tiles_t:
         tile_v, tile_t = tile_of(tile, tiles_v, tiles_t, GROUP_V)
         if _is_open(group_sequence_ptr, budget_ptr, tile_t, rows, BLOCK_T):
@@ -215,47 +183,33 @@ def _screen_kernel(
                 b_w = tl.load(p_w + first, mask=(o_v < vocab_size)[:, None], other=0)
                 b_h = tl.load(p_h + first, mask=(o_t < rows)[None, :], other=0)
                 product = tl.dot(b_w, b_h, product, out_dtype=tl.int32)
-            _append(
-                product, weight_statistics_ptr, row_statistics_ptr, bias_ptr, position_ptr, group_sequence_ptr,
-                budget_ptr, entry_count_ptr, queue_ptr, tile_v, tile_t, vocab_size, rows,
-            )  # fmt: skip
+            _append(product, rest, tile_v, tile_t)
 
 
 @triton.jit
 def _is_open(group_sequence_ptr, budget_ptr, tile_t, rows, BLOCK_T: tl.constexpr):
-    """Whether a sequence of the tile is not known to be dense yet: the same for all warps of the program."""
+    """Whether some sequence of the tile is not known to be dense yet; all threads of the program get one answer."""
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
     largest = tl.full((), -1, tl.int64)
     for i in tl.static_range(GROUPS):
         g = tile_t * GROUPS + i
         sequence = tl.load(group_sequence_ptr + g, mask=g < rows // GROUP_ROWS, other=-1)
-        # Past the first cache, which would not see what other programs subtract. An old budget is only ever too high.
+        # ``.cg`` bypasses L1, which is not coherent with other programs' atomics. A stale budget is only too high,
+        # which is safe.
         budget = tl.load(budget_ptr + sequence, mask=sequence >= 0, other=-1, cache_modifier=".cg")
         largest = tl.maximum(largest, budget)
-    # Other programs subtract meanwhile, so that each thread may have read something else, and warps that part here
-    # would wait for one another for ever. So one thread's view is taken, by way of shared memory: of so many elements
-    # none has copies in several warps.
+    # Threads may load different budgets while other programs update them; diverging warps would deadlock at the next
+    # barrier. So one thread's decision is broadcast through shared memory: no element of a
+    # tensor of 1024 is replicated across warps, so that reducing it needs the exchange.
     first = tl.arange(0, 1024) == 0
     return tl.max((first & (largest >= 0)).to(tl.int32), axis=0) > 0
 
 
 @triton.jit
-def _append(
-    product,
-    weight_statistics_ptr,
-    row_statistics_ptr,
-    bias_ptr,
-    position_ptr,
-    group_sequence_ptr,
-    budget_ptr,
-    entry_count_ptr,
-    queue_ptr,
-    tile_v,
-    tile_t,
-    vocab_size,
-    rows,
-):
-    """The pairs of a finished tile that can be active: all are counted, and queued as long as the budget lasts."""
+def _append(product, rest, tile_v, tile_t):
+    """Count the pairs of a finished tile that can be active, and queue them as long as the budget lasts."""
+    weight_statistics_ptr, row_statistics_ptr, bias_ptr, position_ptr, group_sequence_ptr = rest[0]
+    budget_ptr, entry_count_ptr, queue_ptr, vocab_size, rows = rest[1]
     BLOCK_V: tl.constexpr = product.shape[0]
     BLOCK_T: tl.constexpr = product.shape[1]
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
@@ -285,7 +239,8 @@ def _append(
     bit = 1 << tl.arange(0, GROUP_ROWS)
     bits = tl.where(not_at_most(logit, threshold[:, None, None]), bit[None, None, :], 0)
 
-    # Repeats, which fill a sequence up, are its first token: no later than what precedes them, and left to that one.
+    # Padding repeats the first token of the sequence, whose position is not above that of the group's first row: such a
+    # row gets no bit, since the token has one already.
     position = tl.load(position_ptr + o_t, mask=m_t, other=0)
     start = tl.load(position_ptr + o_g * GROUP_ROWS, mask=m_g, other=0)
     later = tl.reshape(position, (GROUPS, GROUP_ROWS)) > start[:, None]
