@@ -46,7 +46,7 @@ SETTINGS = Settings(
     max_length=32,
     vocab_size=400,
     hidden_size=32,
-    # Adam's steps have one size whatever the gradient: a much larger one would amplify rounding.
+    # The size of Adam's steps does not depend on the gradient's: much larger ones would amplify rounding.
     learning_rate=1e-3,
 )
 

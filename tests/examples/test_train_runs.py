@@ -26,7 +26,7 @@ from examples.beir import read_beir  # noqa: E402
 
 STEPS, EVAL_STEPS, BATCH_SIZE, MAX_LENGTH = 4, 2, 8, 48
 RUN = [f"--batch-size={BATCH_SIZE}", f"--max-length={MAX_LENGTH}", "--logging-steps=1", "--lr=1e-3"]
-# Large enough that the FLOPS losses are a good part of the total, whose equality then speaks for them too.
+# Large enough that the FLOPS losses contribute much of the total, so that its equality covers them too.
 LAMBDAS = ["--lambda-query=0.5", "--lambda-document=0.3"]
 TEXTS = ["when did the oil crisis begin?", "the rhine is a river", "who?", "a long line of rivers " * 20]
 
