@@ -24,7 +24,7 @@ from sentence_transformers.sparse_encoder import losses  # noqa: E402
 from examples import train as example  # noqa: E402
 from examples.beir import read_beir  # noqa: E402
 
-STEPS, EVAL_STEPS, BATCH_SIZE, MAX_LENGTH = 4, 2, 8, 48
+STEPS, EVAL_STEPS, BATCH_SIZE, MAX_LENGTH = 6, 3, 8, 48
 RUN = [f"--batch-size={BATCH_SIZE}", f"--max-length={MAX_LENGTH}", "--logging-steps=1", "--lr=1e-3"]
 # Large enough that the FLOPS losses contribute much of the total, so that its equality covers them too.
 LAMBDAS = ["--lambda-query=0.5", "--lambda-document=0.3"]
