@@ -5,8 +5,9 @@
 
 ``splade_kernels/_csrc.so`` holds the schemas and the CPU code, ``_csrc_cuda<major>.so`` the CUDA code, built where
 torch is a CUDA build and nvcc is of the same major version, or with ``FORCE_CUDA=1``. ``TORCH_CUDA_ARCH_LIST`` names
-the architectures, ``CXX`` and ``CUDA_HOME`` the compilers. They are on PyTorch's stable ABI and use nothing of
-Python's: one build serves every PyTorch from 2.10 on and every Python. What cannot be built is left out, saying so.
+the architectures, ``CXX`` and ``CUDA_HOME`` the compilers. The libraries use PyTorch's stable ABI and nothing of
+Python's, so one build serves every PyTorch from 2.10 on and every Python. What cannot be built is left out, with a
+message.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ CPU = Extension(
 
 
 def torch_folder() -> Path | None:
-    """Where PyTorch is, without importing it; None if it is not."""
+    """The folder of the installed PyTorch, found without importing it; None if there is none."""
     import importlib.util
 
     spec = importlib.util.find_spec("torch")
@@ -68,8 +69,8 @@ def nvcc_command(nvcc: str, sources: list[str], output: str, torch: Path, *extra
         *COMMON_FLAGS,
         *gencode(architectures),
         *("--threads", "0"),
-        # Nothing is linked across device objects, and beside --threads the device linkers of the architectures all
-        # write and read one temporary file ("nvlink fatal: Could not read file ..._dlink.reg.c", now and then).
+        # No symbol is shared between device objects, so device linking is not needed. With --threads the device linkers
+        # of all architectures use one temporary file, and now and then "nvlink fatal: Could not read ..._dlink.reg.c".
         "--no-device-link",
         *host,
         *includes,
@@ -152,19 +153,21 @@ class BuildExtensions(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
+        # A build that is killed while linking leaves this file, not a broken library that counts as up to date.
+        linked = output.with_suffix(".partial")
         torch = torch_folder()
         assert torch is not None
         nvcc = find_nvcc() if "cuda" in ext.name else None
         try:
             command = (
-                cpp_command(ext.sources, str(output), torch)
+                cpp_command(ext.sources, str(linked), torch)
                 if nvcc is None
-                else nvcc_command(nvcc, ext.sources, str(output), torch)
+                else nvcc_command(nvcc, ext.sources, str(linked), torch)
             )
         except ValueError as error:
             say(f"{ext.name} is left out: {error}")
             return
-        # Up to date: newer than every source, and built by the same command.
+        # A library is up to date if it is newer than every source and was built by the same command.
         line, note = " ".join(command), Path(self.build_temp, f"{ext.name}.command")
         newest = max(Path(path).stat().st_mtime for path in (__file__, *ext.depends))
         same = output.exists() and note.exists() and note.read_text() == line
@@ -172,12 +175,14 @@ class BuildExtensions(build_ext):
             return
         print(line, file=sys.stderr, flush=True)
         if subprocess.run(command).returncode == 0:
+            os.replace(linked, output)
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(line)
             return
-        output.unlink(missing_ok=True)
+        for path in (linked, output):
+            path.unlink(missing_ok=True)
         if self.inplace:
-            Path(*ext.name.split(".")).with_suffix(".so").unlink(missing_ok=True)  # of an earlier version
+            Path(*ext.name.split(".")).with_suffix(".so").unlink(missing_ok=True)  # of an earlier build
         say(f"{ext.name} could not be built (above is why) and is left out: PyTorch's operations do its work")
 
 

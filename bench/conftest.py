@@ -1,8 +1,8 @@
 """pytest-benchmark as a front end: ``pytest bench --benchmark-json=RESULT.json``.
 
-pytest-benchmark times one callable after another, which would let a drift of the machine pass for a difference between
-variants. So all variants of a case are measured together, in interleaved rounds, by :mod:`.harness.rows`; each test
-then hands its own samples to pytest-benchmark, whose clock (``replay.clock``) they move.
+pytest-benchmark times one callable after another, so that a drift of the machine would look like a difference between
+variants. Here all variants of a case are measured together, in interleaved rounds, by :mod:`.harness.rows`; each test
+then plays its own samples back to pytest-benchmark through its clock, ``replay.clock``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def report(benchmark: Any, case: str, precision: str, job: str, make: Callable[[
     """Measure the group once, then play back one variant's samples."""
     key = (case, precision, job)
     if key not in _measured:
-        _measured.clear()  # tests of a group follow each other; inputs of the last one are let go
+        _measured.clear()  # tests of a group follow each other, so the inputs of the last one may go
         with PRECISIONS[precision].settings():
             made = make()
             rows.run(made, DEVICE, SECONDS)
@@ -72,6 +72,6 @@ def report(benchmark: Any, case: str, precision: str, job: str, make: Callable[[
     benchmark.group = f"{case} {precision} {job}"
     benchmark.extra_info.update(asdict(found.row))
     if found.row.status != "measured":
-        (pytest.fail if found.row.status.startswith(("red", "failed")) else pytest.skip)(found.row.status)
+        (pytest.fail if rows.is_wrong(found.row.status) else pytest.skip)(found.row.status)
     samples = iter(found.row.samples)
     benchmark.pedantic(replay, args=(samples,), rounds=found.row.rounds, iterations=1)

@@ -1,11 +1,12 @@
 """The largest batch whose training step fits the memory of an RTX 3090, stock and fused. Needs a CUDA device.
 
-    python -m bench.limits --output RESULT.json [--model distilbert --max-length 256 512] [--budget-seconds 300]
+    python -m bench.limits --output RESULT.json [--append] [--model distilbert --max-length 256 512] [--budget 300]
 
-A larger GPU answers for the smaller one: PyTorch's allocator is held to 24 GiB less an allowance for what lies outside
-of it (the CUDA context, the loaded kernels, the display). A trial is two steps of the user's training, every token of
-both texts of every pair real: the second meets the optimizer's state. Sizes are doubled until one does not fit and then
-bisected to within ``--resolution``. Models, training and output as in :mod:`bench.training`.
+A larger GPU stands in for the smaller one: PyTorch's allocator is limited to 24 GiB less an allowance for what lies
+outside of it (the CUDA context, the loaded kernels, the display). A trial is two steps of the user's training, so that
+the second one runs beside the optimizer's state, with every token of both texts of every pair real. Sizes are doubled
+until one does not fit and then bisected to within ``--resolution``. Models and training are those of
+:mod:`bench.training`.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from typing import Any
 
 import torch
 
+from bench.harness import memory, options
 from bench.harness.result_file import Budget, Result
 from bench.inputs import encoders
-from bench.jobs.training import Job, load, named, release, train
+from bench.jobs.training import Job, load, named, train
 from bench.tables.training import table
 from bench.training import HEADS
 
 TOTAL_GIB, ALLOWANCE_GIB = 24.0, 1.0
 TRIAL_STEPS = 2
 START = 8
+KEY = ("model", "layers", "hidden_size", "vocab_size", "max_length", "precision", "gradient_checkpointing", "head")
 
 
 @dataclass(frozen=True)
 class Largest:
-    """``fits`` is the largest size that was seen to fit (0: none), ``fails`` the smallest that was not (None: the
+    """``fits`` is the largest size that was seen to fit (0: none), ``fails`` the smallest that did not (None: the
     search ended first)."""
 
     fits: int
@@ -58,7 +61,7 @@ def largest(fits: Callable[[int], bool], start: int, resolution: float, may_go_o
 
 
 def hold_memory() -> float:
-    """Hold PyTorch's allocator to what an RTX 3090 has for it; returns the share of this GPU's memory.
+    """Limit PyTorch's allocator to what an RTX 3090 has for it; returns the share of this GPU's memory.
 
     Raises:
         SystemExit: no CUDA device, or one with less memory.
@@ -80,9 +83,9 @@ def search(job: Job, resolution: float, may_go_on: Callable[[], bool]) -> dict[s
 
     def trial(size: int) -> None:
         dataset = encoders.pairs(TRIAL_STEPS * size, "full", job.max_length, len(model.tokenizer))
-        torch.cuda.reset_peak_memory_stats()
+        memory.reset_peak(cuda=True)
         trainer = train(model, dataset, replace(job, batch_size=size), TRIAL_STEPS)
-        seen.update(named(model, trainer), peak_memory_mib_at_largest=torch.cuda.max_memory_allocated() / 2**20)
+        seen.update(named(model, trainer), peak_memory_mib_at_largest=memory.peak(cuda=True) / 2**20)
 
     def fits(size: int) -> bool:
         fitted = True
@@ -92,7 +95,7 @@ def search(job: Job, resolution: float, may_go_on: Callable[[], bool]) -> dict[s
             fitted = False
         # Not in a handler: there, the exception's frames still hold what the trial allocated.
         model.zero_grad(set_to_none=True)
-        release()
+        memory.release()
         return fitted
 
     found = largest(fits, job.batch_size, resolution, may_go_on)
@@ -108,22 +111,20 @@ def search(job: Job, resolution: float, may_go_on: Callable[[], bool]) -> dict[s
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    parser = options.parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
     parser.add_argument("--max-length", type=int, nargs="+", default=[256, 512], help="tokens of every text")
     parser.add_argument("--start", type=int, default=START, help="pairs that the search begins with")
     parser.add_argument("--no-checkpointing", action="store_true", help="leave gradient checkpointing out")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--resolution", type=float, default=0.03, help="largest gap to a size that failed, relative")
-    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parse(arguments)
     share = hold_memory()
-    budget = Budget(args.budget_seconds)
+    budget = Budget(args.budget)
     limit = {
         "total_gib": TOTAL_GIB,
         "allowance_gib": ALLOWANCE_GIB,
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "resolution": args.resolution,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
     }
-    result = Result("limits", "bench.limits", args.output, limit=limit)
+    result = Result("limits", "bench.limits", args.output, append=args.append, key=KEY, run={"limit": limit})
     with tempfile.TemporaryDirectory() as root:
         for name in args.model:
             encoders.build(encoders.SIZES[name], max(args.max_length), Path(root) / name)
@@ -154,9 +155,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             if budget.has_room():
                 result.add(described | budget.run(search, job, args.resolution, budget.has_time))
             else:
-                result.content["left_out"].append(described)
+                result.leave_out("no time", described)
     result.write()
-    print(table(result.content))
+    print(table(result.by_device()[-1]))
     return result.content
 
 

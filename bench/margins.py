@@ -1,66 +1,49 @@
-"""What int8 bounds leave over: shares of pairs, by levels and scales a row, by relu alone and with the maximum too.
+"""What int8 bounds leave over: shares of pairs by levels, by relu alone and with the sequence's maximum as well.
 
-    python -m bench.margins [--output bench/results/margins.json]
+    python -m bench.margins [--output bench/results/margins.json] [--append]
 
-Arithmetic, nothing is timed. Rows are quantised and bounded by the code that screens; several scales a row, one for
-each block of the hidden size, share one radius. Every dot is held against its bound in float64.
+Arithmetic; nothing is timed. Rows are bounded by the code that screens. Every dot is compared with its bound in
+float64.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import screening_model
+from bench.harness import options
 from bench.harness.result_file import Result
-from bench.inputs import cases
-from bench.inputs.cases import PRECISIONS, SCREENING, Case
+from bench.inputs import cases, text_model
+from bench.inputs.cases import PRECISIONS, Case
 from bench.tables import margins as margins_tables
 from splade_kernels.backends import int8_bound
 
-CASES = ("trained-squad", "sparse-normal", "dense")
 # int8's own, and those of the AVX2 kernel.
 LEVELS = (int8_bound.LEVELS, 63)
-BLOCKS = (1, 2, 4, 8)
 # Tokens of one sequence that the GPU's kernels screen together.
 GROUP = 16
 CPU = torch.device("cpu")
-# Words whose bounds are held at a time.
+# Vocabulary entries whose bounds are in memory at a time.
 WIDTH = 2048
 
-
-class Rows(NamedTuple):
-    """Rows with a scale for each block of the hidden size."""
-
-    near: Tensor  # [blocks, n, D / blocks] int8
-    scale: Tensor  # [blocks, n]
-    radius: Tensor  # [n]
-    norm: Tensor  # [n]
+# Rows as they are multiplied, [n, D], their radius and their norm, each [n].
+Bounded = tuple[Tensor, Tensor, Tensor]
 
 
-def quantise(rows: Tensor, levels: int, blocks: int) -> Rows:
-    """``rows [n, D]`` float32."""
-    count, size = rows.shape
-    near, scale, _, _ = int8_bound.quantise(rows.reshape(count * blocks, size // blocks), levels)
-    radius, norm = int8_bound.radius_and_norm(rows, (near * scale[:, None]).view_as(rows))
-    parts = near.view(count, blocks, -1).transpose(0, 1).contiguous()
-    return Rows(parts, scale.view(count, blocks).t(), radius, norm)
+def quantise(rows: Tensor, levels: int) -> Bounded:
+    """``rows [n, D]`` float32 rounded to so many levels to either side of zero, with a scale each."""
+    scale = rows.abs().amax(dim=1, keepdim=True) / levels
+    near = (rows * torch.where(scale > 0, 1 / scale, 0)).round_() * scale
+    return near, *int8_bound.radius_and_norm(rows, near)
 
 
-def bounds(tokens: Rows, words: Rows, some: slice) -> tuple[Tensor, Tensor]:
-    """``[T, some]`` what stands for the dots, and how far from it they may be."""
-    near = torch.zeros(())
-    for x, s, y, z in zip(tokens.near, tokens.scale, words.near[:, some], words.scale[:, some], strict=True):
-        # Exact like int32, and on every CPU fast enough.
-        products = (x.double() @ y.double().t()).float()
-        near = near + products.mul_(z).mul_(s[:, None])
-    radius, norm = words.radius[some], words.norm[some]
-    return near, tokens.radius[:, None] * (norm + radius) + tokens.norm[:, None] * radius
+def bounds(tokens: Bounded, entries: Bounded, some: slice) -> tuple[Tensor, Tensor]:
+    """``[T, some]`` the dots of quantised rows, and how far from them the exact dots may be."""
+    near = (tokens[0].double() @ entries[0][some].double().t()).float()
+    radius, norm = entries[1][some], entries[2][some]
+    return near, tokens[1][:, None] * (norm + radius) + tokens[2][:, None] * radius
 
 
 class Layout:
@@ -73,28 +56,27 @@ class Layout:
         self._places = torch.cat([f + torch.arange(n) for f, n in zip(first, self.lengths, strict=True)])
 
     def counts(self, alive: Tensor) -> Tensor:
-        """Of ``[T, words]`` tokens that are left: sequences, groups and tokens times words."""
+        """Of ``[T, entries]`` pairs that are left: sequences, groups and tokens, each times vocabulary entries."""
         padded = alive.new_zeros(GROUP * sum(self.groups), alive.shape[1])
         padded[self._places] = alive
         groups = padded.view(-1, GROUP, alive.shape[1]).any(dim=1)
-        return torch.stack(
-            [sum(part.any(dim=0).sum() for part in groups.split(self.groups)), groups.sum(), alive.sum()]
-        )
+        sequences = sum(part.any(dim=0).sum() for part in groups.split(self.groups))
+        return torch.stack([torch.as_tensor(sequences), groups.sum(), alive.sum()])
 
     def largest(self, values: Tensor) -> Tensor:
-        """``[T, words]``: the largest of each token's sequence."""
+        """``[T, entries]``: the largest of each token's sequence."""
         return torch.cat([part.amax(dim=0).expand_as(part) for part in values.split(self.lengths)])
 
 
 def criteria(near: Tensor, far: Tensor, bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """``[T, words]`` what is left by relu alone, and by the largest lower bound of the sequence as well."""
+    """``[T, entries]`` what is left by relu alone, and by the largest lower bound of the sequence as well."""
     upper = near + far
     relu = ~(upper <= -bias)
     return relu, relu & ~(upper < layout.largest(near - far))
 
 
 def survivors(case: Case) -> list[dict[str, Any]]:
-    """A row for each number of levels and of blocks; ``..._pairs``, ``..._groups`` and ``..._tokens`` are shares.
+    """A row for each number of levels; ``..._pairs``, ``..._groups`` and ``..._tokens`` are shares.
 
     Raises:
         ArithmeticError: a dot is outside its bound.
@@ -103,29 +85,28 @@ def survivors(case: Case) -> list[dict[str, Any]]:
     hidden, weight, bias = (leaf.detach() for leaf in inputs.leaves)
     real = inputs.mask != 0
     rows, layout = hidden[real], Layout(real.sum(dim=1))
-    settings = list(itertools.product(LEVELS, BLOCKS))
-    quantised = [(quantise(rows, *setting), quantise(weight, *setting)) for setting in settings]
+    quantised = [(quantise(rows, levels), quantise(weight, levels)) for levels in LEVELS]
     active, moments = torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
-    left = torch.zeros(len(settings), 2, 3, dtype=torch.int64)
-    width = torch.zeros(len(settings), dtype=torch.float64)
+    left = torch.zeros(len(LEVELS), 2, 3, dtype=torch.int64)
+    width = torch.zeros(len(LEVELS), dtype=torch.float64)
     for some in (slice(first, first + WIDTH) for first in range(0, len(weight), WIDTH)):
         dots = rows.double() @ weight[some].double().t()
         active += layout.counts(dots + bias[some] > 0)
         moments += torch.stack([dots.sum(), dots.square().sum()])
-        for i, (tokens, words) in enumerate(quantised):
-            near, far = bounds(tokens, words, some)
+        for i, (tokens, entries) in enumerate(quantised):
+            near, far = bounds(tokens, entries, some)
             if not bool(((dots - near).abs() <= far).all()):
-                raise ArithmeticError(f"{case.name}, levels and blocks {settings[i]}: a dot is outside its bound")
+                raise ArithmeticError(f"{case.name}, {LEVELS[i]} levels: a dot is outside its bound")
             left[i] += torch.stack([layout.counts(alive) for alive in criteria(near, far, bias[some], layout)])
             width[i] += far.double().sum()
     every = torch.tensor([len(layout.lengths), sum(layout.groups), len(rows)]) * len(weight)
     mean, square = (moments / every[2]).tolist()
     fixed = {"case": case.name, "shape": case.shape, "real_tokens": len(rows)}
     found = []
-    for (levels, blocks), counts, total in zip(settings, left, width.tolist(), strict=True):
+    for levels, counts, total in zip(LEVELS, left, width.tolist(), strict=True):
         # The mean bound in standard deviations of the dots.
         bound = total / int(every[2]) / (square - mean**2) ** 0.5
-        row = fixed | {"levels": levels, "blocks": blocks, "bound": bound} | _shares("active", active, every)
+        row = fixed | {"levels": levels, "bound": bound} | _shares("active", active, every)
         for name, count in zip(("relu", "best"), counts, strict=True):
             row |= _shares(name, count, every)
             row[f"{name}_tokens_per_active_pair"] = int(count[2]) / int(active[0]) if active[0] else None
@@ -139,20 +120,17 @@ def _shares(name: str, counts: Tensor, every: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="result file")
-    result = Result("margins", "bench.margins", parser.parse_args().output)
-    for name in CASES:
-        case = SCREENING[name]
+    args = options.parser(__doc__).parse_args()
+    result = Result("margins", "bench.margins", args.output, append=args.append, key=("case", "levels"))
+    for case in cases.shown_in("margins"):
         if reason := cases.why_absent(case):
-            result.content["left_out"].append(f"{name}: {reason}")
+            result.leave_out(reason, {"case": case.name})
             continue
         if case.from_text:
-            result.content["trained_model"] = screening_model.training_record()
-        for row in survivors(cases.for_device(case, CPU)):
-            result.add(row)
+            result.run["trained_model"] = text_model.training_record()
+        result.add(*survivors(cases.for_device(case, CPU)))
     result.write()
-    print(margins_tables.tables(result.content))
+    print(margins_tables.tables(result.by_device()[-1]))
 
 
 if __name__ == "__main__":

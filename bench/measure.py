@@ -1,61 +1,43 @@
 """Measure one kind of job on the device at hand and write a result file.
 
-    python -m bench.measure head|backward|flops|screening|encode --output RESULT.json [--case NAME ...]
+    python -m bench.measure head|backward|flops|screening|encode --output RESULT.json [--append] [--case NAME ...]
 
-Every variant is first checked against the truth and against a second run of itself: a red one is not timed. Then all
-variants of a case are timed in interleaved rounds (:mod:`.harness.timing`). Extra memory is the peak above inputs,
-outputs and gradients. Running out of memory is a result. The file is rewritten after every job of a case, so that what
-was measured survives an end by timeout.
+Every variant is first checked against the truth and against a second run of itself; one that fails is red and is not
+timed. Then all variants of a case are timed in interleaved rounds (:mod:`.harness.timing`). Extra memory is the peak
+above inputs, outputs and gradients. Running out of memory is a result. The file is rewritten after every job of a case,
+so that what was measured survives a killed run; ``--append`` continues it.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import screening_model
-from bench.harness import roofline, rows, timing
-from bench.harness.environment import command, describe
-from bench.harness.result_file import write
+from bench.harness import memory, options, roofline, rows, timing
+from bench.harness.result_file import Budget, Result
 from bench.harness.rows import Job, Row
 from bench.inputs import cases as shapes
-from bench.inputs import distributions, variants
+from bench.inputs import distributions, text_model, variants
 from bench.inputs.cases import Precision
 from bench.jobs import encode, screening
 from bench.jobs import operators as jobs
 
-SCHEMA = 1
 KINDS = ("head", "backward", "flops", "screening", "encode")
 CURVES = "curves"
-FLOPS_CASES = [f"B{rows}-V{columns}" for rows, columns in shapes.FLOPS_SHAPES]
-# Other cases would be scaled to one of these shapes.
-CPU_CASES = (
-    "dev-ragged",
-    "gooaq-question",
-    "gooaq-answer",
-    "query",
-    "splade-v3-ragged",
-    "xlmr-16-ragged",
-    "qwen-ragged",
-    "long-ragged",
-    "dev",
-)
+FLOPS_CASES = {f"B{rows}-V{columns}": (rows, columns) for rows, columns in shapes.FLOPS_SHAPES}
+CORPORA = {encode.SQUAD.name: encode.SQUAD, **encode.CORPORA}
 
 
 def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tuple[str, Any]]:
     """``(name, case or arguments)`` of a kind on this device; scaled shapes that coincide are measured once."""
     if kind == "flops":
         limit = shapes.CPU_FLOPS_ELEMENTS if device.type == "cpu" else None
-        for rows, columns in shapes.FLOPS_SHAPES:
-            name = f"B{rows}-V{columns}"
+        for name, (rows, columns) in FLOPS_CASES.items():
             if name in names and (limit is None or rows * columns <= limit):
                 yield name, (rows, columns)
         return
@@ -65,13 +47,11 @@ def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tupl
     seen: set[shapes.Case] = set()
     for case in [*chosen, *curves]:
         scaled = shapes.for_device(case, device)
-        key = replace(scaled, name="", scaled_from=None)
+        key = replace(scaled, name="", scaled_from=None, shown_in=())
         if scaled.scaled_from is None or key not in seen:
             seen.add(key)
             yield case.name, scaled
-    for corpus in (encode.SQUAD, *encode.CORPORA.values()):
-        if corpus.name in names:
-            yield corpus.name, corpus
+    yield from ((name, corpus) for name, corpus in CORPORA.items() if name in names)
 
 
 def default_cases(kind: str, device: torch.device) -> list[str]:
@@ -80,12 +60,11 @@ def default_cases(kind: str, device: torch.device) -> list[str]:
     if kind == "encode":
         return list(encode.CORPORA)
     if kind == "flops":
-        return FLOPS_CASES
+        return list(FLOPS_CASES)
+    gpu = device.type == "cuda"
     if kind == "backward":
-        return ["dev", "splade-v3"] if device.type == "cuda" else ["dev"]
-    if device.type == "cpu":
-        return list(CPU_CASES)
-    return [*shapes.CASES, CURVES]
+        return [case.name for case in shapes.shown_in("backward-gpu" if gpu else "backward-cpu")]
+    return [*shapes.CASES, CURVES] if gpu else [case.name for case in shapes.shown_in("cpu")]
 
 
 def default_variants(kind: str) -> list[str]:
@@ -102,8 +81,6 @@ def groups(
     kind: str, subject: Any, precision: Precision, device: torch.device, names: Sequence[str]
 ) -> dict[str, Callable[[], list[Job]]]:
     """By name, functions that make the jobs to be interleaved with each other."""
-    if kind == "head":
-        return {job: partial(jobs.head, subject, precision, job, device, names) for job in roofline.PASSES}
     if isinstance(subject, encode.Corpus):
         return {"encode": partial(encode.jobs, subject, precision, device, names)}
     if kind == "screening":
@@ -112,7 +89,9 @@ def groups(
     if kind == "flops":
         shape: tuple[int, int] = subject
         return {job: partial(jobs.flops, shape, precision, job, device) for job in roofline.PASSES}
-    return {name: partial(jobs.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS}
+    if kind == "backward":
+        return {name: partial(jobs.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS}
+    return {job: partial(jobs.head, subject, precision, job, device, names) for job in roofline.PASSES}
 
 
 def takes_model(subject: Any) -> bool:
@@ -124,89 +103,65 @@ def takes_model(subject: Any) -> bool:
 
 def why_absent(subject: Any) -> str | None:
     """Why there is nothing to measure a subject on here, or None."""
-    return screening_model.why_not() if takes_model(subject) else None
+    return text_model.why_not() if takes_model(subject) else None
 
 
 def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.device, seconds: float) -> list[Row]:
     """Rows of one group."""
     with precision.settings():
         measured = rows.run(make(), device, seconds)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    memory.release()
     return measured
 
 
-def document(kind: str, device: torch.device, precisions: Sequence[str], command: str) -> dict[str, Any]:
-    """A result without rows: where it is measured, and how fast that machine copies and multiplies."""
-    machine = {}
-    for name in precisions:
-        precision = shapes.PRECISIONS[name]
-        with precision.settings():
-            rate = timing.matmul_rate(device, precision.compute_dtype)
-        machine[name] = {"bytes_per_second": timing.copy_rate(device), "operations_per_second": rate}
-    return {
-        "schema": SCHEMA,
-        "kind": kind,
-        "command": command,
-        "environment": describe(),
-        "machine": machine,
-        "rows": [],
-        "left_out": [],
-    }
-
-
-def measure_all(result: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
+def measure_all(result: Result, args: argparse.Namespace, device: torch.device, precisions: Sequence[str]) -> None:
     """Add the rows of every case in every precision, and what was left out; the file is rewritten after each job."""
     names = args.case or default_cases(args.kind, device)
     chosen = args.variant or default_variants(args.kind)
-    begin = time.monotonic()
-    for precision in (shapes.PRECISIONS[name] for name in result["machine"]):
+    budget = Budget(args.budget)
+    for precision in (shapes.PRECISIONS[name] for name in precisions):
         for name, subject in plan(args.kind, names, device):
-            if time.monotonic() - begin > args.budget:
-                result["left_out"].append(f"{name} {precision.name}")
-                continue
-            absent = why_absent(subject)
+            what = {"case": name, "precision": precision.name}
+            absent = why_absent(subject) if budget.has_time() else "no time"
             if absent:
-                result["left_out"].append(f"{name} {precision.name}: {absent}")
+                result.leave_out(absent, what)
                 continue
             if takes_model(subject):
-                result["trained_model"] = screening_model.training_record()
+                result.run["trained_model"] = text_model.training_record()
             for job, make in groups(args.kind, subject, precision, device, chosen).items():
-                if time.monotonic() - begin > args.budget:
-                    result["left_out"].append(f"{name} {precision.name} {job}")
+                if not budget.has_time():
+                    result.leave_out("no time", what | {"job": job})
                     continue
                 try:
                     measured = measure(make, precision, device, args.seconds)
                 except Exception as error:  # the inputs themselves may not fit
-                    result["left_out"].append(f"{name} {precision.name} {job}: {rows.reason(error)}")
+                    result.leave_out(rows.reason(error), what | {"job": job})
                     continue
-                result["rows"] += [asdict(row) for row in measured]
-                write(args.output, result)
+                result.add(*map(asdict, measured))
                 for row in measured:
                     print(_line(row), flush=True)
-    write(args.output, result)
+    result.write()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    parser = options.parser(__doc__, required=True, seconds=2.0)
+    options.add_device(parser)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--output", type=Path, required=True)
-    known = [*shapes.CASES, CURVES, *shapes.SCREENING, *FLOPS_CASES, encode.SQUAD.name, *encode.CORPORA]
+    known = [*shapes.CASES, CURVES, *shapes.SCREENING, *FLOPS_CASES, *CORPORA]
     parser.add_argument("--case", nargs="+", choices=known, help="default: all of the kind; 'curves': S, V and B")
     parser.add_argument("--precision", nargs="+", choices=list(shapes.PRECISIONS))
     parser.add_argument("--variant", nargs="+", choices=list(variants.VARIANTS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=2.0, help="to spend on the rounds of one group")
-    until = "seconds after which no job is begun"
-    parser.add_argument("--budget-seconds", "--budget", dest="budget", type=float, default=float("inf"), help=until)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     device = torch.device(args.device)
     precisions = args.precision or default_precisions(device)
-    result = document(args.kind, device, precisions, command("bench.measure"))
-    measure_all(result, args, device)
-    ours = [row for row in result["rows"] if row["variant"] in variants.OURS]
-    red = [row for row in ours if row["status"].startswith(("red", "failed"))]
+    machine = timing.machine(device, [shapes.PRECISIONS[name] for name in precisions])
+    result = Result(args.kind, "bench.measure", args.output, append=args.append, run={"machine": machine})
+    measure_all(result, args, device, precisions)
+    red = [row for row in result.rows if row["variant"] in variants.OURS and rows.is_wrong(row["status"])]
     if red:
         named = (" ".join(row[key] for key in ("case", "precision", "job", "variant", "status")) for row in red)
         raise SystemExit("\n".join(named))

@@ -1,15 +1,14 @@
-"""Every kernel once on small odd shapes, which a sanitizer watches.
+"""Every kernel once on small odd shapes, under compute-sanitizer.
 
-    python -m bench.sanitize --tool memcheck|racecheck|initcheck     # the sanitizer, over the next line
-    python -m bench.sanitize
+    python -m bench.sanitize --tool memcheck|racecheck|initcheck     # the sanitizer, running the next command
+    python -m bench.sanitize                                         # the kernels alone
 
-The sanitizer needs a GPU that lets it in. One that it refuses, and a machine without it, end with "not here" and exit
-status 77, since that says nothing about the kernels.
+A GPU that does not support the sanitizer, and a machine without it, end with "not here" and exit status 77, since that
+says nothing about the kernels.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 import splade_kernels as sk
+from bench.harness import options
 from bench.harness.environment import not_here
 
 # (batch, length, hidden size, vocabulary): no power of two, one token, one sequence, a row stride no TMA can take.
@@ -31,8 +31,8 @@ ERRORS_FOUND = 9
 
 
 def exercise(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> int:
-    """Forward and backward of both poolings, padded and packed, FLOPS and sparsify; inference with few active words,
-    which screening leaves to the exact kernel. Returns how many ran."""
+    """Forward and backward of both poolings, padded and packed, FLOPS and sparsify, and inference with few active
+    entries, which screening leaves to the exact kernel. Returns how many outputs were made."""
     count = 0
     for shape, dtype, pooling in itertools.product(SHAPES, dtypes, ("max", "sum")):
         batch, length, hidden_size, vocab_size = shape
@@ -68,7 +68,7 @@ def exercise(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> int:
 
 
 def exercise_unwatched() -> None:
-    """Compiles what is to be watched, which under a sanitizer takes many times as long."""
+    """Compile the kernels, which takes many times as long under a sanitizer."""
     subprocess.run([sys.executable, "-m", "bench.sanitize"], check=True)
 
 
@@ -84,9 +84,9 @@ def sanitize(tool: str) -> None:
     if found is None:
         not_here("compute-sanitizer is not installed")
     exercise_unwatched()
-    # With PyTorch's cache of memory, a read past the end of one tensor lands in another and is not seen.
+    # PyTorch's caching allocator would place tensors side by side, where an out-of-bounds read goes unnoticed.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # Libraries ask the driver for what it may not have; such calls fail without anything being wrong.
+    # Libraries probe the driver for features; such calls fail without anything being wrong.
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
     watched = [sys.executable, "-m", "bench.sanitize"]
     command = [found, "--tool", tool, *options, "--error-exitcode", str(ERRORS_FOUND), *watched]
@@ -108,7 +108,7 @@ def sanitize(tool: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.plain(__doc__)
     parser.add_argument("--tool", choices=TOOLS)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16; on a CPU float32")
     args = parser.parse_args()

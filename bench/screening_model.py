@@ -1,43 +1,33 @@
-"""A small SPLADE model trained on text, for what random numbers cannot show: the margins of real logits.
+"""Train the small SPLADE model on text that :mod:`bench.inputs.text_model` reads.
 
     python -m bench.screening_model --data DIR [--output outputs/screening-model]
 
 ``--data`` holds ``vocab.txt`` (bert-base-uncased) and ``squad/`` in BEIR's layout: ``corpus.jsonl``, ``queries.jsonl``,
-``qrels/train.tsv`` and ``qrels/test.tsv``. The demo's model (2 layers, 128 wide, V 30522, tied decoder) is trained
-through the demo's trainer with the fused head; model and unseen passages, those of the articles held out for testing,
-are written to ``--output``. The benchmarks that need them leave themselves out where that folder is absent.
+``qrels/train.tsv`` and ``qrels/test.tsv``. The demo's model (2 layers, 128 wide, V 30522, tied decoder) is trained with
+the demo's trainer and the fused head. ``--output`` gets the model and unseen passages, those of the articles held out
+for testing.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from bench.harness import options
+from bench.inputs import text_model
 
-FOLDER = Path(__file__).parents[1] / "outputs" / "screening-model"
 HIDDEN_SIZE = 128
 MAX_LENGTH = 128
 STEPS = 300
 BATCH_SIZE = 16
 LEARNING_RATE = 7.5e-4
-# Less regularised than the demo's, for the share of active terms that large SPLADE models have: 1 to 2 % of the words.
+# Less regularised than the demo's, for the share of active terms that large SPLADE models have: 1 to 2 %.
 QUERY_WEIGHT, DOCUMENT_WEIGHT = 4e-4, 2e-4
 SEED = 0
 # Of the queries of the held-out articles, every fourth is searched with.
 SEARCHED_EVERY = 4
-
-
-def why_not() -> str | None:
-    """Why there is no trained model to take inputs from, or None."""
-    if (FOLDER / "passages.json").is_file():
-        return None
-    return "no trained model here: python -m bench.screening_model --data DIR makes it"
 
 
 def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDEN_SIZE) -> dict[str, Any]:
@@ -60,7 +50,7 @@ def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDE
     record = {"steps": steps, "seed": SEED, "first_loss": losses[0], "last_loss": losses[-1]}
     record |= _search(squad, output / "model", len(words))
     (output / "training.json").write_text(json.dumps(record) + "\n")
-    # Last: what it holds is what makes the folder complete.
+    # Written last, because this file is what marks the folder as complete.
     (output / "passages.json").write_text(json.dumps(list(unseen)))
     return record
 
@@ -106,66 +96,10 @@ def _search(squad: Any, folder: Path, vocab_size: int) -> dict[str, float]:
     return {"ndcg@10": float(metrics["dot_ndcg@10"]), "passage_active_share": share}
 
 
-def training_record() -> dict[str, Any]:
-    """What :func:`build` wrote of the model: steps, seed, losses, nDCG@10, share of active words in a passage."""
-    record: dict[str, Any] = json.loads((FOLDER / "training.json").read_text())
-    return record
-
-
-def describe(record: dict[str, Any]) -> str:
-    """One sentence for a document."""
-    seed = f", seed {record['seed']}" if "seed" in record else ""
-    return (
-        f"The model on text: {record['steps']} steps{seed}; over unseen passages nDCG@10 {record['ndcg@10']:.3f}, "
-        f"{record['passage_active_share']:.2%} of the words active in a passage."
-    )
-
-
-@cache
-def passages() -> list[str]:
-    texts: list[str] = json.loads((FOLDER / "passages.json").read_text())
-    return texts
-
-
-def load(device: torch.device | str = "cpu") -> Any:
-    """The trained model as a stock ``SparseEncoder``."""
-    from sentence_transformers import SparseEncoder
-
-    return SparseEncoder(str(FOLDER / "model"), device=str(device)).eval()
-
-
-def decoder_inputs(lengths: Tensor, length: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the decoder gets for unseen passages, and its parameters: ``(hidden [B, S, D], weight [V, D], bias [V])``.
-
-    The b-th text is the next passage of at least ``lengths[b]`` tokens, cut to that many. Of the vocabulary its first
-    ``vocab_size`` words.
-
-    Raises:
-        ValueError: there are too few such passages.
-    """
-    model = load()
-    tokens = iter(model.tokenizer(passages(), truncation=True, max_length=length)["input_ids"])
-    chosen: list[list[int]] = []
-    for wanted in lengths.tolist():
-        ids = next((ids for ids in tokens if len(ids) >= wanted), None)
-        if ids is None:
-            raise ValueError(f"expected {len(lengths)} passages of up to {length} tokens, found {len(chosen)}")
-        chosen.append([*ids[: wanted - 1], ids[-1]])
-    batch = model.tokenizer.pad({"input_ids": chosen}, padding="max_length", max_length=length, return_tensors="pt")
-    language_model = model.transformers_model
-    decoder = language_model.get_output_embeddings()
-    seen: list[Tensor] = []
-    handle = decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        language_model(**batch)
-    handle.remove()
-    return seen[0], decoder.weight.detach()[:vocab_size], decoder.bias.detach()[:vocab_size]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.plain(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with vocab.txt and squad/")
-    parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--output", type=Path, default=text_model.FOLDER)
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
     record = build(args.data, args.output, args.steps)

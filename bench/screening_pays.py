@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness.result_file import load
 from bench.tables.ratios import ratio
 
 Result = dict[str, Any]
@@ -32,13 +32,13 @@ LEAST: dict[tuple[str, str], float] = {
 
 def of_architecture(results: Iterable[Result], arch: int) -> list[Result]:
     """The screening results that a GPU of this architecture gave."""
-    return [
-        result
-        for result in results
-        if result.get("kind") == "screening"
-        and result.get("environment", {}).get("gpu")
-        and result["environment"].get("arch") == arch
-    ]
+    return [result for result in results if result.get("kind") == "screening" and _arch(result) == arch]
+
+
+def _arch(result: Result) -> int | None:
+    """The architecture of the GPU that measured a result of one device; None of a CPU's."""
+    environments = [run["environment"] for run in result["runs"]]
+    return next((one.get("arch") for one in environments if one.get("gpu")), None)
 
 
 def objections(results: Sequence[Result], arch: int) -> list[str]:
@@ -71,8 +71,8 @@ def _row(result: Result, case: str, job: str, variant: str) -> dict[str, Any] | 
 
 
 def main(paths: Sequence[str]) -> None:
-    results = [json.loads(Path(path).read_text()) for path in paths]
-    architectures = {result.get("environment", {}).get("arch") for result in results} - {None}
+    results = load(map(Path, paths))
+    architectures = {arch for result in results if (arch := _arch(result)) is not None}
     if not architectures:
         raise SystemExit("expected results of `python -m bench.measure screening` from a GPU, got none")
     for arch in sorted(architectures):

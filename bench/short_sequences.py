@@ -1,19 +1,17 @@
 """The backward of short sequences by rows that are gathered, as the package does it, and by two products.
 
     python -m bench.short_sequences                             # the model's tables; --document docs/kernels.md
-    python -m bench.short_sequences --output RESULT.json [--device cuda] [--budget-seconds 25]
+    python -m bench.short_sequences --output RESULT.json [--append] [--device cuda] [--budget 25]
                                     [--length 14 60 256] [--share 0.05 1.0]
 
-:mod:`bench.jobs.short_sequences_model` says what each should cost; this measures both, and the training forward
-beside them. Gradients are first held against float64 sums. The second way is written with PyTorch's operations and is
+:mod:`bench.jobs.short_sequences` says what each should cost; this command measures both, and the training forward
+beside them. Gradients are first compared with float64 sums. The second way is written with PyTorch's operations and is
 no part of the package: G is filled in tiles of the vocabulary of at most ``TILE_BYTES``, each multiplied by
 ``torch.mm`` twice.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import roofline, rows, timing, truth
+from bench.harness import memory, options, roofline, rows, timing, truth
 from bench.harness.result_file import Budget, Result
 from bench.harness.rows import Job, Row
-from bench.harness.steps import Step, Tensors, cuda_extra_bytes, unweighed
+from bench.harness.steps import Step, Tensors, input_sets, unweighed, weigh_on_gpu
 from bench.inputs import distributions
-from bench.inputs.cases import PRECISIONS, Case, Inputs, Precision, for_device, input_sets
+from bench.inputs.cases import PRECISIONS, Case, Inputs, Precision, for_device
 from bench.jobs.operators import backward_operator, gradient_errors, training_forward
-from bench.jobs.short_sequences_model import Rates, Shape, costs
-from bench.report import replace_block
+from bench.jobs.short_sequences import Rates, Shape, costs
 from bench.tables import short_sequences as short_sequences_tables
+from bench.tables.markdown import replace_block
 
 KIND = "short-sequences"
 TILE_BYTES = 256 << 20
@@ -44,7 +42,7 @@ BOUNDS = {"float32": 1e-4, "tf32": 1e-2, "bf16-autocast": 1e-2, "bf16": 1e-2}
 
 
 def tile_width(tokens: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Words of a tile of G."""
+    """Vocabulary entries of a tile of G."""
     return max(1, min(vocab_size, TILE_BYTES // (tokens * dtype.itemsize)))
 
 
@@ -65,13 +63,13 @@ def scatter_step(precision: Precision, inputs: Inputs, drawn: distributions.Draw
         grad_hidden: Tensor | None = None
         grad_weight = hidden.new_empty(vocab_size, hidden_size)
         for first in range(0, vocab_size, width):
-            words = slice(first, min(first + width, vocab_size))
-            tile = space[: tokens * (words.stop - first)].view(batch, length, -1).zero_()
-            # [T, words]
-            g = tile.scatter_(1, winners[:, None, words], values[:, None, words]).flatten(0, 1)
-            product = torch.mm(g, weight[words])
+            some = slice(first, min(first + width, vocab_size))
+            tile = space[: tokens * (some.stop - first)].view(batch, length, -1).zero_()
+            # [T, entries of the tile]
+            g = tile.scatter_(1, winners[:, None, some], values[:, None, some]).flatten(0, 1)
+            product = torch.mm(g, weight[some])
             grad_hidden = product if grad_hidden is None else grad_hidden.float() + product
-            torch.mm(g.t(), rows_of_h, out=grad_weight[words])
+            torch.mm(g.t(), rows_of_h, out=grad_weight[some])
         assert grad_hidden is not None
         return (
             grad_hidden.view_as(hidden).to(inputs.hidden.dtype),
@@ -96,10 +94,10 @@ def products_step(precision: Precision, inputs: Inputs, drawn: distributions.Dra
 
     def products() -> Tensors:
         for first in range(0, vocab_size, width):
-            words = slice(first, min(first + width, vocab_size))
-            part = g[:, : words.stop - first]
-            torch.mm(part, weight[words], out=grad_hidden)
-            torch.mm(part.t(), rows_of_h, out=grad_weight[words])
+            some = slice(first, min(first + width, vocab_size))
+            part = g[:, : some.stop - first]
+            torch.mm(part, weight[some], out=grad_hidden)
+            torch.mm(part.t(), rows_of_h, out=grad_weight[some])
         return grad_hidden, grad_weight
 
     return products
@@ -109,12 +107,12 @@ def group(case: Case, share: float, precision: Precision, device: torch.device) 
     """Both ways, the products alone and the training forward, of one length and active share."""
     sets = input_sets(case, precision, device)
     generate = distributions.at_share(share)
-    drawn = [distributions.draw_from(generate, case, precision, device, seed) for seed in range(len(sets))]
+    drawn = [distributions.draw(generate, case, precision, device, seed) for seed in range(len(sets))]
     exact = truth.backward(*drawn[0], sets[0])
     active, tokens = int((drawn[0][0] > 0).sum()), case.batch_size * case.length
-    row = Row(case.name, case.shape, precision.name, f"active-{100 * share:g}%", "", scaled_from=case.scaled_from)
+    row = Row(case.name, case.shape, precision.name, _job(share), "", scaled_from=case.scaled_from)
     row = replace(row, real_tokens=tokens, active_share=active / drawn[0][0].numel())
-    weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
+    weigh = weigh_on_gpu(device)
     forward, gather = roofline.forward(case, precision, tokens), roofline.backward(case, precision, active, tokens)
 
     def check(found: Tensors) -> dict[str, float]:
@@ -146,7 +144,7 @@ def measure(
     """Rows of one group; those of both ways with what the model says at the rates measured here."""
     with precision.settings():
         measured = [asdict(row) for row in rows.run(group(case, share, precision, device), device, seconds)]
-    _let_go(device)
+    memory.release()
     itemsize = precision.compute_dtype.itemsize
     shape = Shape(case.length, case.batch_size, case.hidden_size, case.vocab_size, itemsize)
     predicted = costs(shape, share, rates)._asdict()
@@ -158,55 +156,50 @@ def measure_all(
     budget: Budget, seconds: float,
 ) -> None:  # fmt: skip
     """Add the rows of every case and share while there is time."""
-    machine = result.content["machine"][precision.name]
+    machine = result.run["machine"][precision.name]
     bandwidth = machine["bytes_per_second"]
     rates = Rates(machine["operations_per_second"], bandwidth, bandwidth, bandwidth)
     if device.type == "cuda" and cases:
         _warm_up(cases[0], precision, device)
     for case in cases:
         for share in shares:
-            name = f"{case.name} {100 * share:g} % active, {precision.name}"
+            what = {"case": case.name, "precision": precision.name, "job": _job(share)}
             if not budget.has_room():
-                result.content["left_out"].append(f"{name}: no time")
+                result.leave_out("no time", what)
                 continue
             try:
                 measured = budget.run(measure, case, share, precision, device, seconds, rates)
             except Exception as error:  # the inputs themselves may not fit
-                result.content["left_out"].append(f"{name}: {rows.reason(error)}")
+                result.leave_out(rows.reason(error), what)
                 continue
+            result.add(*measured)
             for row in measured:
-                result.add(row)
                 print(short_sequences_tables.line(row), flush=True)
     result.write()
 
 
+def _job(share: float) -> str:
+    return f"active-{100 * share:g}%"
+
+
 def _warm_up(case: Case, precision: Precision, device: torch.device) -> None:
-    """Compile, which neither batch nor length does again, so that no group's time counts it."""
+    """Compile in advance, so that no group's time includes it; other batches and lengths do not compile again."""
     with precision.settings():
         for job in group(replace(case, batch_size=2), 1.0, precision, device):
             job.steps()[0]()
-    _let_go(device)
-
-
-def _let_go(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    memory.release()
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="measure, and write the result there")
+    parser = options.parser(__doc__, seconds=0.4)
+    options.add_device(parser)
     parser.add_argument("--document", type=Path, help="replace the model's tables between their markers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=list(BOUNDS), help="default: bf16 on a GPU, float32 on a CPU")
     parser.add_argument("--length", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--share", type=float, nargs="+", default=list(SHARES), help="active shares, 0 to 1")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--vocab-size", type=int, default=30522)
-    parser.add_argument("--seconds", type=float, default=0.4, help="to spend on the rounds of one length and share")
-    parser.add_argument("--budget-seconds", type=float, default=25.0)
     args = parser.parse_args(arguments)
     if args.output is None:
         if args.document:
@@ -214,16 +207,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
         else:
             print(short_sequences_tables.block())
         return None
-    budget, device = Budget(args.budget_seconds), torch.device(args.device)
+    budget, device = Budget(args.budget), torch.device(args.device)
     precision = PRECISIONS[args.precision or ("bf16" if device.type == "cuda" else "float32")]
     shapes = [Case(f"S{n}", args.batch_size, n, args.hidden_size, args.vocab_size) for n in args.length]
-    with precision.settings():
-        rate = timing.matmul_rate(device, precision.compute_dtype)
-    machine = {precision.name: {"bytes_per_second": timing.copy_rate(device), "operations_per_second": rate}}
-    result = Result(KIND, "bench.short_sequences", args.output, machine=machine, tile_bytes=TILE_BYTES)
+    run = {"machine": timing.machine(device, [precision]), "tile_bytes": TILE_BYTES}
+    result = Result(KIND, "bench.short_sequences", args.output, append=args.append, run=run)
     cases = [for_device(case, device) for case in shapes]
     measure_all(result, cases, args.share, precision, device, budget, args.seconds)
-    red = [row for row in result.rows if row["status"].startswith(("red", "failed"))]
+    red = [row for row in result.rows if rows.is_wrong(row["status"])]
     if red:
         raise SystemExit("\n".join(f"{row['case']} {row['job']} {row['variant']}: {row['status']}" for row in red))
     return result.content

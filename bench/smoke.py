@@ -19,10 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,7 +32,10 @@ from bench.harness.result_file import Result
 from bench.harness.rows import reason
 from bench.harness.truth import relative_distance
 from splade_kernels.backends import compaction, compiled
+from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.triton import launch
+from splade_kernels.backends.triton.max_forward import max_pool_forward
+from splade_kernels.backends.triton.tuning import matmul_config
 
 PROCESSES = 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,9 +90,26 @@ def pool(
 
 
 def persistent(dtype: str) -> Found:
-    """A grid of so few programs that each walks many tiles, as one for a real vocabulary does."""
-    with mock.patch.object(launch, "multiprocessors", lambda device: 3):
-        return pool(dtype, True)
+    """The forward in a grid of so few programs that each walks many tiles, as one for a real vocabulary does."""
+    inputs = draw(DTYPES[dtype])
+    hidden, weight, bias, mask = inputs.values()
+    call = PoolingCall(
+        batch_size=len(hidden),
+        attention_mask=mask,
+        cu_seqlens=None,
+        max_seqlen=hidden.shape[1],
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=hidden.dtype,
+        out_dtype=hidden.dtype,
+        need_argmax=True,
+    )
+    config = matmul_config(*launch.problem(call, weight))
+    run = partial(max_pool_forward, call, hidden.flatten(0, 1), weight, bias)
+    (output, argmax), expected = run(replace(config, programs=3)), run(config)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    exact = pooled(wide, False, sk.reference.splade_pool)
+    return {"output": (output, exact[0]), **_same_bits([output, argmax], [*expected])}
 
 
 def packed(dtype: str) -> Found:

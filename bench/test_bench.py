@@ -12,7 +12,6 @@ from bench.harness.rows import Job
 from bench.inputs.variants import HEADS, MATMULS, SCREENING
 from bench.jobs.screening import FLOOR
 
-Make = Callable[[], list[Job]]
 pytestmark = pytest.mark.benchmark(timer=replay.clock, min_rounds=1)
 _NAMES = {
     "head": [*HEADS, *MATMULS],
@@ -20,38 +19,16 @@ _NAMES = {
     "backward": ["ours", "training-forward"],
     "flops": ["stock", "ours"],
 }
-
-
 _INFERENCE_ALONE = (*MATMULS, "screened-first")
+_CASES = [
+    pytest.param(case, precision, job, make, variant, id=f"{kind}-{case}-{precision}-{job}-{variant}")
+    for kind, names in _NAMES.items()
+    for case, precision, job, make in parameters(kind)
+    for variant in names
+    if job == "forward" or variant not in _INFERENCE_ALONE
+]
 
 
-def _cases(kind: str) -> list[Any]:
-    return [
-        pytest.param(case, precision, job, make, variant, id=f"{case}-{precision}-{job}-{variant}")
-        for case, precision, job, make in parameters(kind)
-        for variant in _NAMES[kind]
-        if job == "forward" or variant not in _INFERENCE_ALONE
-    ]
-
-
-_ARGUMENTS = ("case", "precision", "job", "make", "variant")
-
-
-@pytest.mark.parametrize(_ARGUMENTS, _cases("head"))
-def test_head(benchmark: Any, case: str, precision: str, job: str, make: Make, variant: str) -> None:
-    report(benchmark, case, precision, job, make, variant)
-
-
-@pytest.mark.parametrize(_ARGUMENTS, _cases("screening"))
-def test_screening(benchmark: Any, case: str, precision: str, job: str, make: Make, variant: str) -> None:
-    report(benchmark, case, precision, job, make, variant)
-
-
-@pytest.mark.parametrize(_ARGUMENTS, _cases("backward"))
-def test_backward(benchmark: Any, case: str, precision: str, job: str, make: Make, variant: str) -> None:
-    report(benchmark, case, precision, job, make, variant)
-
-
-@pytest.mark.parametrize(_ARGUMENTS, _cases("flops"))
-def test_flops(benchmark: Any, case: str, precision: str, job: str, make: Make, variant: str) -> None:
+@pytest.mark.parametrize(("case", "precision", "job", "make", "variant"), _CASES)
+def test_case(benchmark: Any, case: str, precision: str, job: str, make: Callable[[], list[Job]], variant: str) -> None:
     report(benchmark, case, precision, job, make, variant)

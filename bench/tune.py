@@ -1,17 +1,15 @@
-"""Measure kernel configurations on the GPU at hand and say which lines the table of tuning.py should have for it.
+"""Measure kernel configurations on the GPU at hand and write the table of the best ones.
 
     python -m bench.tune --output RESULT.json [--kind maximum sum] [--dtype bfloat16] [--size 768x30522]
                          [--budget-seconds 480]
     python -m bench.tune --dry-run --arch 86        # no GPU: what the compiler says of every candidate
 
-The result also serves as it is: ``SPLADE_KERNELS_CONFIG=RESULT.json`` makes the package read its ``table``. Candidates
-that spill, exceed the shared memory or do not compile are dropped first; the others must give what the shipped
-configuration gives. Both is found out side by side, in processes that a faulty candidate may take down. What is left is
+The package reads the result as it is, from ``SPLADE_KERNELS_CONFIG=RESULT.json`` or where it ships (docs/tuning.md).
+Candidates that spill, exceed the shared memory or do not compile are dropped first; the others must give the results of
+the default configuration. Both checks run side by side, in processes that a faulty candidate may take down. The rest is
 timed in interleaved rounds: 3 for all, 9 for the best dozen, 25 for the best four. The file is rewritten after each of
-these steps, and its ``table`` then holds the best configuration so far.
-A configuration has to beat the shipped one by ``MARGIN`` to replace it. Forward and backward of sum pooling run with
-the configuration of the maximum, and the tiles of the backward are chosen by the hidden size alone, so for those kinds
-the result holds the measurements and no entry.
+these steps, and its ``table`` then holds the best configuration so far. A configuration has to beat the default one by
+``MARGIN`` to replace it.
 """
 
 from __future__ import annotations
@@ -22,19 +20,30 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bench.harness.result_file import Budget, Result
 from bench.harness.side_by_side import side_by_side
-from bench.jobs.candidates import DTYPES, KINDS, Config, Question, candidates, examine, refinements, shipped
+from bench.jobs.candidates import DTYPES, candidates, examine, refinements, shipped
 from splade_kernels.backends.pooling import PoolingCall
-from splade_kernels.backends.triton import grad_hidden, launch, max_backward, max_forward, sum_pool
-from splade_kernels.backends.triton.tuning import ARCHITECTURES, Shape
+from splade_kernels.backends.triton.max_backward import max_pool_backward
+from splade_kernels.backends.triton.max_forward import max_pool_forward
+from splade_kernels.backends.triton.sum_pool import sum_pool_backward, sum_pool_forward
+from splade_kernels.backends.triton.tuning import (
+    ARCHITECTURES,
+    KINDS,
+    Config,
+    HiddenConfig,
+    MatmulConfig,
+    Shape,
+    WeightConfig,
+    entry,
+)
 
 SIZES = ((768, 30522), (768, 250002), (1024, 30522), (1024, 250002))
 ROUNDS = ((3, 12), (9, 4), (25, 1))
@@ -65,84 +74,87 @@ CHECKED_LOAD = Load(3, 300)
 CHECKED_VOCAB_SIZES = 4099, 4112
 
 
-def loads(question: Question) -> dict[str, Load]:
-    return BACKWARD_LOADS if question.kind.startswith("backward") else FORWARD_LOADS
+def loads(shape: Shape) -> dict[str, Load]:
+    return BACKWARD_LOADS if shape.kind.startswith("backward") else FORWARD_LOADS
 
 
-def step(question: Question, load: Load, device: str, exact: bool = False) -> Callable[[Config], Results]:
-    """What runs the operator's body as the package does, with a given configuration in place of its own.
+def step(shape: Shape, load: Load, device: str, exact: bool = False) -> Callable[[Config], Results]:
+    """What runs the kernels of the shape's kind as the package does, with a given configuration.
 
     ``exact``: small integers, whose products and sums no order of addition changes.
     """
-    dtype = DTYPES[question.dtype][1]
+    kind, dtype = shape.kind, DTYPES[shape.dtype][1]
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
+    def draw(*size: int) -> Tensor:
         if exact:
-            return torch.randint(-2, 3, shape, generator=generator, device=device).to(dtype)
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+            return torch.randint(-2, 3, size, generator=generator, device=device).to(dtype)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
-    kind = question.kind
     call = PoolingCall(
-        load.batch_size, None, None, load.length, "sum" if kind == "sum" else "max", "relu", dtype, torch.float32,
-        need_argmax=kind != "sum", need_hidden=kind != "backward-weight", need_weight=kind != "backward-hidden",
+        batch_size=load.batch_size,
+        attention_mask=None,
+        cu_seqlens=None,
+        max_seqlen=load.length,
+        pooling_strategy="sum" if kind == "sum" else "max",
+        activation_function="relu",
+        compute_dtype=dtype,
+        out_dtype=torch.float32,
+        screening="on" if kind == "int8" else "off",
+        need_argmax=kind not in ("sum", "int8"),
+        need_hidden=kind != "backward-weight",
+        need_weight=kind != "backward-hidden",
         need_bias=kind != "backward-hidden",
-    )  # fmt: skip
-    hidden = draw(load.batch_size * load.length, question.hidden_size)
-    weight = draw(question.vocab_size, question.hidden_size)
-    if not exact:
-        weight *= question.hidden_size**-0.5
-    bias = weight.new_zeros(question.vocab_size)
-    grad = draw(load.batch_size, question.vocab_size).float()
-    if kind == "maximum":
-        return lambda config: _with(
-            max_forward, "matmul_config", config, lambda: max_forward.max_pool_forward(call, hidden, weight, bias)
-        )
-    if kind == "sum":
-        return lambda config: _with(
-            sum_pool,
-            "matmul_config",
-            config,
-            lambda: (
-                *(found := sum_pool.sum_pool_forward(call, hidden, weight, bias))[:1],
-                *sum_pool.sum_pool_backward(call, grad, *found, hidden, weight, bias),
-            ),
-        )
-    output, argmax = max_forward.max_pool_forward(call, hidden, weight, bias)
-    if load.active_terms is not None:
-        least = output.topk(min(load.active_terms, question.vocab_size), dim=1).values[:, -1:]
-        output = torch.where(output >= least, output, 0)
-    module, name = (max_backward, "weight_config") if kind == "backward-weight" else (grad_hidden, "hidden_config")
-    return lambda config: _with(
-        module,
-        name,
-        config,
-        lambda: max_backward.max_pool_backward(call, grad, output, argmax, hidden, weight, bias),
     )
+    hidden = draw(load.batch_size * load.length, shape.hidden_size)
+    weight = draw(shape.vocab_size, shape.hidden_size)
+    if not exact:
+        weight *= shape.hidden_size**-0.5
+    bias = weight.new_zeros(shape.vocab_size)
+    if kind == "int8":
+        # Four standard deviations of a logit below 0: few pairs survive, as in a trained model.
+        bias -= round(8 * shape.hidden_size**0.5) if exact else 4
+    grad = draw(load.batch_size, shape.vocab_size).float()
+    inputs = hidden, weight, bias
+    if kind == "sum":
+
+        def both(config: Config) -> Results:
+            tiles = cast(MatmulConfig, config)
+            output, argmax = sum_pool_forward(call, *inputs, tiles)
+            return output, *sum_pool_backward(call, grad, output, argmax, *inputs, tiles)
+
+        return both
+    if kind == "int8":
+        return lambda config: max_pool_forward(call, *inputs, int8_config=cast(MatmulConfig, config))[:1]
+    if kind == "maximum":
+        return lambda config: max_pool_forward(call, *inputs, cast(MatmulConfig, config))
+    output, argmax = max_pool_forward(call, *inputs)
+    if load.active_terms is not None:
+        least = output.topk(min(load.active_terms, shape.vocab_size), dim=1).values[:, -1:]
+        output = torch.where(output >= least, output, 0)
+    backward = partial(max_pool_backward, call, grad, output, argmax, *inputs)
+    if kind == "backward-weight":
+        return lambda config: backward(weight_config=cast(WeightConfig, config))
+    return lambda config: backward(hidden_config=cast(HiddenConfig, config))
 
 
-def _with(module: Any, name: str, config: Config, run: Step) -> Results:
-    with mock.patch.object(module, name, lambda *args, **kwargs: config):
-        return run()
-
-
-def disagreement(question: Question, config: Config, device: str) -> str | None:
+def disagreement(shape: Shape, config: Config, device: str) -> str | None:
     """How a candidate's results differ from the shipped configuration's, on exact integers; None if they do not.
 
     Dots are exact, so maxima and positions have to be equal; sums of activated values are only as close as rounding.
     """
-    largest = CHECKED_VOCAB_SIZES[question.vocab_size % 16 == 0]
-    small = dataclasses.replace(question, vocab_size=min(question.vocab_size, largest))
+    largest = CHECKED_VOCAB_SIZES[shape.vocab_size % 16 == 0]
+    small = shape._replace(vocab_size=min(shape.vocab_size, largest))
+    if isinstance(config, MatmulConfig):
+        # So few programs that a persistent one walks many tiles, as it will.
+        config = dataclasses.replace(config, programs=3)
     run = step(small, CHECKED_LOAD, device, exact=True)
-    # So few programs that a persistent one walks many tiles, as it will.
-    with mock.patch.object(launch, "multiprocessors", lambda device: 3):
-        pairs = list(zip(run(config), run(shipped(question)), strict=True))
-    for number, (ours, theirs) in enumerate(pairs):
+    for number, (ours, theirs) in enumerate(zip(run(config), run(shipped(shape)), strict=True)):
         if ours is None or theirs is None:
             continue
         error = (ours.double() - theirs.double()).abs().max().item()
         bound = 0.0
-        if question.kind != "maximum":
+        if shape.kind not in ("maximum", "int8"):
             bound = 32 * torch.finfo(ours.dtype).eps * theirs.abs().max().item()
         if not error <= bound:
             return f"result {number} differs by {error:.3g} from the shipped configuration's, more than {bound:.3g}"
@@ -180,44 +192,44 @@ def choose(times: dict[Config, list[float]], first: Config) -> tuple[Config, flo
     return (best, ratio) if ratio <= 1 - MARGIN else (first, 1.0)
 
 
-def verdict(question: Question, config: Config, device: str) -> list[str]:
+def verdict(shape: Shape, config: Config, device: str) -> list[str]:
     """Why a candidate is out before it is timed: what the compiler says of it, or another result than the shipped
     configuration's. What it compiles here is what is timed, from Triton's cache."""
     # As in the process that times it: TF32 has to be allowed for the package to take it.
     torch.backends.cuda.matmul.allow_tf32 = True
-    _, problems = examine(question, config)
-    if config == shipped(question):
+    _, problems = examine(shape, config)
+    if config == shipped(shape):
         problems = [problem for problem in problems if "spills" not in problem]  # what others are measured against
-    difference = None if problems else disagreement(question, config, device)
+    difference = None if problems else disagreement(shape, config, device)
     return problems if difference is None else [difference]
 
 
-def admit(question: Question, configs: Sequence[Config], device: str) -> tuple[list[Config], list[dict[str, Any]]]:
+def admit(shape: Shape, configs: Sequence[Config], device: str) -> tuple[list[Config], list[dict[str, Any]]]:
     """The configurations to be timed, and a row for each of the others: dropped, and why."""
     admitted, rows = [], []
-    tasks = [(question, config, device) for config in configs]
+    tasks = [(shape, config, device) for config in configs]
     for config, found in zip(configs, side_by_side(verdict, tasks), strict=True):
         dropped = [found] if isinstance(found, str) else found
         if dropped:
-            rows.append(_row(question, config, dropped=dropped))
+            rows.append(_row(shape, config, dropped=dropped))
         else:
             admitted.append(config)
     return admitted, rows
 
 
 def measure(
-    question: Question, device: str, keep: Callable[[Config, list[dict[str, Any]]], None] = lambda best, rows: None
+    shape: Shape, device: str, keep: Callable[[Config, list[dict[str, Any]]], None] = lambda best, rows: None
 ) -> tuple[Config, list[dict[str, Any]]]:
     """The configuration to take, and a row for every candidate: dropped and why, or its time over the shipped one's.
 
     ``keep(best, rows)`` is called with what is known so far, which a later call replaces.
     """
-    first = shipped(question)
-    entrants, dropped_rows = admit(question, candidates(question), device)
+    first = shipped(shape)
+    entrants, dropped_rows = admit(shape, candidates(shape), device)
     if first not in entrants:
-        raise SystemExit(f"the shipped configuration {first} of {question} is unusable: {dropped_rows[0]['dropped']}")
+        raise SystemExit(f"the shipped configuration {first} of {shape} is unusable: {dropped_rows[0]['dropped']}")
     keep(first, dropped_rows)
-    runs = [step(question, load, device) for load in loads(question).values()]
+    runs = [step(shape, load, device) for load in loads(shape).values()]
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
     single = {run: statistics.median(_milliseconds(run, first, flush) for _ in range(5)) for run in runs}
 
@@ -229,34 +241,34 @@ def measure(
         relative(config)  # compiles
     times = tournament(entrants, first, relative, ROUNDS)
     best, _ = choose(times, first)
-    keep(best, dropped_rows + _timed(question, times, first))
+    keep(best, dropped_rows + _timed(shape, times, first))
     # Of the best, which has passed, another kernel each.
-    refined, more_dropped = admit(question, refinements(best, question.kind), device)
+    refined, more_dropped = admit(shape, refinements(best, shape.kind), device)
     dropped_rows += more_dropped
     if len(refined) > 1:
         again = tournament(list(dict.fromkeys([first, *refined])), first, relative, ((25, 1),))
         times |= again
         best, _ = choose(again, first)
-    rows = dropped_rows + _timed(question, times, first)
-    shipped_milliseconds = dict(zip(loads(question), single.values(), strict=True))
-    rows.append(_row(question, best, chosen=True, shipped_milliseconds=shipped_milliseconds))
+    rows = dropped_rows + _timed(shape, times, first)
+    shipped_milliseconds = dict(zip(loads(shape), single.values(), strict=True))
+    rows.append(_row(shape, best, chosen=True, shipped_milliseconds=shipped_milliseconds))
     keep(best, rows)
     return best, rows
 
 
-def _timed(question: Question, times: dict[Config, list[float]], first: Config) -> list[dict[str, Any]]:
+def _timed(shape: Shape, times: dict[Config, list[float]], first: Config) -> list[dict[str, Any]]:
     shipped_time = statistics.median(times[first])
     return [
-        _row(question, config, time_over_shipped=statistics.median(samples) / shipped_time, rounds=len(samples))
+        _row(shape, config, time_over_shipped=statistics.median(samples) / shipped_time, rounds=len(samples))
         for config, samples in times.items()
     ]
 
 
-def _row(question: Question, config: Config, **more: Any) -> dict[str, Any]:
+def _row(shape: Shape, config: Config, **more: Any) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     # In one column of a table, what the package reads in another form.
     text = ", ".join(f"{name} {value}" for name, value in fields.items())
-    return {**dataclasses.asdict(question), "configuration": text, "config": fields, **more}
+    return {**shape._asdict(), "configuration": text, "config": fields, **more}
 
 
 def _milliseconds(run: Callable[[Config], Results], config: Config, flush: Tensor) -> float:
@@ -271,32 +283,24 @@ def _milliseconds(run: Callable[[Config], Results], config: Config, flush: Tenso
     return float(start.elapsed_time(end))
 
 
-def source_line(question: Question, config: Config) -> str:
-    """The line for ``TUNED`` in tuning.py; for the backward what its function of the hidden size should return."""
-    if question.kind == "maximum":
-        shape = Shape(question.arch, question.dtype, question.hidden_size, question.vocab_size)
-        return f"    {shape}: {config},"
-    return f"    # {question.kind}, sm_{question.arch}, {question.dtype}, D {question.hidden_size}: {config}"
-
-
-def questions(args: argparse.Namespace, arch: int) -> Iterator[Question]:
+def shapes(args: argparse.Namespace, arch: int) -> Iterator[Shape]:
     """In the order of their use; the backward asks for D alone."""
     for kind, dtype, (hidden_size, vocab_size) in itertools.product(args.kind, args.dtype, args.size):
         if not (kind.startswith("backward") and vocab_size != args.size[0][1]):
-            yield Question(kind, arch, dtype, hidden_size, vocab_size)
+            yield Shape(kind, arch, dtype, hidden_size, vocab_size)
 
 
 def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
     """Compile the candidates, print what each needs and what would be measured; returns the rows."""
     rows = []
-    for question in questions(args, arch):
+    for shape in shapes(args, arch):
         kept = 0
         # Kernels are compiled once for all sizes; only the tiles of the backward follow D.
-        if question.vocab_size == args.size[0][1] and (
-            question.kind.startswith("backward") or question.hidden_size == args.size[0][0]
+        if shape.vocab_size == args.size[0][1] and (
+            shape.kind.startswith("backward") or shape.hidden_size == args.size[0][0]
         ):
-            for config in candidates(question)[: args.limit]:
-                compiled, problems = examine(question, config)
+            for config in candidates(shape)[: args.limit]:
+                compiled, problems = examine(shape, config)
                 kept += not problems
                 needs = [
                     {
@@ -307,8 +311,8 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
                     }
                     for row in compiled
                 ]
-                rows.append(_row(question, config, compiled=needs, dropped=problems))
-                print(f"{question.kind} sm_{arch} {question.dtype} {config}")
+                rows.append(_row(shape, config, compiled=needs, dropped=problems))
+                print(f"{shape.kind} sm_{arch} {shape.dtype} {config}")
                 for need in needs:
                     print(
                         "    {kernel:28} {registers:4} registers {spilled:5} spilled {shared:7} shared".format(**need)
@@ -316,8 +320,8 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
                 for problem in problems:
                     print(f"    dropped: {problem}")
         print(
-            f"would measure {question.kind} for D {question.hidden_size}, V {question.vocab_size}, {question.dtype}: "
-            f"{' and '.join(loads(question))}"
+            f"would measure {shape.kind} for D {shape.hidden_size}, V {shape.vocab_size}, {shape.dtype}: "
+            f"{' and '.join(loads(shape))}"
         )
     return rows
 
@@ -357,25 +361,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     result = Result("tuning", "bench.tune", args.output, architecture=arch, table=[])
     # TF32 has to be allowed for the package to take it: the choice is between its configurations.
     torch.backends.cuda.matmul.allow_tf32 = True
-    lines = []
-    for question in questions(args, arch):
-        # The first question started the processes and compiled what the next ones find.
+    for shape in shapes(args, arch):
+        # The first shape started the processes and compiled what the next ones find.
         if not budget.has_time():
-            result.content["left_out"].append(dataclasses.asdict(question))
+            result.content["left_out"].append(shape._asdict())
             continue
         before = len(result.rows), len(result.content["table"])
 
-        def keep(best: Config, rows: list[dict[str, Any]], question: Question = question, before: Any = before) -> None:
+        def keep(best: Config, rows: list[dict[str, Any]], shape: Shape = shape, before: Any = before) -> None:
             result.rows[before[0] :] = rows
-            if question.kind == "maximum":
-                shape = Shape(arch, question.dtype, question.hidden_size, question.vocab_size)
-                result.content["table"][before[1] :] = [{**shape._asdict(), "config": dataclasses.asdict(best)}]
+            result.content["table"][before[1] :] = [entry(shape, best)]
             result.write()
 
-        best, _ = measure(question, "cuda", keep)
-        lines.append(source_line(question, best))
+        best, _ = measure(shape, "cuda", keep)
+        print(f"{shape}: {best}", flush=True)
     result.write()
-    print("\n".join(lines))
     return result.content
 
 

@@ -1,7 +1,16 @@
-// The operators. Their fakes and their plain PyTorch counterparts: splade_kernels/backends/compaction.py.
+// The operators. Their fakes: splade_kernels/backends/compiled.py; the same in PyTorch: compaction.py there.
 #include <torch/csrc/stable/library.h>
 
+namespace {
+
+// Incremented whenever an operator is added, or its arguments or results change: compiled.py refuses a library built
+// with another number.
+int64_t schema_version() { return 2; }
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(splade_kernels_csrc, library) {
+  library.def("schema_version() -> int");
   // Active entries (grad != 0, argmax inside its sequence) of each sequence by token, vocabulary ascending:
   // (bounds [rows, 2], words [n * V], values [n * V]).
   library.def(
@@ -14,11 +23,17 @@ STABLE_TORCH_LIBRARY(splade_kernels_csrc, library) {
   // Vocabulary ids and values of the entries in the mask; row b's begin at crow[b].
   library.def(
       "gather_active(Tensor embeddings, Tensor crow, Tensor mask, SymInt capacity) -> (Tensor col, Tensor values)");
-  // CPU only, docs/screening.md: the instruction set there are screening kernels for (0: none), the int8 form of a
-  // weight, and the maxima over the tokens of each sequence, with the number of dots they took.
-  library.def("screening_isa() -> int");
-  library.def("quantise_words(Tensor weight, int isa) -> (Tensor quantised, Tensor bounds, Tensor shift)");
+  // CPU only, docs/screening.md: the instruction sets that there are screening kernels for and that this CPU has,
+  // fastest first; the int8 form of a weight; the maxima over the tokens of each sequence, and how many dots were
+  // computed for them. The last two run the kernels of the named instruction set.
+  library.def("instruction_sets() -> str[]");
+  library.def("quantise_words(Tensor weight, str instruction_set) -> (Tensor quantised, Tensor bounds, Tensor shift)");
   library.def(
       "screened_maximum(Tensor rows, Tensor offsets, Tensor weight, Tensor? bias, Tensor? quantised, Tensor? bounds,"
-      " Tensor? shift, Tensor sequences, Tensor positions, Tensor(a!) largest, Tensor(b!)? argmax, int isa) -> int");
+      " Tensor? shift, Tensor sequences, Tensor positions, Tensor(a!) largest, Tensor(b!)? argmax, str instruction_set)"
+      " -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(splade_kernels_csrc, CompositeExplicitAutograd, library) {
+  library.impl("schema_version", TORCH_BOX(&schema_version));
 }

@@ -38,10 +38,10 @@ class SpladePool(torch.autograd.Function):
         bias: Tensor | None,
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
-        options: tuple[Any, ...],
+        options: ops.PoolOptions,
     ) -> Tensor:
         # The gradient of the bias alone asks for no token.
-        need_argmax = options[1] == "max" and any(ctx.needs_input_grad[:2])
+        need_argmax = options.pooling_strategy == "max" and any(ctx.needs_input_grad[:2])
         output, argmax = ops.pool_forward(
             hidden_states, weight, bias, attention_mask, cu_seqlens, *options, need_argmax
         )

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from . import ops
 from .autograd import Flops, SpladePool
 from .backends import BACKENDS
+from .backends.pooling import ACTIVATION_FUNCTIONS, POOLING_STRATEGIES, check_choice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,8 +23,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # No size is larger.
 _LARGEST = 2**31 - 1
-POOLING_STRATEGIES = ("max", "sum")
-ACTIVATION_FUNCTIONS = ("relu", "log1p_relu")
 
 
 def splade_pool(
@@ -56,7 +55,9 @@ def splade_pool(
         cu_seqlens: ``[B + 1]`` int32 or int64 cumulative lengths from 0 to ``T``; equal neighbours are empty sequences.
         max_seqlen: host-known bound on the length of a packed sequence, in tokens; default ``T``.
         pooling_strategy: ``"max"`` or ``"sum"``.
-        activation_function: ``"relu"`` or ``"log1p_relu"``.
+        activation_function: ``"relu"`` or ``"log1p_relu"``: relu, then one or two ``log1p``. An activation must be 0
+            for ``x <= 0`` and increasing, which the maximum over raw dots, the sparse gradient and screening rest on;
+            others are refused by name.
         screening: exact screening: int8 products with a certified error bound find the dots that can be the maximum
             of their pair and positive, and only those are computed in full precision. ``"auto"``: where a look at
             this call's inputs says that it pays; True: without asking; False: never. Values agree within the rounding
@@ -97,7 +98,15 @@ def splade_pool(
     compute_dtype, out_dtype = _choose_dtypes(hidden_states, weight, bias)
     _check_no_tangent("splade_pool", hidden_states, weight, bias)
 
-    options = (bound, pooling_strategy, activation_function, compute_dtype, out_dtype, screening, backend)
+    options = ops.PoolOptions(
+        max_seqlen=bound,
+        pooling_strategy=pooling_strategy,
+        activation_function=activation_function,
+        compute_dtype=compute_dtype,
+        out_dtype=out_dtype,
+        screening=screening,
+        backend=backend,
+    )
     mask = None if packed else attention_mask
     trained = hidden_states.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
@@ -251,18 +260,13 @@ def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(f"{name}: forward-mode derivatives are not implemented")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 def check_options(
     pooling_strategy: str, activation_function: str, screening: str | bool = "auto", backend: str = "auto"
 ) -> str:
     """What to tell the operators of screening: ``"auto"``, ``"on"`` or ``"off"``."""
-    _check_choice("pooling_strategy", pooling_strategy, POOLING_STRATEGIES)
-    _check_choice("activation_function", activation_function, ACTIVATION_FUNCTIONS)
-    _check_choice("backend", backend, ("auto", *BACKENDS))
+    check_choice("pooling_strategy", POOLING_STRATEGIES, pooling_strategy)
+    check_choice("activation_function", ACTIVATION_FUNCTIONS, activation_function)
+    check_choice("backend", ("auto", *BACKENDS), backend)
     if not isinstance(screening, bool) and not (isinstance(screening, str) and screening == "auto"):
         raise ValueError(f"screening: expected 'auto', True or False, got {screening!r}")
     if screening is True and pooling_strategy != "max":

@@ -6,26 +6,35 @@ ones); the compute dtype was chosen once by the caller. No output aliases an inp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .backends import compaction
-from .backends.pooling import PoolingCall, argmax_dtype, choose
+from .backends import compaction, compiled
+from .backends.pooling import ACTIVATION_FUNCTIONS, Pooling, PoolingCall, argmax_dtype, check_choice, choose
 
+
+class PoolOptions(NamedTuple):
+    """The arguments of a pooling operator that are not tensors; the schema is made from these fields."""
+
+    max_seqlen: int
+    pooling_strategy: str
+    activation_function: str
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
+    screening: str  # "auto", "on" or "off"
+    backend: str
+
+
+_TYPES = {int: "SymInt", str: "str", torch.dtype: "ScalarType"}
+_OPTIONS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(PoolOptions).items())
+_POOL = f"Tensor hidden_states, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, {_OPTIONS}"
 _library = torch.library.Library("splade_kernels", "DEF")
-
-_POOL = (
-    "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, SymInt max_seqlen, "
-    "str pooling_strategy, str activation_function, ScalarType compute_dtype, ScalarType out_dtype, "
-    "str screening, str backend"
-)
 
 
 def _define(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -43,104 +52,96 @@ def _isolated(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def _batch_size(hidden_states: Tensor, cu_seqlens: Tensor | None) -> int:
-    return hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+class _Inputs(NamedTuple):
+    """The arguments that both pooling operators take."""
+
+    hidden_states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    options: PoolOptions
+
+    @property
+    def batch_size(self) -> int:
+        return self.hidden_states.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``[N, D]`` hidden states, the weight and the bias."""
+        return self.hidden_states.flatten(0, -2), self.weight, self.bias
+
+    def describe(self) -> tuple[PoolingCall, Pooling]:
+        """The call as backends are told it, and the backend's implementation of its pooling strategy."""
+        options = self.options
+        backend = backends.select(options.backend, self.hidden_states.device, options.compute_dtype)
+        pooling = choose("pooling_strategy", backend.POOLINGS, options.pooling_strategy)
+        check_choice("activation_function", ACTIVATION_FUNCTIONS, options.activation_function)
+        call = PoolingCall(
+            batch_size=self.batch_size,
+            attention_mask=self.attention_mask,
+            cu_seqlens=self.cu_seqlens,
+            max_seqlen=options.max_seqlen,
+            pooling_strategy=options.pooling_strategy,
+            activation_function=options.activation_function,
+            compute_dtype=options.compute_dtype,
+            out_dtype=options.out_dtype,
+            screening=options.screening,
+        )
+        return call, pooling
 
 
-def _describe(
-    hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, options: Any
-) -> tuple[PoolingCall, ModuleType]:
-    """The call as backends are told it, and the backend."""
-    pooling_strategy, activation_function, compute_dtype, out_dtype, screening, backend = options
-    call = PoolingCall(
-        _batch_size(hidden_states, cu_seqlens),
-        attention_mask,
-        cu_seqlens,
-        max_seqlen,
-        pooling_strategy,
-        activation_function,
-        compute_dtype,
-        out_dtype,
-        screening,
-    )
-    return call, backends.select(backend, hidden_states.device, compute_dtype)
+def _parse(arguments: tuple[Any, ...]) -> tuple[_Inputs, tuple[bool, ...]]:
+    """Inputs, and the trailing ``need_...`` of an operator."""
+    hidden_states, weight, bias, attention_mask, cu_seqlens, *others = arguments
+    options, needs = PoolOptions(*others[: len(PoolOptions._fields)]), others[len(PoolOptions._fields) :]
+    return _Inputs(hidden_states, weight, bias, attention_mask, cu_seqlens, options), tuple(needs)
 
 
-def _pool_forward(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    *more: Any,
-) -> tuple[Tensor, Tensor]:
-    *options, need_argmax = more
-    _check_cu_seqlens(cu_seqlens, hidden_states, max_seqlen)
-    call, backend = _describe(hidden_states, attention_mask, cu_seqlens, max_seqlen, options)
-    call = replace(call, need_argmax=need_argmax)
-    with _isolated(hidden_states):
-        pooling = choose("pooling_strategy", backend.POOLINGS, call.pooling_strategy)
-        output, argmax = pooling.forward(call, hidden_states.flatten(0, -2), weight, bias)
+def _pool_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, (need_argmax,) = _parse(arguments)
+    _check_cu_seqlens(inputs)
+    call, pooling = inputs.describe()
+    with _isolated(inputs.hidden_states):
+        output, argmax = pooling.forward(replace(call, need_argmax=need_argmax), *inputs.flat())
     return output, argmax
 
 
-def _pool_forward_fake(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    *_, out_dtype, _, _, need_argmax = options
-    shape = (_batch_size(hidden_states, cu_seqlens), weight.shape[0])
-    argmax = hidden_states.new_empty(shape if need_argmax else (0,), dtype=argmax_dtype(max_seqlen))
-    return hidden_states.new_empty(shape, dtype=out_dtype), argmax
+def _pool_forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, (need_argmax,) = _parse(arguments)
+    shape = (inputs.batch_size, inputs.weight.shape[0])
+    argmax = inputs.hidden_states.new_empty(
+        shape if need_argmax else (0,), dtype=argmax_dtype(inputs.options.max_seqlen)
+    )
+    return inputs.hidden_states.new_empty(shape, dtype=inputs.options.out_dtype), argmax
 
 
-def _pool_backward(
-    grad: Tensor,
-    output: Tensor,
-    argmax: Tensor,
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    *more: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *options, need_hidden, need_weight, need_bias = more
-    call, backend = _describe(hidden_states, attention_mask, cu_seqlens, max_seqlen, options)
+def _pool_backward(grad: Tensor, output: Tensor, argmax: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, (need_hidden, need_weight, need_bias) = _parse(arguments)
+    call, pooling = inputs.describe()
     call = replace(call, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias)
-    flat = hidden_states.flatten(0, -2)
-    with _isolated(hidden_states):
-        pooling = choose("pooling_strategy", backend.POOLINGS, call.pooling_strategy)
-        grad_hidden, grad_weight, grad_bias = pooling.backward(call, grad, output, argmax, flat, weight, bias)
-    return (
-        grad_hidden.view(hidden_states.shape) if need_hidden else hidden_states.new_empty(0),
-        grad_weight if need_weight else weight.new_empty(0),
-        grad_bias if need_bias else weight.new_empty(0),
-    )
+    with _isolated(inputs.hidden_states):
+        grad_hidden, *others = pooling.backward(call, grad, output, argmax, *inputs.flat())
+    if grad_hidden is not None:
+        grad_hidden = grad_hidden.view(inputs.hidden_states.shape)
+    return _present([grad_hidden, *others], (need_hidden, need_weight, need_bias), inputs)
 
 
-def _pool_backward_fake(
-    grad: Tensor,
-    output: Tensor,
-    argmax: Tensor,
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *options: Any,
+def _pool_backward_fake(grad: Tensor, output: Tensor, argmax: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, needs = _parse(arguments)
+    likes = inputs.hidden_states, inputs.weight, inputs.bias
+    return _present([None if like is None else like.new_empty(like.shape) for like in likes], needs, inputs)
+
+
+def _present(
+    gradients: Sequence[Tensor | None], needs: tuple[bool, ...], inputs: _Inputs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, need_hidden, need_weight, need_bias = options
-    return (
-        hidden_states.new_empty(hidden_states.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        weight.new_empty(0) if bias is None or not need_bias else bias.new_empty(bias.shape),
+    """The gradients that are needed; an operator returns tensors, so the others are empty ones."""
+    likes = inputs.hidden_states, inputs.weight, inputs.weight
+    hidden, weight, bias = (
+        gradient if need and gradient is not None else like.new_empty(0)
+        for gradient, need, like in zip(gradients, needs, likes, strict=True)
     )
+    return hidden, weight, bias
 
 
 def _flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
@@ -154,7 +155,7 @@ def _flops_sums(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Te
 def _flops_sums_fake(embeddings: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
     rows, columns = embeddings.shape
     kept = embeddings.new_empty(0 if threshold is None else rows, dtype=torch.bool)
-    return embeddings.new_empty(columns, dtype=_statistics_dtype(embeddings)), kept
+    return embeddings.new_empty(columns, dtype=torch.promote_types(embeddings.dtype, torch.float32)), kept
 
 
 def _flops_value(statistics: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,22 +176,12 @@ def _sparsify(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, 
         return compaction.sparsify(embeddings, max_active_dims)
 
 
-def _sparsify_fake(embeddings: Tensor, max_active_dims: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    nonzeros = torch.library.get_ctx().new_dynamic_size()
-    rows = embeddings.shape[0]
-    crow = embeddings.new_empty(rows + 1, dtype=torch.int64)
-    return crow, embeddings.new_empty(nonzeros, dtype=torch.int64), embeddings.new_empty(nonzeros)
-
-
-def _statistics_dtype(embeddings: Tensor) -> torch.dtype:
-    return torch.promote_types(embeddings.dtype, torch.float32)
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor | None, hidden_states: Tensor, max_seqlen: int) -> None:
+def _check_cu_seqlens(inputs: _Inputs) -> None:
     """Values, where reading them costs no sync; on a device the kernels clamp them instead."""
+    cu_seqlens, max_seqlen = inputs.cu_seqlens, inputs.options.max_seqlen
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
-    tokens = hidden_states.shape[0]
+    tokens = inputs.hidden_states.shape[0]
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {first}")
@@ -216,13 +207,12 @@ _define(
     _pool_backward_fake,
 )
 _define("flops_sums", "(Tensor embeddings, float? threshold) -> (Tensor, Tensor)", _flops_sums, _flops_sums_fake)
-
 _define("flops_value", "(Tensor statistics) -> (Tensor, Tensor)", _flops_value, _flops_value_fake)
 _define(
     "sparsify",
     "(Tensor embeddings, SymInt? max_active_dims) -> (Tensor crow, Tensor col, Tensor values)",
     _sparsify,
-    _sparsify_fake,
+    compiled.sparsify_fake,
 )
 
 pool_forward = torch.ops.splade_kernels.pool_forward.default

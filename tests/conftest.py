@@ -107,12 +107,12 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of screening: the compiled kernels, or the same in PyTorch; the torch backend on a CPU is what they belong to."""
     if request.param == "plain":
-        monkeypatch.setattr(screening, "_isa", lambda: 0)
+        monkeypatch.setattr(screening, "compiled_kernels", lambda: None)
         # Right on many CPUs on which it is too slow to be used.
         monkeypatch.setattr(screening_plain, "int_mm_is_fast", screening_plain.int_mm_is_right)
     else:
         need_compiled()
-        assert screening._isa() > 0, "the self-test refused the compiled kernels"
+        assert screening.compiled_kernels() is not None, "the self-test refused the compiled kernels"
     return str(request.param)
 
 

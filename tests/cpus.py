@@ -37,7 +37,7 @@ def simulate(kind: str, patch: pytest.MonkeyPatch) -> None:
 
 def forget_answers() -> None:
     """What the package asks once a process is asked again."""
-    for answer in (screening._isa, screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
+    for answer in (screening.compiled_kernels, screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
         answer.cache_clear()
 
 
@@ -55,11 +55,8 @@ def int_mm_with_vnni(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ask_for_avx512(patch: pytest.MonkeyPatch) -> None:
-    """Instruction set 2, AVX-512 VNNI, is chosen; the kernels that run are the best that this CPU has."""
-    best, compiled_for = screening._best_isa(), screening._compiled_for
-
-    def within_reach(isa: int) -> screening.Kernels:
-        return replace(compiled_for(min(isa, best)), name=f"compiled {isa}")
-
-    patch.setattr(screening, "_best_isa", lambda: 2 if best else 0)
-    patch.setattr(screening, "_compiled_for", within_reach)
+    """AVX-512 VNNI is chosen; the kernels that run are the fastest that this CPU has."""
+    names, kernels_for = screening._names(), screening._kernels_for
+    if names:
+        patch.setattr(screening, "_names", lambda: ["avx512_vnni", "avx2"])
+        patch.setattr(screening, "_kernels_for", lambda name: replace(kernels_for(names[0]), name=name))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import splade_kernels as sk
 from splade_kernels import ops
+from splade_kernels.backends.pooling import PoolingCall
 
 
 @dataclass
@@ -151,23 +153,39 @@ def stock(case: Case, pooling_strategy: str, activation_function: str) -> Tensor
     return values.amax(dim=1) if values.shape[1] else values.new_zeros(case.grad.shape)
 
 
+def pool_options(**options: Any) -> ops.PoolOptions:
+    """What the operators are given beside tensors; unless said otherwise, for one float32 token and its maximum."""
+    defaults = ops.PoolOptions(1, "max", "relu", torch.float32, torch.float32, "auto", "auto")
+    return defaults._replace(**options)
+
+
+def new_call(**options: Any) -> PoolingCall:
+    """What a backend is told; unless said otherwise, of one float32 token and its maximum."""
+    defaults = PoolingCall(
+        batch_size=1,
+        attention_mask=None,
+        cu_seqlens=None,
+        max_seqlen=1,
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=torch.float32,
+        out_dtype=torch.float32,
+    )
+    return replace(defaults, **options)
+
+
 def forward_with_argmax(case: Case, backend: str, activation_function: str = "relu") -> tuple[Tensor, Tensor]:
     dtype = case.hidden.dtype
     bias = None if case.bias is None else case.bias.detach()
+    options = pool_options(
+        max_seqlen=case.hidden.shape[1],
+        activation_function=activation_function,
+        compute_dtype=dtype,
+        out_dtype=dtype,
+        backend=backend,
+    )
     output, argmax = ops.pool_forward(
-        case.hidden.detach(),
-        case.weight.detach(),
-        bias,
-        case.mask,
-        None,
-        case.hidden.shape[1],
-        "max",
-        activation_function,
-        dtype,
-        dtype,
-        "auto",
-        backend,
-        True,
+        case.hidden.detach(), case.weight.detach(), bias, case.mask, None, *options, need_argmax=True
     )
     return output, argmax
 

@@ -28,7 +28,7 @@ SMALLER = {
 }
 MORE = {
     "bench.training": "--layers 1 --hidden-size 64 --vocab-size 300 --batch-size 2 --max-length 16 --timed-steps 1",
-    "bench.compaction": "--length 8 --rounds 2",
+    "bench.compaction": "--length 8 --seconds 0",
     "bench.short_sequences": "--batch-size 2 --hidden-size 32 --vocab-size 64 --seconds 0",
 }
 
@@ -39,7 +39,6 @@ def shrink() -> None:
     from bench.harness.steps import unweighed
     from bench.inputs import cases
     from bench.jobs import operators as jobs
-    from bench.jobs import screening
 
     for table in (cases.CASES, cases.SCREENING):
         for name, case in table.items():
@@ -48,7 +47,7 @@ def shrink() -> None:
     timing.copy_rate = partial(timing.copy_rate, size=1 << 16)
     timing.matmul_rate = partial(timing.matmul_rate, size=64)
     timing.interleave = partial(timing.interleave, rounds=(2, 2))
-    jobs.weigher = screening.weigher = lambda *arguments: unweighed
+    jobs.weigher = lambda *arguments: unweighed
     flops = jobs.flops
     jobs.flops = lambda shape, *arguments: flops((8, 64), *arguments)
 

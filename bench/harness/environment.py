@@ -1,4 +1,4 @@
-"""What every result carries: machine, versions, commit."""
+"""What every row's provenance holds: machine, versions, commit, command line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-# What measuring writes, which says nothing about the code that is measured.
+# Files that measuring writes: changes to them say nothing about the code that is measured.
 _WRITTEN = ("bench/results", "bench/RESULTS.md", "docs/bench", "docs/screening.md", "README.md")
 # The exit status of a command that cannot do here what it is for; automake's tests have the same.
 NOT_HERE = 77
@@ -36,8 +36,15 @@ def describe() -> dict[str, object]:
     }
 
 
+def device_name(environment: dict[str, Any]) -> str:
+    """A device as titles have it, and as rows are told apart by."""
+    if environment.get("gpu") or "threads" not in environment:
+        return str(environment.get("device", ""))
+    return f"{environment['device']} ({environment['cpu_capability']}), {environment['threads']} threads"
+
+
 def not_here(reason: str) -> NoReturn:
-    """End the command: what it needs is not here. Its last line says what."""
+    """End a command that lacks what it needs here; the last line of its output says what."""
     print(f"not here: {reason}", flush=True)
     raise SystemExit(NOT_HERE)
 
@@ -57,9 +64,9 @@ def _device() -> dict[str, object]:
 
 
 def command(module: str) -> str:
-    """The command line that is running, but for where it writes."""
+    """The command line that is running, without where it writes."""
     line = " ".join(["python -m", module, *sys.argv[1:]])
-    return re.sub(r" --output[ =]\S+", "", line)
+    return re.sub(r" --output[ =]\S+| --append", "", line)
 
 
 def _cpu_name() -> str:
@@ -96,7 +103,7 @@ def _commit(folder: Path = Path(__file__).parent) -> str | None:
 
 
 def _hash() -> str:
-    """In place of a commit where git does not know it: of the sources that are measured and measure."""
+    """A hash of the sources that measure and are measured: stands for the commit where git has none."""
     root = Path(__file__).parents[2]
     files = sorted(path for folder in ("bench", "csrc", "splade_kernels") for path in (root / folder).rglob("*.*"))
     suffixes = (".py", ".cpp", ".cu", ".cuh", ".h", ".inc")

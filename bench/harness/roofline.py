@@ -1,6 +1,6 @@
 """Floors: the operations and the fewest bytes of each job, and the time a machine needs for them at best.
 
-A multiply-add counts as two operations. Bytes are what has to come from and go to memory once, with perfect caches.
+A multiply-add counts as two operations. Bytes are those that must cross the memory bus once, with perfect caches.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bench.inputs.cases import CASES, PRECISIONS, Case, Precision
+from bench.inputs.cases import Case, Precision
 
 PASSES = ("forward", "forward_backward")
-FLOOR_CASES = ("gooaq-question", "gooaq-answer", "dev", "splade-v3", "long", "xlmr-16", "qwen", "query")
 
 
 class Work(NamedTuple):
@@ -73,20 +72,3 @@ def flops(rows: int, columns: int, itemsize: int) -> Work:
 def logits_bytes(case: Case, precision: Precision) -> int:
     """``[B, S, V]`` in the dtype of the products: what the dense head holds and this one does not."""
     return case.batch_size * case.length * case.vocab_size * precision.compute_dtype.itemsize
-
-
-def floors_section() -> str:
-    """Computed, not measured: the RTX 3090's datasheet against the forward of named cases."""
-    from bench.report import table
-
-    machine = RTX_3090["bf16"]
-    rates = f"{machine.bytes_per_second / 1e9:.0f} GB/s and {machine.operations_per_second / 1e12:.0f} TFLOP/s"
-    note = f"Floors of the forward in bfloat16 from the datasheet's {rates} (dense, float32 accumulation)."
-    rows = [["case", "shape", "forward, all tokens real, ms", "forward, real tokens, ms", "binds"]]
-    for case in (CASES[name] for name in FLOOR_CASES):
-        real = int(case.draw_lengths().sum())
-        works = [forward(case, PRECISIONS["bf16"], count) for count in (case.batch_size * case.length, real)]
-        compute, memory = works[1].operations / machine.operations_per_second, works[1].bytes / machine.bytes_per_second
-        cells = [f"{machine.seconds(work) * 1e3:.3f}" for work in works]
-        rows.append([case.name, case.shape, *cells, "operations" if compute > memory else "bytes"])
-    return f"## RTX 3090: computed, not measured\n\n{note}\n\n{table(rows)}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from bench.harness import timing
-from bench.harness.steps import Step, Tensors, unweighed
+from bench.harness import memory, timing
+from bench.harness.steps import Step, Tensors, Weigh, unweighed
 
 
 @dataclass
@@ -27,9 +26,10 @@ class Row:
     median: float | None = None
     spread: tuple[float, float] | None = None
     rounds: int = 0
-    # Seconds a step, one for each round: what ratios are made of.
+    # Seconds a step, one for each round; ratios are made of them.
     samples: list[float] = field(default_factory=list)
     clock: str | None = None
+    # Processors that other programs kept busy meanwhile.
     others: float | None = None
     extra_bytes: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Row:
     bytes: int | None = None
     real_tokens: int | None = None
     active_share: float | None = None
-    # Share of the (real token, word) pairs whose dot was computed exactly.
+    # Share of the (real token, vocabulary entry) pairs whose dot was computed exactly.
     survivors: float | None = None
     # Texts that one step encodes.
     texts: int | None = None
@@ -50,13 +50,13 @@ class Job:
 
     row: Row
     steps: Callable[[], Sequence[Step]]
-    # Relative distances by name of what a step returned; None for floors, which return nothing to check.
+    # Relative distances, by name, of what a step returned; None for floors, which return nothing to check.
     check: Callable[[Tensors], dict[str, float]] | None = None
     bound: float = 0.0
-    # Whether two runs have to agree to the bit.
+    # Whether two runs have to agree bit for bit.
     strict: bool = False
-    weigh: Callable[[Step], int | None] = unweighed
-    # Bounds of single names, where it is not ``bound``.
+    weigh: Weigh = unweighed
+    # Bounds of single names where ``bound`` is not theirs.
     bounds: dict[str, float] = field(default_factory=dict)
     # Whether a short step may be timed as a CUDA graph.
     captured: bool = True
@@ -77,10 +77,7 @@ def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
         except Exception as error:  # a rival that fails must not take the others with it
             job.row.status = reason(error)
         if job.row.status != "measured":
-            # Only now: inside the handler the traceback still holds the tensors.
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            memory.release()  # not in the handler, where the traceback still holds the tensors
     timed = timing.interleave(samplers, seconds)
     for job in jobs:
         if job.row.variant in timed:
@@ -112,3 +109,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
         return "out of memory"
     return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def is_wrong(status: str) -> bool:
+    """Whether a variant failed its check, or failed."""
+    return status.startswith(("red", "failed"))

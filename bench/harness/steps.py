@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bench.harness.memory import peak, reset_peak, return_free_memory
+from bench.harness import memory, timing
 from bench.inputs.cases import PRECISIONS, Case, Inputs, Precision, make_inputs
 from bench.inputs.variants import MODES, VARIANTS, Head
 
-# Weighed on a CPU, each in a process of its own, forked from one that has imported everything and computed nothing.
+# Variants whose memory is measured on a CPU, each in a process of its own; points of curves are only timed.
 WEIGHED_ON_CPU = ("stock", *MODES)
-PRELOAD = ["bench.harness.steps", "sentence_transformers.sparse_encoder.modules"]
-
-# Points of curves of the time.
 UNWEIGHED = ("curve-", "share-")
 
 Tensors = tuple[Tensor, ...]
 Step = Callable[[], Tensors]
+Weigh = Callable[[Step], int | None]
+
+
+def input_sets(case: Case, precision: Precision, device: torch.device) -> list[Inputs]:
+    """As many sets of inputs as one sample walks through (:func:`.timing.rotation`)."""
+    size = case.hidden_size * (case.batch_size * case.length + case.vocab_size) * precision.dtype.itemsize
+    return [make_inputs(case, precision, device, seed) for seed in range(timing.rotation(size, device))]
 
 
 def train_or_infer(function: Head, inputs: Inputs, precision: Precision, training: bool) -> Step:
-    """One forward, or one forward and backward, that returns the output and the gradients of all three leaves."""
+    """One forward, or one forward and backward that returns the output and the gradients of all three leaves."""
     device = inputs.hidden.device
 
     def inference() -> Tensors:
@@ -41,56 +43,31 @@ def train_or_infer(function: Head, inputs: Inputs, precision: Precision, trainin
     return train if training else inference
 
 
-def weigher(
-    case: Case, precision: Precision, name: str, training: bool, device: torch.device
-) -> Callable[[Step], int | None]:
-    """How the extra memory of a variant is measured: on a CPU in a process of its own, without the step at hand."""
-    if device.type == "cuda":
-        return cuda_extra_bytes
-    if name not in WEIGHED_ON_CPU or case.name.startswith(UNWEIGHED):
-        return unweighed
-
-    def in_a_process(step: Step) -> int:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(host_extra_bytes, case, precision.name, name, training).result()
-
-    return in_a_process
-
-
 def unweighed(step: Step) -> None:
     return None
 
 
-def cuda_extra_bytes(step: Step) -> int:
-    """Peak allocated bytes of one step above what was there before and what it returned."""
-    step()  # libraries' workspaces
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = _bytes(step())
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - kept
+def weigh_on_gpu(device: torch.device) -> Weigh:
+    """Extra memory of a step where the device counts it; a CPU's process has more in it than the step."""
+    return memory.cuda_extra_bytes if device.type == "cuda" else unweighed
+
+
+def weigher(case: Case, precision: Precision, name: str, training: bool, device: torch.device) -> Weigh:
+    """How the extra memory of a variant is measured: on a CPU in a process of its own, which makes its own step."""
+    if device.type == "cuda" or name not in WEIGHED_ON_CPU or case.name.startswith(UNWEIGHED):
+        return weigh_on_gpu(device)
+    return lambda step: memory.in_a_process(host_extra_bytes, case, precision.name, name, training)
 
 
 def host_extra_bytes(case: Case, precision_name: str, name: str, training: bool) -> int:
-    """Peak resident bytes of one step above what was there before and what it returned, or 0; for a fresh process."""
+    """Peak resident bytes of one step beyond inputs and results; for a fresh process."""
+    precision = PRECISIONS[precision_name]
+    function = VARIANTS[name].make(training)
 
     def one(chosen: Case) -> int:
         inputs = make_inputs(chosen, precision, torch.device("cpu"))
         step = train_or_infer(function, inputs, precision, training)
-        return_free_memory()
-        before = reset_peak()
-        kept = _bytes(step())
-        # Pages of what was freed since, the step may take again.
-        return max(0, peak() - before - kept)
+        return memory.host_extra_bytes(lambda: memory.size_of(step()))
 
-    precision = PRECISIONS[precision_name]
-    function = VARIANTS[name].make(training)
-    one(replace(case, batch_size=2, length=16, vocab_size=512))  # libraries and their pools, once
+    one(replace(case, batch_size=2, length=16, vocab_size=512))  # libraries and their thread pools, once
     return one(case)
-
-
-def _bytes(tensors: Tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

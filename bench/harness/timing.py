@@ -1,9 +1,9 @@
 """Clocks: interleaved rounds, rotated inputs, device events or CUDA graphs.
 
-Every variant is timed once in every round, so that what drifts (clocks, temperature, other programs) meets all of them
-alike. On a GPU one sample walks through several sets of inputs, together larger than the L2 cache, so that none finds
-its operands there. Short steps are captured into a CUDA graph, because launching them takes longer than running them;
-what cannot be captured is launched while the device is made to wait, so that the host is ahead of it.
+Every variant is timed once in every round, so that drift (clock rates, temperature, other programs) affects all of them
+alike. On a GPU one sample walks through several sets of inputs, together larger than the L2 cache, so that no step
+finds its operands there. Short steps are captured into a CUDA graph, because launching them takes longer than running
+them. Steps that cannot be captured are launched while the device waits, so that the host stays ahead of it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 
+from bench.inputs.cases import Precision
+
 Step = Callable[[], object]
-# Fewest and most rounds: quartiles need some samples, and more than the most tell nothing new.
+# Fewest and most rounds: quartiles need the former, and more than the latter add nothing.
 ROUNDS = (9, 20)
 _STAT = Path("/proc/stat")
 # Steps shorter than this are captured.
@@ -34,7 +36,7 @@ class Timed:
 
     samples: list[float]
     clock: str
-    # Processors that others, on this machine or on its host, kept busy meanwhile; beside much of that, times on a CPU
+    # Processors that other programs, on this machine or on its host, kept busy meanwhile. With many, times on a CPU
     # mean little.
     others: float = 0.0
 
@@ -49,8 +51,7 @@ class Timed:
 
 
 def rotation(bytes_a_set: int, device: torch.device) -> int:
-    """Sets of inputs that together exceed twice the L2 cache; one on a CPU, where the other variants' turns displace
-    what a cache holds."""
+    """Sets of inputs that together exceed twice the L2 cache; one on a CPU, whose cache the other variants evict."""
     if device.type == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -120,8 +121,8 @@ class Sampler:
 
 
 def interleave(samplers: dict[str, Sampler], seconds: float, rounds: tuple[int, int] = ROUNDS) -> dict[str, Timed]:
-    """Rounds over all samplers until ``seconds`` have passed, within the bounds of ``rounds``. Nothing warms up here:
-    what is timed has run before, when it was checked."""
+    """Rounds over all samplers until ``seconds`` have passed, within the bounds of ``rounds``. There is no warm-up:
+    every step has already run when it was checked."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     begin, everybody, own = time.perf_counter(), _processor_seconds(), time.process_time()
     for number in range(rounds[1]):
@@ -135,13 +136,23 @@ def interleave(samplers: dict[str, Sampler], seconds: float, rounds: tuple[int, 
 
 
 def _processor_seconds() -> float:
-    """Processor seconds of everybody so far (Linux; elsewhere those of this process): user, nice, system, and stolen,
-    which the host of a virtual machine gave to another."""
+    """Processor seconds of all programs so far (Linux; elsewhere those of this process): user, nice, system, and
+    stolen, which the host of a virtual machine gave to another."""
     try:
         fields = _STAT.read_text().split(maxsplit=9)
     except OSError:
         return time.process_time()
     return sum(int(fields[field]) for field in (1, 2, 3, 8)) / os.sysconf("SC_CLK_TCK")
+
+
+def machine(device: torch.device, precisions: Sequence[Precision]) -> dict[str, dict[str, float]]:
+    """How fast this device copies and, in each precision, multiplies."""
+    found = {}
+    for precision in precisions:
+        with precision.settings():
+            rate = matmul_rate(device, precision.compute_dtype)
+        found[precision.name] = {"bytes_per_second": copy_rate(device), "operations_per_second": rate}
+    return found
 
 
 def copy_rate(device: torch.device, size: int | None = None) -> float:

@@ -1,7 +1,7 @@
-"""What a head must return, in a wider dtype, and how far one is from it.
+"""What a head must return, in a wider dtype, and how far from it a result is.
 
-Gradients of a maximum move between tokens whose dots nearly tie, and rounding decides which. So gradients are held by
-sums that do not depend on the choice, whose terms all change by the difference of the two dots only:
+The gradient of a maximum goes to one of the tokens whose dots nearly tie, and rounding decides to which. So gradients
+are compared by sums that change by no more than the difference of the two dots when the other token wins:
 ``dc``, ``Σ_s dh[b, s]``, ``Σ_d dW[v, d] W[v, d]`` and ``Σ_sd dh[b, s, d] h[b, s, d]``.
 """
 
@@ -42,7 +42,7 @@ def compute(inputs: Inputs, precision: Precision) -> Truth:
 
 
 def _compute(inputs: Inputs, compute_dtype: torch.dtype, wide: torch.dtype) -> Truth:
-    # Rounded as the head is told to round them; what follows is exact enough.
+    # The operands are rounded as the head rounds them; everything after that is wide.
     weight = inputs.weight.detach().to(compute_dtype)
     batch, length, _ = inputs.hidden.shape
     dots = torch.empty_like(inputs.grad, dtype=wide)
@@ -80,26 +80,27 @@ def relative_distance(found: Tensor, exact: Tensor) -> float:
 
 
 def band(inputs: Inputs, precision: Precision) -> Tensor:
-    """``[B, V]`` how far two summation orders of the same products may put an output: ``4 · 2^-24 · √D ‖h‖ ‖w‖`` with h
-    the longest real token; for TF32 the rounding of the products as well. The activation shrinks distances."""
+    """``[B, V]`` how far two summation orders of the same products may put an output: :func:`band_of` the longest real
+    token of each sequence. The activation shrinks distances."""
     norms = inputs.hidden.detach().to(precision.compute_dtype).double().norm(dim=2)
     longest = norms.masked_fill_(inputs.mask == 0, 0).amax(dim=1, keepdim=True)
-    return word_bands(longest, inputs.weight.detach(), precision)
+    return band_of(longest, inputs.weight.detach(), precision)
 
 
-def word_bands(longest: Tensor, weight: Tensor, precision: Precision) -> Tensor:
-    """``[..., V]`` that of :func:`band` for a longest token of norm ``longest [..., 1]``."""
+def band_of(longest: Tensor, weight: Tensor, precision: Precision) -> Tensor:
+    """``4 · 2^-24 · √D ‖h‖ ‖w‖`` ``[..., V]`` for tokens of at most the norm ``longest [..., 1]``; in TF32 plus the
+    rounding of the products."""
     unit = 4 * 2**-24 * weight.shape[1] ** 0.5 + (2**-9 if precision.tf32 else 0)
     allowed: Tensor = unit * longest * weight.to(precision.compute_dtype).double().norm(dim=1)
     return allowed
 
 
 def in_bands(found: Tensor, other: Tensor, allowed: Tensor, precision: Precision) -> float:
-    """The largest ``|found - other|`` in multiples of what :func:`band` and the rounding of an output allow: one active
-    pair that is lost shows here, where a norm over all of them would hide it."""
+    """The largest ``|found - other|`` in multiples of what :func:`band` and the rounding of an output allow. One active
+    pair that is lost shows here; a norm over all entries would hide it."""
     coarsest = max(torch.finfo(precision.compute_dtype).eps, torch.finfo(precision.out_dtype).eps)
     found, other = found.double(), other.double()
-    # A word whose weight is all zero, as a tied decoder's padding is, allows no difference and has none.
+    # A weight row of zeros (the padding entry of a tied decoder) allows no difference and has none.
     limit = (allowed + 2 * coarsest * torch.maximum(found, other)).clamp_min_(torch.finfo(torch.float64).tiny)
     return float(((found - other).abs() / limit).amax())
 

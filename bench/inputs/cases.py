@@ -1,5 +1,6 @@
 """The named cases, the curves and the precisions: shapes and inputs of everything that is measured.
 
+A case is added in one place: its line in :func:`_named` or :func:`_screening`, which says where it is shown.
 GooAQ's questions have about 14 tokens and its answers about 60, in batches padded to 256: the lengths drawn here are a
 stand-in with those means, not GooAQ itself, which is not downloaded.
 """
@@ -13,12 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench import screening_model
-from bench.harness import timing
+from bench.inputs import text_model
 
 # Multiply-adds of one projection that a CPU is asked for.
 CPU_MULTIPLY_ADDS = 1 << 34
 MIN_BATCH = 2
+
+# What a case can name in ``shown_in``: the default cases of `bench.measure head` on a CPU (others would be scaled to
+# the shape of one of these), those of `backward` on a CPU and on a GPU, the README, the computed floors,
+# `bench.margins`.
+SHOWN_IN = ("cpu", "backward-cpu", "backward-gpu", "readme", "floors", "margins")
+# Mean and standard deviation of the tokens of GooAQ's questions and answers.
+GOOAQ_LENGTHS = {"question": (14.0, 4.0), "answer": (60.0, 20.0)}
 
 LengthGenerator = Callable[[int, int, torch.Generator], Tensor]
 
@@ -33,13 +40,17 @@ class Case:
     hidden_size: int = 768
     vocab_size: int = 30522
     lengths: str = "full"
-    # The share of (sequence, word) pairs that a shift of the bias makes active; None: the bias is as it was drawn.
+    # Where it is shown and measured without being asked for, of SHOWN_IN.
+    shown_in: tuple[str, ...] = ()
+    # Cases with the same name here are batches of one step, which is reported as their sum.
+    part_of: str | None = None
+    # The share of (sequence, vocabulary entry) pairs that a shift of the bias makes active; None: as it was drawn.
     active_share: float | None = None
     # Hidden states, weight and bias are those of the model that bench.screening_model trains.
     from_text: bool = False
     # Batch and length on a CPU, where they are given rather than scaled.
     on_cpu: tuple[int, int] | None = None
-    # The shape this one stands in for, where a CPU could not do it.
+    # The shape that this one was scaled from, which a CPU could not do.
     scaled_from: str | None = None
 
     @property
@@ -82,25 +93,28 @@ def gamma_lengths(mean: float, deviation: float) -> LengthGenerator:
 LENGTHS: dict[str, LengthGenerator] = {
     "full": full_lengths,
     "ragged": ragged_lengths,
-    "gooaq-question": gamma_lengths(14, 4),
-    "gooaq-answer": gamma_lengths(60, 20),
+    **{f"gooaq-{name}": gamma_lengths(*moments) for name, moments in GOOAQ_LENGTHS.items()},
 }
 
 
 def _named() -> Iterator[Case]:
-    yield Case("gooaq-question", 32, 256, lengths="gooaq-question")
-    yield Case("gooaq-answer", 32, 256, lengths="gooaq-answer")
-    shapes = [
-        Case("dev", 32, 128),
-        Case("splade-v3", 320, 512),
-        Case("qwen", 16, 512, hidden_size=1024, vocab_size=151936),
-        Case("query", 64, 10),
-        Case("long", 8, 8192, vocab_size=50368),
-        *(Case(f"xlmr-{batch}", batch, 256, vocab_size=250002) for batch in (16, 64, 420)),
+    everywhere = ("cpu", "readme", "floors")
+    yield Case("gooaq-question", 32, 256, lengths="gooaq-question", shown_in=everywhere, part_of="gooaq")
+    yield Case("gooaq-answer", 32, 256, lengths="gooaq-answer", shown_in=everywhere, part_of="gooaq")
+    # Each shape, where it is shown with all tokens real, and where ragged.
+    both_backward = ("backward-cpu", "backward-gpu")
+    shapes: list[tuple[Case, tuple[str, ...], tuple[str, ...]]] = [
+        (Case("dev", 32, 128), (*everywhere, *both_backward), ("cpu", "readme")),
+        (Case("splade-v3", 320, 512), ("readme", "floors", "backward-gpu"), ("cpu", "readme")),
+        (Case("qwen", 16, 512, hidden_size=1024, vocab_size=151936), ("floors",), ("cpu",)),
+        (Case("query", 64, 10), everywhere, ()),
+        (Case("long", 8, 8192, vocab_size=50368), ("floors",), ("cpu",)),
+        (Case("xlmr-16", 16, 256, vocab_size=250002), ("floors",), ("cpu", "readme")),
+        *((Case(f"xlmr-{batch}", batch, 256, vocab_size=250002), (), ()) for batch in (64, 420)),
     ]
-    for case in shapes:
-        yield case
-        yield replace(case, name=f"{case.name}-ragged", lengths="ragged")
+    for case, full, ragged in shapes:
+        yield replace(case, shown_in=full)
+        yield replace(case, name=f"{case.name}-ragged", lengths="ragged", shown_in=ragged)
 
 
 def _curves() -> dict[str, list[Case]]:
@@ -113,22 +127,26 @@ def _curves() -> dict[str, list[Case]]:
 
 def _screening() -> Iterator[Case]:
     shape = Case("", 32, 256, lengths="ragged", on_cpu=(16, 128))
-    yield replace(shape, name="trained-squad", length=128, hidden_size=128, from_text=True)
-    yield replace(shape, name="sparse-normal", active_share=0.015)
-    yield replace(shape, name="dense", active_share=1.0)
+    margins = replace(shape, shown_in=("margins",))
+    yield replace(margins, name="trained-squad", length=128, hidden_size=128, from_text=True)
+    yield replace(margins, name="sparse-normal", active_share=0.015)
+    yield replace(margins, name="dense", active_share=1.0)
     for share in (0.001, 0.05, 0.5):
         yield replace(shape, name=f"share-{100 * share:g}", active_share=share)
 
 
 CASES: dict[str, Case] = {case.name: case for case in _named()}
-# What decides how much exact screening leaves to do: the share of active pairs, on random numbers and on text.
+# The share of active pairs decides how much exact screening leaves to do: on random numbers and on text.
 SCREENING: dict[str, Case] = {case.name: case for case in _screening()}
 CURVES: dict[str, list[Case]] = _curves()
-# Both batches of a GooAQ step are reported together under this name.
-GOOAQ = ("gooaq-question", "gooaq-answer")
 # Rows and columns of the FLOPS regulariser's cases.
 FLOPS_SHAPES = ((32, 30522), (512, 30522), (4096, 30522), (420, 250002), (4096, 250002))
 CPU_FLOPS_ELEMENTS = 1 << 27
+
+
+def shown_in(place: str) -> list[Case]:
+    """The cases that name a place, of :data:`SHOWN_IN`."""
+    return [case for case in (CASES | SCREENING).values() if place in case.shown_in]
 
 
 def for_device(case: Case, device: torch.device) -> Case:
@@ -215,13 +233,13 @@ def make_inputs(case: Case, precision: Precision, device: torch.device, seed: in
     """Random normal hidden states and weights: dots of variance one, nearly every entry active. Padding holds numbers
     like any other token, as an encoder leaves it.
 
-    With ``active_share`` the same numbers and a bias shifted by one number, so that this share of the (sequence, word)
-    pairs is active. At B16 S128, a third padding, 1.5 % of the pairs are active and 0.018 % of all logits are positive;
+    With ``active_share`` the bias is shifted by one number, so that this share of the (sequence, vocabulary entry)
+    pairs is active. At B16 S128, a third padding, with 1.5 % of the pairs active 0.018 % of all logits are positive;
     the logits of single tokens have mean -3.6 and deviation 1, and their maxima, one a pair, mean -1.17 and deviation
     0.47: 1.1 % of the pairs are within 0.1 of zero. These margins are the hard case: numbers without structure crowd
     where a trained model leaves a gap.
 
-    With ``from_text`` what a trained model gives for unseen passages, each cut to the length that the case draws.
+    With ``from_text`` they are a trained model's for unseen passages, each cut to the length that the case draws.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -232,7 +250,7 @@ def make_inputs(case: Case, precision: Precision, device: torch.device, seed: in
     positions = torch.arange(case.length, device=device)
     mask = (positions < case.draw_lengths().to(device)[:, None]).long()
     if case.from_text:
-        given = screening_model.decoder_inputs(case.draw_lengths(), case.length, case.vocab_size)
+        given = text_model.decoder_inputs(case.draw_lengths(), case.length, case.vocab_size)
         hidden, weight, bias = (tensor.to(device, precision.dtype) for tensor in given)
     else:
         hidden = draw(case.batch_size, case.length, case.hidden_size)
@@ -244,15 +262,9 @@ def make_inputs(case: Case, precision: Precision, device: torch.device, seed: in
     return Inputs(hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), mask, grad)
 
 
-def input_sets(case: Case, precision: Precision, device: torch.device) -> list[Inputs]:
-    """As many as one sample walks through."""
-    size = case.hidden_size * (case.batch_size * case.length + case.vocab_size) * precision.dtype.itemsize
-    return [make_inputs(case, precision, device, seed) for seed in range(timing.rotation(size, device))]
-
-
 def why_absent(case: Case) -> str | None:
     """Why a case has no inputs here, or None."""
-    return screening_model.why_not() if case.from_text else None
+    return text_model.why_not() if case.from_text else None
 
 
 def _threshold(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, share: float) -> Tensor:

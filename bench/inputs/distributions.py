@@ -1,7 +1,7 @@
-"""Which entries are active and which tokens win: what the backward alone is measured on.
+"""Which entries are active and which tokens win: the inputs of the backward operator when it is measured alone.
 
-Each generator gives ``(output, argmax, grad)`` of ``[B, V]`` straight to the backward operator. Early in training
-everything is active and a token can win half of the vocabulary; a trained model has few active terms a passage.
+Early in training everything is active and one token can win half of the vocabulary; a trained model has few active
+terms a passage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HOT_SHARE = 0.46
 TRAINED_TERMS = 200
 
 Draw = tuple[Tensor, Tensor, Tensor]
-# Of lengths [B] and the size of the vocabulary: the winners and which entries are active, both [B, V].
+# From lengths [B] and the vocabulary size: the winning positions and which entries are active, both [B, V].
 Generate = Callable[[Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
 
 
@@ -61,21 +61,11 @@ def at_share(share: float) -> Generate:
     return generate
 
 
-DISTRIBUTIONS: dict[str, Generate] = {
-    "uniform": uniform,
-    "zipf": zipf,
-    "hot": hot,
-    "trained": trained,
-}
+DISTRIBUTIONS: dict[str, Generate] = {"uniform": uniform, "zipf": zipf, "hot": hot, "trained": trained}
 
 
-def draw(name: str, case: Case, precision: Precision, device: torch.device, seed: int = 0) -> Draw:
-    """``(output, argmax, grad)`` of a named distribution."""
-    return draw_from(DISTRIBUTIONS[name], case, precision, device, seed)
-
-
-def draw_from(generate: Generate, case: Case, precision: Precision, device: torch.device, seed: int = 0) -> Draw:
-    """``(output, argmax, grad)``: as the forward would have left them, inactive entries with output 0 and argmax 0."""
+def draw(generate: Generate, case: Case, precision: Precision, device: torch.device, seed: int = 0) -> Draw:
+    """``(output, argmax, grad)`` as the forward would have left them: inactive entries have output 0 and argmax 0."""
     generator = torch.Generator(device).manual_seed(seed)
     lengths = case.draw_lengths().to(device)
     position, active = generate(lengths, case.vocab_size, generator)

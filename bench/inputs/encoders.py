@@ -2,8 +2,8 @@
 
 The libraries are imported where they are used: machines that measure the head alone may not have all of them.
 
-The tokenizer knows the words ``w5``, ``w6``, … up to the size of the vocabulary, one id each, so a text of n words is a
-sequence of n + 2 tokens whose ids spread over the whole vocabulary.
+The vocabulary is the words ``w5``, ``w6``, …, one id each, so a text of n words is a sequence of n + 2 tokens, and the
+ids of random texts spread over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from bench.inputs.cases import GOOAQ_LENGTHS, gamma_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,8 +42,6 @@ SIZES = {
     "distilbert": Size("distilbert", 6, 768, 30522),
     "xlm-roberta": Size("xlm-roberta", 12, 768, 250002),
 }
-# Mean and standard deviation of the tokens of GooAQ's questions and answers: a stand-in, GooAQ is not downloaded.
-GOOAQ_LENGTHS = {"question": (14.0, 4.0), "answer": (60.0, 20.0)}
 
 
 def build(size: Size, max_length: int, folder: Path) -> None:
@@ -79,10 +79,11 @@ def build(size: Size, max_length: int, folder: Path) -> None:
 
 
 def load(folder: str, max_length: int, device: str, active_terms: int | None) -> SparseEncoder:
-    """The stock encoder in ``folder``, started as ``active_terms`` says.
+    """The stock encoder in ``folder``.
 
-    None: nearly every word is active in every text, as at the start of a training. A number: about as many words are
-    active in an answer, as late in one.
+    Args:
+        active_terms: None: nearly every term is active in every text, as at the start of training. A number: about so
+            many terms are active in an answer, as late in training.
     """
     from sentence_transformers import SparseEncoder
     from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
@@ -109,8 +110,8 @@ def load(folder: str, max_length: int, device: str, active_terms: int | None) ->
 def _moderate_similarities(model: SparseEncoder, sample: Dataset) -> None:
     """Scale the logits until a question's similarities to the answers differ by about 1.
 
-    Dot products of vectors with every word active differ by hundreds otherwise. The softmax of the loss is then a step,
-    and its gradients are so small that a CPU computes with them an order of magnitude more slowly.
+    With every term active, dot products otherwise differ by hundreds. The softmax of the loss saturates, and its
+    gradients are subnormal, with which a CPU computes an order of magnitude more slowly.
     """
     similarities = _embed(model, sample["question"]) @ _embed(model, sample["answer"]).t()
     norm = [module for module in model.modules() if isinstance(module, nn.LayerNorm)][-1]
@@ -132,20 +133,13 @@ def pairs(count: int, lengths: str, max_length: int, vocab_size: int, seed: int 
         if lengths == "full":
             tokens = torch.full((count,), max_length)
         else:
-            tokens = _gamma(count, mean, deviation, generator).clamp(_SPECIAL_PER_TEXT + 1, max_length)
+            tokens = gamma_lengths(mean, deviation)(count, max_length, generator).clamp(min=_SPECIAL_PER_TEXT + 1)
         words = [
             torch.randint(len(_SPECIAL), vocab_size, (int(n) - _SPECIAL_PER_TEXT,), generator=generator).tolist()
             for n in tokens
         ]
         columns[name] = [" ".join(f"w{word}" for word in text) for text in words]
     return Dataset.from_dict(columns)
-
-
-def _gamma(count: int, mean: float, deviation: float, generator: torch.Generator) -> Tensor:
-    """Rounded draws of a gamma distribution of integer shape: sums of exponential variables."""
-    shape = round((mean / deviation) ** 2)
-    uniform = torch.rand(count, shape, generator=generator, dtype=torch.float64)
-    return (-torch.log1p(-uniform).sum(dim=1) * (mean / shape)).round().long()
 
 
 def _embed(model: SparseEncoder, texts: list[str]) -> Tensor:

@@ -15,10 +15,10 @@ from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.triton.common import (
     GROUP_ROWS,
     activate,
-    activation_is_double_log,
     canonical,
     dot_precision,
     dots,
+    is_active,
     maximum,
     narrow,
     ordered,
@@ -54,7 +54,7 @@ def max_pool_forward(
             vocab_size,
             hidden_size,
             *weight.stride(),
-            DOUBLE_LOG=activation_is_double_log(call),
+            LOGS=call.logs,
             BLOCK_V=config.block_v,
             BLOCK_T=config.block_t,
             BLOCK_K=config.block_k,
@@ -81,7 +81,7 @@ def _sequence_kernel(
     hidden_size,
     stride_wv,
     stride_wd,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -114,10 +114,10 @@ def _sequence_kernel(
         best = tl.where(better, largest, best)
     if bias_ptr is not None:
         best += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))
-    y = narrow(activate(best, DOUBLE_LOG), output_ptr.dtype.element_ty)
+    y = narrow(activate(best, LOGS), output_ptr.dtype.element_ty)
     o_y = b.to(tl.int64) * vocab_size + o_v
     tl.store(output_ptr + o_y, y, mask=m_v)
     if argmax_ptr is not None:
-        active = m_v & ((widen(y) > 0) | (widen(y) != widen(y)))
+        active = m_v & is_active(widen(y))
         position = tl.load(position_ptr + first_row + best_rank, mask=active, other=0)
         tl.store(argmax_ptr + o_y, position.to(argmax_ptr.dtype.element_ty), mask=m_v)

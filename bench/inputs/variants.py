@@ -46,15 +46,14 @@ def compiled(training: bool) -> Head:
 
 
 def ours(training: bool, **options: Any) -> Head:
-    return partial(_splade_pool, **options)
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        return sk.splade_pool(hidden, weight, bias, mask, **options)
 
-
-def _splade_pool(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, **options: Any) -> Tensor:
-    return sk.splade_pool(hidden, weight, bias, mask, **options)
+    return head
 
 
 def first_call(training: bool, **options: Any) -> Head:
-    """Ours without what earlier inference calls kept of the weight."""
+    """Ours without the quantised weight that earlier inference calls cached."""
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
         weight_cache.forget(weight)
@@ -72,7 +71,7 @@ def sparton(training: bool) -> Head:
         if id(weight) not in heads:
             with torch.device("meta"):
                 fused = SpartonHead(weight.shape[0], weight.shape[1], use_bias=True)
-            # What tie_weights does; the leaves of a case are plain tensors, which must not take a Parameter's place.
+            # As tie_weights does. A plain tensor may not replace a registered Parameter, so that is deleted first.
             del fused.weight, fused.bias
             fused.weight, fused.bias = weight, bias
             heads[id(weight)] = fused
@@ -83,7 +82,7 @@ def sparton(training: bool) -> Head:
 
 
 def rival(training: bool) -> Head:
-    """A program owns a sequence (:mod:`.rival`), with the tiles of ours, fetched by pointers; forward only."""
+    """One program per sequence (:mod:`.rival`), with the tiles of ours, fetched by pointers; forward only."""
     from bench.inputs.rival import max_pool_forward
     from splade_kernels.backends.pooling import PoolingCall
     from splade_kernels.backends.triton.common import dot_precision
@@ -105,8 +104,8 @@ def rival(training: bool) -> Head:
 @dataclass(frozen=True)
 class Variant:
     """``make(training)`` gives the head. ``on_cpu``: whether it means anything there. ``trains``: has a backward.
-    ``keeps(device)``: inference there finds the quantised weight that an earlier call made, which a CUDA graph would
-    make at every replay."""
+    ``keeps(device)``: whether inference there uses a quantised weight that an earlier call cached, which a CUDA graph
+    would quantise again at every replay."""
 
     make: Callable[[bool], Head]
     on_cpu: bool = True
@@ -136,18 +135,17 @@ VARIANTS: dict[str, Variant] = {
     "sparton": Variant(sparton, on_cpu=False),
     "rival": Variant(rival, on_cpu=False, trains=False),
     "unscreened": Variant(partial(ours, screening=False)),
-    # screening="auto": on a CPU this call's inputs decide, on a GPU a checked-in result of its architecture, too.
+    # screening="auto": the inputs of the call decide; on a GPU a checked-in result of its architecture must allow it.
     "ours": Variant(ours, keeps=auto_may_screen),
     "screened": Variant(partial(ours, screening=True), keeps=lambda device: True),
-    # Training keeps nothing of the weight: there every call is a first one.
+    # Training caches nothing of the weight, so there every call is a first one.
     "screened-first": Variant(partial(first_call, screening=True), trains=False),
 }
-# What is compared where: heads with each other, screening with itself.
 HEADS = ("stock", "compile", "tiled", "sparton", "rival", "ours")
 MODES: dict[str, str | bool] = {"unscreened": False, "ours": "auto", "screened": True}
 OURS = (*MODES, "screened-first")
 SCREENING = ("stock", *OURS)
-# Floors, forward only: the same product without anything after it, of all tokens and of the real ones.
+# Floors, forward only: the bare product of all tokens and of the real ones.
 MATMULS = ("matmul-padded", "matmul-real")
 
 

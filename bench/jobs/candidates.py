@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from bench.jobs.kernels import Case, Maker, hidden_cases, matmuls, weight_case
+from bench.jobs.kernels import Maker, kind_cases
 from bench.resources import Row, measure, shared_limit
-from splade_kernels.backends.triton.grad_hidden import HiddenConfig, hidden_config
-from splade_kernels.backends.triton.max_backward import WeightConfig, weight_config
+from splade_kernels.backends.triton.common import INT8_WIDTH
 from splade_kernels.backends.triton.sum_pool import MAX_BLOCK_T, logit_grad_config, sum_config
 from splade_kernels.backends.triton.tuning import (
     ARCHITECTURES,
     ORDERS,
+    Config,
+    HiddenConfig,
     MatmulConfig,
+    Shape,
+    WeightConfig,
     default_config,
+    default_hidden_config,
+    default_weight_config,
     matmul_config,
     uses_descriptors,
 )
 
-Config = MatmulConfig | WeightConfig | HiddenConfig
-KINDS = ("maximum", "sum", "backward-weight", "backward-hidden")
 # Name in the table: (Triton's name, dtype, precision of float32 products).
 DTYPES = {
     "bfloat16": ("bf16", torch.bfloat16, "ieee"),
@@ -34,46 +37,34 @@ DTYPES = {
 _SHARED_SLACK = 2048
 
 
-@dataclass(frozen=True)
-class Question:
-    """What one configuration is sought for."""
-
-    kind: str
-    arch: int
-    dtype: str
-    hidden_size: int
-    vocab_size: int
-
-
-def shipped(question: Question) -> Config:
+def shipped(shape: Shape) -> Config:
     """What the package would use without a tuned entry."""
-    if question.kind == "backward-weight":
-        return weight_config(question.hidden_size)
-    if question.kind == "backward-hidden":
-        return hidden_config(question.hidden_size)
-    _, dtype, precision = DTYPES[question.dtype]
-    if question.arch in ARCHITECTURES:
-        return default_config(question.arch, question.dtype)
-    return matmul_config(question.arch, question.hidden_size, question.vocab_size, dtype, precision)
+    if shape.kind == "backward-weight":
+        return default_weight_config(shape.hidden_size)
+    if shape.kind == "backward-hidden":
+        return default_hidden_config(shape.hidden_size)
+    if shape.architecture in ARCHITECTURES:
+        return default_config(shape.architecture, shape.dtype, shape.kind)
+    _, dtype, precision = DTYPES[shape.dtype]
+    return matmul_config(shape.architecture, shape.hidden_size, shape.vocab_size, dtype, precision, shape.kind)
 
 
-def candidates(question: Question) -> list[Config]:
+def candidates(shape: Shape) -> list[Config]:
     """The shipped configuration, then all others that can fit."""
-    first = shipped(question)
-    if question.kind == "backward-weight":
-        return list(dict.fromkeys([first, *_weight()]))
-    if question.kind == "backward-hidden":
-        return list(dict.fromkeys([first, *_hidden()]))
-    assert isinstance(first, MatmulConfig)
-    if question.kind == "sum":
+    first = shipped(shape)
+    if not isinstance(first, MatmulConfig):
+        return list(dict.fromkeys([first, *(_weight() if shape.kind == "backward-weight" else _hidden())]))
+    if shape.kind == "sum":
         # Several are one and the same once sum pooling has cut their tiles.
-        distinct: dict[tuple[MatmulConfig, MatmulConfig], MatmulConfig] = {}
-        for config in [first, *_fitting(question, _sum(question))]:
-            plain = replace(config, tma=False, resident=1)
-            distinct.setdefault((sum_config(plain), logit_grad_config(plain)), config)
+        distinct: dict[tuple[MatmulConfig, MatmulConfig], Config] = {}
+        for config in [first, *_fitting(shape, _sum(shape))]:
+            distinct.setdefault((sum_config(config), logit_grad_config(config)), config)
         return [*distinct.values()]
-    makers = _maximum_by_descriptors if uses_descriptors(question.arch) else _maximum_by_pointers
-    return list(dict.fromkeys([first, *_fitting(question, makers(question, first))]))
+    if shape.kind == "int8":
+        found = _int8(uses_descriptors(shape.architecture))
+    else:
+        found = (_by_descriptors if uses_descriptors(shape.architecture) else _by_pointers)(shape, first)
+    return list(dict.fromkeys([first, *_fitting(shape, found)]))
 
 
 def refinements(best: Config, kind: str = "maximum") -> list[Config]:
@@ -89,8 +80,8 @@ def refinements(best: Config, kind: str = "maximum") -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def _maximum_by_descriptors(question: Question, first: MatmulConfig) -> Iterator[MatmulConfig]:
-    depth = 128 // DTYPES[question.dtype][1].itemsize
+def _by_descriptors(shape: Shape, first: MatmulConfig) -> Iterator[MatmulConfig]:
+    _, depth = _depths(shape)
     yield from _singles(first)
     yield MatmulConfig(128, 128, depth, 8, 4, tma=True)
     for block_v, block_t in ((128, 256), (256, 128)):
@@ -98,12 +89,12 @@ def _maximum_by_descriptors(question: Question, first: MatmulConfig) -> Iterator
         deeper = replace(wide, num_stages=4)
         # Slices of 64 tokens: in one piece the tile of 256 spills.
         yield from (wide, *_singles(wide), deeper, replace(deeper, epilogue_slices=block_t // 64))
-    # What a weight without descriptors takes.
+    # What a weight that no descriptor describes takes.
     yield MatmulConfig(128, 128, depth, 8, 3)
 
 
-def _maximum_by_pointers(question: Question, first: MatmulConfig) -> Iterator[MatmulConfig]:
-    shallow, deep = (bytes_a_row // DTYPES[question.dtype][1].itemsize for bytes_a_row in (64, 128))
+def _by_pointers(shape: Shape, first: MatmulConfig) -> Iterator[MatmulConfig]:
+    shallow, deep = _depths(shape)
     for num_stages, num_warps, depth in itertools.product((3, 2, 4), (8, 4), (shallow, deep)):
         yield MatmulConfig(128, 128, depth, num_warps, num_stages)
     yield MatmulConfig(256, 128, shallow, 8, 3)
@@ -123,18 +114,31 @@ def _singles(config: MatmulConfig) -> Iterator[MatmulConfig]:
     yield replace(config, partials=True)
 
 
-def _sum(question: Question) -> Iterator[MatmulConfig]:
-    depths = [bytes_a_row // DTYPES[question.dtype][1].itemsize for bytes_a_row in (64, 128)]
-    for block_v, depth, warps, stages in itertools.product((64, 128, 256), depths, (4, 8), (2, 3, 4)):
+def _sum(shape: Shape) -> Iterator[MatmulConfig]:
+    for block_v, depth, warps, stages in itertools.product((64, 128, 256), _depths(shape), (4, 8), (2, 3, 4)):
         yield MatmulConfig(block_v, MAX_BLOCK_T, depth, warps, stages)
 
 
-def _fitting(question: Question, configs: Iterator[MatmulConfig]) -> Iterator[MatmulConfig]:
+def _int8(descriptors: bool) -> Iterator[MatmulConfig]:
+    tiles, depths = ((128, 128), (128, 64), (64, 128)), (INT8_WIDTH // 2, INT8_WIDTH)
+    for (block_v, block_t), depth, warps, stages in itertools.product(tiles, depths, (4, 8), (2, 3, 4)):
+        resident = 2 if descriptors and warps == 4 else 1
+        yield MatmulConfig(block_v, block_t, depth, warps, stages, tma=descriptors, resident=resident)
+
+
+def _depths(shape: Shape) -> tuple[int, int]:
+    """Elements of 64 and of 128 bytes of a row."""
+    size = DTYPES[shape.dtype][1].itemsize
+    return 64 // size, 128 // size
+
+
+def _fitting(shape: Shape, configs: Iterator[MatmulConfig]) -> Iterator[MatmulConfig]:
     """Those whose tiles fit into shared memory."""
+    size = 1 if shape.kind == "int8" else DTYPES[shape.dtype][1].itemsize
     for config in configs:
         buffers = config.num_stages - (0 if config.tma else 1)
-        tile_bytes = (config.block_v + config.block_t) * config.block_k * DTYPES[question.dtype][1].itemsize
-        if config.resident * (buffers * tile_bytes + _SHARED_SLACK) <= shared_limit(question.arch):
+        tile_bytes = (config.block_v + config.block_t) * config.block_k * size
+        if config.resident * (buffers * tile_bytes + _SHARED_SLACK) <= shared_limit(shape.architecture):
             yield config
 
 
@@ -151,27 +155,12 @@ def _hidden() -> Iterator[HiddenConfig]:
             yield HiddenConfig(rows, entries, block_d, warps)
 
 
-_KERNELS = {
-    "maximum": ("_maximum_kernel", "_finalise_kernel"),
-    "sum": ("_sum_kernel", "_logit_grad_kernel"),
-}
-
-
-def compile_cases(question: Question, config: Config) -> list[Case]:
-    """The kernels of the question, with this configuration. They are compiled once for all sizes of D and V."""
-    name, dtype, precision = DTYPES[question.dtype]
-    make = Maker(question.arch, str(dtype).removeprefix("torch."), name)
-    if isinstance(config, WeightConfig):
-        return [weight_case(make, config)]
-    if isinstance(config, HiddenConfig):
-        return list(hidden_cases(make, config))
-    return [case for case in matmuls(make, config, precision) if case.kernel.__name__ in _KERNELS[question.kind]]
-
-
-def examine(question: Question, config: Config) -> tuple[list[Row], list[str]]:
+def examine(shape: Shape, config: Config) -> tuple[list[Row], list[str]]:
     """What the compiler made of the candidate, and the reasons to drop it: none if it can be measured."""
+    name, dtype, precision = DTYPES[shape.dtype]
+    make = Maker(shape.architecture, str(dtype).removeprefix("torch."), name)
     try:
-        rows = [measure(case) for case in compile_cases(question, config)]
+        rows = [measure(case) for case in kind_cases(shape.kind, make, config, precision)]
     except Exception as error:  # whatever the compiler raises, the candidate is out
         return [], [f"does not compile: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
     problems = [f"{row.kernel} {problem}" for row in rows for problem in row.problems()]

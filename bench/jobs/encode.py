@@ -1,39 +1,32 @@
 """A whole ``encode`` of sentence-transformers, stock and fused: tokenizer, transformer, head, sparse embeddings.
 
-Outputs are held against the unscreened ones within the band that two summation orders span before anything is timed.
-A corpus is either unseen passages of SQuAD, for the model of :mod:`bench.screening_model`, or random words, for a model
-of a given size with random weights of which about ``ACTIVE_TERMS`` words are active in a text
+Before anything is timed, outputs are compared with the unscreened ones within the band that two summation orders span.
+A corpus is either unseen passages of SQuAD, for the model of :mod:`bench.inputs.text_model`, or random text, for a
+model with random weights of which about ``ACTIVE_TERMS`` vocabulary entries are active in a text
 (:mod:`bench.inputs.encoders`).
 """
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-import splade_kernels as sk
-from bench import screening_model
-from bench.harness import truth
-from bench.harness.memory import peak, reset_peak, return_free_memory
+from bench.harness import memory, truth
 from bench.harness.rows import Job, Row
-from bench.harness.steps import Step, Tensors, cuda_extra_bytes, unweighed
-from bench.inputs import encoders
+from bench.harness.steps import Step, Tensors, Weigh, weigh_on_gpu
+from bench.inputs import encoders, text_model
 from bench.inputs.cases import PRECISIONS, Precision
 from bench.inputs.variants import MODES, OURS
 from bench.jobs.screening import hold_in_bands
 
-PRELOAD = ["bench.jobs.encode", "sentence_transformers.sparse_encoder.modules"]
 ACTIVE_TERMS = 200
 STEPS = {"stock": None, **MODES}
 
@@ -57,18 +50,18 @@ class Corpus:
 
     def draw(self) -> list[str]:
         if self.size is None:
-            return screening_model.passages()[: self.texts]
+            return text_model.passages()[: self.texts]
         return list(encoders.pairs(self.texts, "full", self.length, self.size.vocab_size)["answer"])
 
     def load(self, device: torch.device) -> Any:
         """The stock model."""
         if self.size is None:
-            return screening_model.load(device)
+            return text_model.load(device)
         return encoders.load(str(_built(self.size, self.length)), self.length, str(device), ACTIVE_TERMS)
 
 
 SQUAD = Corpus("encode-squad", 48, 16)
-# Beside a small model the head is nearly all there is to compute; in one of DistilBERT's size it is a part.
+# Beside a small model nearly all the work is the head's; in one of DistilBERT's size it is a part.
 CORPORA = {
     corpus.name: corpus
     for corpus in (
@@ -90,61 +83,55 @@ def _built(size: encoders.Size, length: int) -> Path:
     return folder
 
 
-class WidestBands:
-    """``splade_pool`` that notes the widest band of each word: one for all texts, which ``encode`` sorts."""
-
-    def __init__(self, precision: Precision) -> None:
-        self.precision, self.bands = precision, torch.zeros(())
-
-    def __call__(self, hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        longest = hidden.detach().double().norm(dim=-1).amax()
-        bands = truth.word_bands(longest, weight.detach(), self.precision)
-        self.bands = torch.maximum(self.bands.to(bands), bands)
-        return sk.splade_pool(hidden, weight, *arguments, **options)
-
-
 def jobs(corpus: Corpus, precision: Precision, device: torch.device, names: Sequence[str]) -> list[Job]:
     """Stock and fused, in batches of ``corpus.batch_size``."""
-    from splade_kernels.integrations import _hand_off
-
     texts = corpus.draw()
-    row = Row(corpus.name, corpus.shape, precision.name, "encode", "", texts=len(texts))
-    vocab_size = corpus.load(device).transformers_model.get_output_embeddings().weight.shape[0]
+    model = corpus.load(device).to(precision.dtype)
+    decoder = model.transformers_model.get_output_embeddings()
+    vocab_size = len(decoder.weight)
 
     def dense(found: Tensors) -> Tensor:
-        (rows, words), values = found
-        return values.new_zeros(len(texts), vocab_size).index_put((rows, words), values)
+        (rows, columns), values = found
+        return values.new_zeros(len(texts), vocab_size).index_put((rows, columns), values)
 
-    def steps(name: str) -> list[Step]:
-        return [encode_step(corpus, texts, precision, device, name)]
-
-    stock = dense(steps("stock")[0]())
-    with mock.patch.object(_hand_off, "splade_pool", WidestBands(precision)) as pool:
-        unscreened = dense(steps("unscreened")[0]())
+    # One band for all texts, because `encode` sorts them: that of the longest token that reaches the decoder.
+    norms: list[Tensor] = []
+    handle = decoder.register_forward_pre_hook(lambda _, inputs: norms.append(inputs[0].double().norm(dim=-1).amax()))
+    stock = dense(encode_step(corpus, texts, precision, device, model)())
+    handle.remove()
+    band = truth.band_of(torch.stack(norms).amax(), decoder.weight.detach(), precision)
+    unscreened = dense(_step(corpus, texts, precision, device, "unscreened")())
+    row = Row(corpus.name, corpus.shape, precision.name, "encode", "", texts=len(texts))
+    row = replace(row, active_share=float((stock > 0).double().mean()))
 
     def check(found: Tensors) -> dict[str, float]:
         return {"output": truth.relative_distance(dense(found), stock)}
 
     def distances(found: Tensors) -> dict[str, float]:
-        return {"bands_from_unscreened": truth.in_bands(dense(found), unscreened, pool.bands, precision)}
+        return {"bands_from_unscreened": truth.in_bands(dense(found), unscreened, band, precision)}
 
     made = []
     for name in (name for name in names if name in STEPS):
-        mine = replace(row, variant=name, errors={}, active_share=float((stock > 0).double().mean()))
+        steps = partial(lambda name: [_step(corpus, texts, precision, device, name)], name)
         weigh = weigher(corpus, precision, name, device)
-        one = Job(mine, partial(steps, name), check, truth.BOUNDS[precision.name], weigh=weigh)
+        one = Job(replace(row, variant=name, errors={}), steps, check, truth.BOUNDS[precision.name], weigh=weigh)
         made.append(hold_in_bands(one, distances) if name in OURS else one)
     return made
 
 
-def encode_step(corpus: Corpus, texts: Sequence[str], precision: Precision, device: torch.device, name: str) -> Step:
-    """One ``encode`` with the head ``name``; returns indices and values."""
+def _step(corpus: Corpus, texts: Sequence[str], precision: Precision, device: torch.device, name: str) -> Step:
+    """One ``encode`` with the head ``name``."""
     from splade_kernels.integrations.sentence_transformers import fuse
 
     model = corpus.load(device).to(precision.dtype)
     screening = STEPS[name]
     if screening is not None:
         fuse(model, screening=screening)
+    return encode_step(corpus, texts, precision, device, model)
+
+
+def encode_step(corpus: Corpus, texts: Sequence[str], precision: Precision, device: torch.device, model: Any) -> Step:
+    """One ``encode`` of a model; returns indices and values."""
 
     def step() -> Tensors:
         with precision.forward(device):
@@ -154,29 +141,22 @@ def encode_step(corpus: Corpus, texts: Sequence[str], precision: Precision, devi
     return step
 
 
-def weigher(corpus: Corpus, precision: Precision, name: str, device: torch.device) -> Callable[[Step], int | None]:
-    """How the memory of a variant is measured: on a CPU in a process of its own, without the step at hand."""
-    if device.type == "cuda":
-        return cuda_extra_bytes
-    if corpus.size is None:
-        return unweighed
-
-    def in_a_process(step: Step) -> int:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(resident_bytes, corpus, precision.name, name).result()
-
-    return in_a_process
+def weigher(corpus: Corpus, precision: Precision, name: str, device: torch.device) -> Weigh:
+    """How the memory of a variant is measured: on a CPU in a process of its own, which makes its own step."""
+    if device.type == "cuda" or corpus.size is None:
+        return weigh_on_gpu(device)
+    return lambda step: memory.in_a_process(resident_bytes, corpus, precision.name, name)
 
 
 def resident_bytes(corpus: Corpus, precision_name: str, name: str) -> int:
     """Peak resident bytes of one ``encode`` above those of the model, loaded and used; for a fresh process."""
     texts = corpus.draw()
     precision, device = PRECISIONS[precision_name], torch.device("cpu")
-    step = encode_step(corpus, texts, precision, device, name)
-    encode_step(corpus, texts[:1], precision, device, name)()  # libraries and their pools, once
-    return_free_memory()
-    before = reset_peak()
-    step()
-    return max(0, peak() - before)
+    step = _step(corpus, texts, precision, device, name)
+    _step(corpus, texts[:1], precision, device, name)()  # libraries and their thread pools, once
+
+    def work() -> int:
+        step()
+        return 0
+
+    return memory.host_extra_bytes(work)

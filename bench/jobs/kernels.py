@@ -12,18 +12,26 @@ from typing import Any
 
 import torch
 
-from splade_kernels.backends.triton import flops, grad_hidden, pack
-from splade_kernels.backends.triton import max_backward as pool_backward
-from splade_kernels.backends.triton import sum_pool as pool_sum
+from splade_kernels.backends.triton import flops, grad_hidden, max_backward, pack, sum_pool
+from splade_kernels.backends.triton.launch import tile_options
 from splade_kernels.backends.triton.max_forward import (
     FINALISE_BLOCK,
     PARTIAL_FINALISE_BLOCK,
     _finalise_kernel,
     _maximum_kernel,
 )
-from splade_kernels.backends.triton.screening import exact, quantise
-from splade_kernels.backends.triton.screening import screen as screening
-from splade_kernels.backends.triton.tuning import MatmulConfig, matmul_config, screening_config
+from splade_kernels.backends.triton.screening import exact, quantise, screen
+from splade_kernels.backends.triton.tuning import (
+    Config,
+    HiddenConfig,
+    MatmulConfig,
+    WeightConfig,
+    default_config,
+    default_hidden_config,
+    default_weight_config,
+    dtype_name,
+    shipped_table,
+)
 
 # (name for the report, Triton's name, dtype, precision of float32 products)
 DTYPES = (
@@ -32,23 +40,18 @@ DTYPES = (
     ("float32", "fp32", torch.float32, "tf32"),
     ("float32", "fp32", torch.float32, "ieee"),
 )
-# The shapes that decide nothing but the choice of a configuration.
-HIDDEN_SIZE, VOCAB_SIZE = 768, 30522
 # The backward's tiles follow the hidden size: usual ones, and one whose rows are aligned to nothing.
 HIDDEN_SIZES = (128, 768, 1000)
 # Pointers that are slices of something, and so may be aligned to an element only.
-UNALIGNED = {
-    "group_count_ptr",
-    "start_ptr",
-    "length_ptr",
-    "listed_ptr",
-    "offset_ptr",
-    "output_ptr",
-    "argmax_ptr",
-    "mask_ptr",
-    "entry_count_ptr",
-    "wanted_ptr",
-}
+UNALIGNED = frozenset(
+    "group_count_ptr start_ptr length_ptr listed_ptr offset_ptr output_ptr argmax_ptr mask_ptr entry_count_ptr "
+    "wanted_ptr".split()
+)
+_INDICES = frozenset(
+    "chunk_offset_ptr chunk_row_ptr dense_sequence_ptr edge_ptr group_count_ptr group_offset_ptr group_sequence_ptr "
+    "length_ptr listed_ptr offset_ptr outcome_ptr position_ptr sequence_ptr start_ptr word_ptr".split()
+)
+_QUEUE = {"budget_ptr": "*i64", "queue_ptr": "*i64", "entry_count_ptr": "*i64"}
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,41 @@ class Case:
 
 
 def cases(arch: int) -> Iterator[Case]:
-    """All kernels in all shipped configurations of one architecture."""
+    """All kernels of one architecture, in the default configurations and in those of the table that ships."""
     for name, triton_name, dtype, precision in DTYPES:
-        config = matmul_config(arch, HIDDEN_SIZE, VOCAB_SIZE, dtype, precision)
         make = Maker(arch, name, triton_name)
-        yield from matmuls(make, config, precision)
+        tuned = dtype_name(dtype, precision)
+        for kind in ("maximum", "sum"):
+            yield from kind_cases(kind, make, default_config(arch, tuned, kind), precision)
+        # What multiplies no floats is the same for TF32 and float32.
         if precision == "ieee":
+            yield from kind_cases("int8", make, default_config(arch, tuned, "int8"), precision)
+            for hidden_size in HIDDEN_SIZES:
+                aligned = hidden_size % 16 == 0
+                yield weight_case(make, default_weight_config(hidden_size), aligned)
+                yield from hidden_cases(make, default_hidden_config(hidden_size), aligned)
             yield from _others(make)
+        entries = ((shape.kind, config) for shape, config in shipped_table(arch).items() if shape.dtype == tuned)
+        for kind, config in dict.fromkeys(entries):
+            yield from kind_cases(kind, make, config, precision)
+
+
+def kind_cases(kind: str, make: Maker, config: Config, precision: str) -> Iterator[Case]:
+    """The kernels that run with a configuration of this kind. They are compiled once for all sizes of D and V."""
+    if isinstance(config, WeightConfig):
+        yield weight_case(make, config)
+    elif isinstance(config, HiddenConfig):
+        yield from hidden_cases(make, config)
+    elif kind == "int8":
+        yield int8_case(make, config)
+    else:
+        yield from (maximum_cases if kind == "maximum" else sum_cases)(make, config, precision)
 
 
 @dataclass(frozen=True)
 class Maker:
+    """Makes the cases of one architecture and dtype; ``element`` is Triton's name of the dtype."""
+
     arch: int
     dtype: str
     element: str
@@ -111,58 +138,54 @@ def _default_type(name: str, element: str) -> str:
     return "*" + ("i32" if name in _INDICES else element)
 
 
-_INDICES = {
-    "chunk_offset_ptr",
-    "chunk_row_ptr",
-    "dense_sequence_ptr",
-    "edge_ptr",
-    "group_count_ptr",
-    "group_offset_ptr",
-    "group_sequence_ptr",
-    "length_ptr",
-    "listed_ptr",
-    "offset_ptr",
-    "outcome_ptr",
-    "position_ptr",
-    "sequence_ptr",
-    "start_ptr",
-    "word_ptr",
-}
-
-
-def matmuls(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]:
-    def constants(chosen: MatmulConfig, **more: Any) -> dict[str, Any]:
-        tile = {"BLOCK_V": chosen.block_v, "BLOCK_T": chosen.block_t, "BLOCK_K": chosen.block_k}
-        return {**tile, "GROUP_V": chosen.group_v, "PRECISION": precision, **more}
-
-    launch = (config.num_warps, config.num_stages)
-    pointers = {"weight": "*" + make.element, "row": "*" + make.element}
-    descriptors = {
-        "weight": f"tensordesc<{make.element}[{config.block_v}, {config.block_k}]>",
-        "row": f"tensordesc<{make.element}[{config.block_t}, {config.block_k}]>",
-    }
-    ways = (pointers, descriptors) if config.tma else (pointers,)
-    # Where calls are screened, partial maxima give way to atomic ones.
+def maximum_cases(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]:
+    constants = {**_tile(config), "PRECISION": precision, "stride_wd": 1, "SLICES": config.epilogue_slices}
+    # A weight that no descriptor describes is fetched by pointers. Where calls are screened, partial maxima give way to
+    # atomic ones.
+    ways = (False, True) if config.tma else (False,)
     partials = (False, True) if config.partials else (False,)
-    for training, tiles, partial in itertools.product((True, False), ways, partials):
-        maximum = constants(config, DESCRIPTORS=tiles is descriptors, stride_wd=1)
-        maximum["ORDER"] = config.order if tiles is descriptors else "strips"
-        maximum |= {"SLICES": config.epilogue_slices, "PARTIALS": partial}
-        yield make(_maximum_kernel, {"key_ptr": "*i64" if training else "*i32"} | tiles, maximum, *launch)
+    for keys, descriptors, partial in itertools.product(("*i64", "*i32"), ways, partials):
+        constants |= {"ORDER": config.order if descriptors else "strips", "PARTIALS": partial}
+        types = {"key_ptr": keys, **_matrices(make.element, config, descriptors)}
+        yield make(_maximum_kernel, types, constants | {"DESCRIPTORS": descriptors}, *_launch(config))
     if config.partials:
         yield from finalisers(make, config.block_t // config.epilogue_slices)
-    chosen = pool_sum.sum_config(config)
-    summed = constants(chosen, DOUBLE_LOG=True, stride_wd=1)
-    yield make(pool_sum._sum_kernel, {}, summed, chosen.num_warps, chosen.num_stages)
-    chosen = pool_sum.logit_grad_config(config)
-    gradient = constants(chosen, DOUBLE_LOG=True, ROWS=pool_sum.CHUNK_ROWS, stride_wd=1, stride_gv=1)
-    yield make(pool_sum._logit_grad_kernel, {"partial_ptr": "*fp32"}, gradient, chosen.num_warps, chosen.num_stages)
+
+
+def sum_cases(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]:
+    constants = {"PRECISION": precision, "LOGS": 2, "stride_wd": 1}
+    chosen = sum_pool.sum_config(config)
+    yield make(sum_pool._sum_kernel, {}, _tile(chosen) | constants, *_launch(chosen))
+    chosen = sum_pool.logit_grad_config(config)
+    constants |= {"ROWS": sum_pool.CHUNK_ROWS, "stride_gv": 1}
+    yield make(sum_pool._logit_grad_kernel, {"partial_ptr": "*fp32"}, _tile(chosen) | constants, *_launch(chosen))
+
+
+def int8_case(make: Maker, config: MatmulConfig) -> Case:
+    types = {"weight_statistics_ptr": "*fp32", "row_statistics_ptr": "*fp32", **_QUEUE}
+    types |= _matrices("i8", config, config.tma)
+    return make(screen._screen_kernel, types, {**_tile(config), "DESCRIPTORS": config.tma}, *_launch(config))
+
+
+def _tile(config: MatmulConfig) -> dict[str, Any]:
+    return {name: value for name, value in tile_options(config).items() if name.isupper()}
+
+
+def _launch(config: MatmulConfig) -> tuple[int, int]:
+    return config.num_warps, config.num_stages
+
+
+def _matrices(element: str, config: MatmulConfig, descriptors: bool) -> dict[str, str]:
+    if not descriptors:
+        return {"weight": f"*{element}", "row": f"*{element}"}
+    tiles = {"weight": config.block_v, "row": config.block_t}
+    return {name: f"tensordesc<{element}[{height}, {config.block_k}]>" for name, height in tiles.items()}
 
 
 def finalisers(make: Maker, partial_rows: int = 0) -> Iterator[Case]:
     """For training and for inference; of partial maxima if ``partial_rows`` is not 0."""
     block_v = PARTIAL_FINALISE_BLOCK if partial_rows else FINALISE_BLOCK
-    constants: dict[str, Any] = {"DOUBLE_LOG": True, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
+    constants: dict[str, Any] = {"LOGS": 2, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
     if not partial_rows:
         constants["offset_ptr"] = None
     yield make(_finalise_kernel, {"key_ptr": "*i64", "argmax_ptr": "*i16"}, constants)
@@ -181,11 +204,11 @@ def _others(make: Maker) -> Iterator[Case]:
         sums = {"BLOCK_B": flops.BLOCK_B, "BLOCK_V": flops.BLOCK_V, "stride_ev": 1, **absent}
         yield make(flops._sums_kernel, {"kept_ptr": "*u8", "sum_ptr": "*fp32"}, sums)
     yield from _screening(make)
-    yield from _backward(make)
+    gradient = {"LOGS": 2, "stride_gv": 1, "BLOCK_V": grad_hidden.GRADIENT_BLOCK}
+    yield make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, gradient)
 
 
 def _screening(make: Maker) -> Iterator[Case]:
-    counts = {"budget_ptr": "*i64", "queue_ptr": "*i64", "entry_count_ptr": "*i64"}
     int8 = {"quantised_ptr": "*i8", "statistics_ptr": "*fp32", "wanted_ptr": "*i1"}
     for aligned, absent in (
         (True, ["wanted_ptr"]),
@@ -194,42 +217,21 @@ def _screening(make: Maker) -> Iterator[Case]:
     ):
         constants = {"BLOCK_D": quantise.BLOCK_D, "stride_d": 1, **dict.fromkeys(absent)}
         yield make(quantise._quantise_kernel, int8, constants, aligned_rows=aligned)
-    config = screening_config(make.arch)
-    tiles = {"weight": "*i8", "row": "*i8"}
-    if config.tma:
-        tiles = {
-            "weight": f"tensordesc<i8[{config.block_v}, {config.block_k}]>",
-            "row": f"tensordesc<i8[{config.block_t}, {config.block_k}]>",
-        }
-    statistics = {"weight_statistics_ptr": "*fp32", "row_statistics_ptr": "*fp32"}
-    constants = {"BLOCK_V": config.block_v, "BLOCK_T": config.block_t, "BLOCK_K": config.block_k}
-    constants |= {"GROUP_V": config.group_v, "DESCRIPTORS": config.tma}
-    launch = (config.num_warps, config.num_stages)
-    yield make(screening._budget_kernel, counts, {"BLOCK_B": screening.BLOCK})
-    yield make(screening._screen_kernel, tiles | statistics | counts, constants, *launch)
-    yield make(screening._divide_kernel, counts, {"BLOCK_G": screening.BLOCK})
+    yield make(screen._budget_kernel, _QUEUE, {"BLOCK_B": screen.BLOCK})
+    yield make(screen._divide_kernel, _QUEUE, {"BLOCK_G": screen.BLOCK})
     for keys in ("*i64", "*i32"):
         constants = {"ENTRIES": exact.ENTRIES, "BLOCK_D": exact.BLOCK_D, "stride_wd": 1}
-        yield make(exact._exact_kernel, counts | {"key_ptr": keys}, constants, exact.WARPS)
+        yield make(exact._exact_kernel, _QUEUE | {"key_ptr": keys}, constants, exact.WARPS)
 
 
-def _backward(make: Maker) -> Iterator[Case]:
-    for hidden_size in HIDDEN_SIZES:
-        aligned = hidden_size % 16 == 0
-        yield weight_case(make, pool_backward.weight_config(hidden_size), aligned)
-        yield from hidden_cases(make, grad_hidden.hidden_config(hidden_size), aligned)
-    gradient = {"DOUBLE_LOG": True, "stride_gv": 1, "BLOCK_V": grad_hidden.GRADIENT_BLOCK}
-    yield make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, gradient)
+def weight_case(make: Maker, config: WeightConfig, aligned: bool = True) -> Case:
+    tile = {"BLOCK_B": max_backward.BLOCK_B, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
+    constants = {"LOGS": 2, "stride_gv": 1, "stride_hd": 1, **tile}
+    limit = max_backward.MAX_REGISTERS
+    return make(max_backward._weight_kernel, {"argmax_ptr": "*i16"}, constants, config.num_warps, 3, aligned, limit)
 
 
-def weight_case(make: Maker, config: pool_backward.WeightConfig, aligned: bool = True) -> Case:
-    tile = {"BLOCK_B": pool_backward.BLOCK_B, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
-    constants = {"DOUBLE_LOG": True, "stride_gv": 1, "stride_hd": 1, **tile}
-    limit = pool_backward.MAX_REGISTERS
-    return make(pool_backward._weight_kernel, {"argmax_ptr": "*i16"}, constants, config.num_warps, 3, aligned, limit)
-
-
-def hidden_cases(make: Maker, config: grad_hidden.HiddenConfig, aligned: bool = True) -> Iterator[Case]:
+def hidden_cases(make: Maker, config: HiddenConfig, aligned: bool = True) -> Iterator[Case]:
     types = {"bound_ptr": "*i64", "value_ptr": "*fp32", "partial_ptr": "*fp32"}
     sums = {"CHUNK": grad_hidden.CHUNK, "ENTRIES": config.entries, "BLOCK_D": config.block_d, "stride_wd": 1}
     yield make(grad_hidden._chunk_kernel, types, sums, config.num_warps, 3, aligned)

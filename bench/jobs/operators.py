@@ -1,4 +1,4 @@
-"""What is measured: the jobs of one case in one precision, to be interleaved with each other."""
+"""The jobs of one case in one precision, to be interleaved: head, backward operator, FLOPS regulariser."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from torch import Tensor
 import splade_kernels as sk
 from bench.harness import roofline, timing, truth
 from bench.harness.rows import Job, Row
-from bench.harness.steps import Step, Tensors, cuda_extra_bytes, train_or_infer, unweighed, weigher
+from bench.harness.steps import Step, Tensors, input_sets, train_or_infer, unweighed, weigh_on_gpu, weigher
 from bench.inputs import distributions, variants
-from bench.inputs.cases import Case, Inputs, Precision, input_sets
+from bench.inputs.cases import Case, Inputs, Precision
 
 
-def head_row(case: Case, precision: Precision, job: str, exact: truth.Truth) -> Row:
-    """What the variants of ``forward`` or ``forward_backward`` share: shape, work, share of active pairs."""
-    real = variants.tokens(case, padded=False)
-    active = int((exact.output > 0).sum())
-    work = (
-        roofline.forward_backward(case, precision, active, real)
-        if job == "forward_backward"
-        else roofline.forward(case, precision, real)
-    )
-    row = Row(case.name, case.shape, precision.name, job, "", scaled_from=case.scaled_from, real_tokens=real)
-    return replace(row, operations=work.operations, bytes=work.bytes, active_share=active / exact.output.numel())
+class Head:
+    """``forward`` or ``forward_backward`` of the head on one case: its inputs, their truth, and jobs of variants."""
+
+    def __init__(self, case: Case, precision: Precision, job: str, device: torch.device) -> None:
+        self.case, self.precision, self.device = case, precision, device
+        self.training = job == "forward_backward"
+        self.sets = input_sets(case, precision, device)
+        self.exact = truth.compute(self.sets[0], precision)
+        real = variants.tokens(case, padded=False)
+        active = int((self.exact.output > 0).sum())
+        work = roofline.forward(case, precision, real)
+        if self.training:
+            work = roofline.forward_backward(case, precision, active, real)
+        row = Row(case.name, case.shape, precision.name, job, "", scaled_from=case.scaled_from, real_tokens=real)
+        share = active / self.exact.output.numel()
+        self.row = replace(row, operations=work.operations, bytes=work.bytes, active_share=share)
+
+    def steps(self, name: str) -> list[Step]:
+        function = variants.VARIANTS[name].make(self.training)
+        return [train_or_infer(function, inputs, self.precision, self.training) for inputs in self.sets]
+
+    def check(self, found: Tensors) -> dict[str, float]:
+        return truth.differences(self.exact, found[0], found[1:], self.sets[0])
+
+    def variant(self, name: str, weighed: bool = True) -> Job:
+        reason = variants.why_not(name, self.device, self.training)
+        row = replace(self.row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
+        weigh = weigher(self.case, self.precision, name, self.training, self.device) if weighed else unweighed
+        bound = truth.BOUNDS[self.precision.name]
+        job = Job(row, partial(self.steps, name), self.check, bound, name in variants.OURS, weigh)
+        job.captured = variants.VARIANTS[name].captured(self.training, self.device)
+        return job
+
+    def floor(self, name: str) -> Job:
+        tokens = variants.tokens(self.case, padded=name == "matmul-padded")
+        row = replace(self.row, variant=name, errors={}, real_tokens=tokens)
+        return Job(row, lambda: [variants.matmul(name, inputs, self.precision) for inputs in self.sets])
 
 
 def head(case: Case, precision: Precision, job: str, device: torch.device, names: Sequence[str]) -> list[Job]:
-    """The variants of ``forward`` or ``forward_backward``."""
-    training = job == "forward_backward"
-    sets = input_sets(case, precision, device)
-    exact = truth.compute(sets[0], precision)
-    row = head_row(case, precision, job, exact)
-
-    def check(found: Tensors) -> dict[str, float]:
-        return truth.differences(exact, found[0], found[1:], sets[0])
-
-    def steps(make: Callable[[bool], variants.Head]) -> list[Step]:
-        function = make(training)
-        return [train_or_infer(function, inputs, precision, training) for inputs in sets]
-
-    def floors(name: str) -> list[Step]:
-        return [variants.matmul(name, inputs, precision) for inputs in sets]
-
-    jobs = []
-    for name in names:
-        reason = variants.why_not(name, device, training)
-        mine = replace(row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
-        make = variants.VARIANTS[name].make
-        weigh = weigher(case, precision, name, training, device)
-        one = Job(mine, partial(steps, make), check, truth.BOUNDS[precision.name], name in variants.OURS, weigh)
-        one.captured = variants.VARIANTS[name].captured(training, device)
-        jobs.append(one)
-    for name in () if training else variants.MATMULS:
-        rows = variants.tokens(case, padded=name == "matmul-padded")
-        mine = replace(row, variant=name, errors={}, real_tokens=rows)
-        jobs.append(Job(mine, partial(floors, name)))
-    return jobs
+    """The variants of ``forward`` or ``forward_backward``, and beside the forward its floors."""
+    group = Head(case, precision, job, device)
+    floors = () if group.training else variants.MATMULS
+    return [*map(group.variant, names), *map(group.floor, floors)]
 
 
 def backward_operator(case: Case, precision: Precision, inputs: Inputs, drawn: distributions.Draw) -> Step:
@@ -113,19 +113,19 @@ def gradient_errors(found: Tensors, exact: Tensors) -> dict[str, float]:
 def backward(case: Case, precision: Precision, distribution: str, device: torch.device) -> list[Job]:
     """The backward operator alone on one distribution, beside the training forward of the same shape."""
     sets = input_sets(case, precision, device)
-    drawn = [distributions.draw(distribution, case, precision, device, seed) for seed in range(len(sets))]
+    generate = distributions.DISTRIBUTIONS[distribution]
+    drawn = [distributions.draw(generate, case, precision, device, seed) for seed in range(len(sets))]
     exact = truth.backward(*drawn[0], sets[0])
     real, active = variants.tokens(case, padded=False), int((drawn[0][0] > 0).sum())
     row = Row(case.name, case.shape, precision.name, f"backward-{distribution}", "ours", scaled_from=case.scaled_from)
     row = replace(row, real_tokens=real, active_share=active / drawn[0][0].numel())
     work, base = roofline.backward(case, precision, active, real), roofline.forward(case, precision, real)
-    weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
     mine = replace(row, operations=work.operations, bytes=work.bytes)
     beside = replace(row, variant="training-forward", errors={}, operations=base.operations, bytes=base.bytes)
     steps = [backward_operator(case, precision, *pair) for pair in zip(sets, drawn, strict=True)]
     bound = 1e-4 if precision.compute_dtype == torch.float32 else 1e-2
     return [
-        Job(mine, lambda: steps, lambda found: gradient_errors(found, exact), bound, True, weigh),
+        Job(mine, lambda: steps, lambda found: gradient_errors(found, exact), bound, True, weigh_on_gpu(device)),
         Job(beside, lambda: [training_forward(precision, inputs) for inputs in sets]),
     ]
 
@@ -161,15 +161,8 @@ def flops(shape: tuple[int, int], precision: Precision, job: str, device: torch.
         errors = {"value": truth.relative_distance(found[0], exact[0])}
         return errors | ({"grad": truth.relative_distance(found[1][0], exact[1][0])} if training else {})
 
-    weigh = cuda_extra_bytes if device.type == "cuda" else unweighed
+    bound, weigh = 1e-5 if dtype == torch.float32 else 2e-2, weigh_on_gpu(device)
     return [
-        Job(
-            replace(row, variant=name, errors={}),
-            partial(steps, function),
-            check,
-            1e-5 if dtype == torch.float32 else 2e-2,
-            name == "ours",
-            weigh,
-        )
+        Job(replace(row, variant=name, errors={}), partial(steps, function), check, bound, name == "ours", weigh)
         for name, function in (("stock", stock), ("ours", sk.flops_loss))
     ]

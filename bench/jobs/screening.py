@@ -1,25 +1,25 @@
-"""Exact screening on, left to itself and off, beside stock and the bare matmul: the head alone, inference and training.
+"""Exact screening on, "auto" and off, beside stock and the bare matmul: the head alone, inference and training.
 
-Outputs are held against the unscreened ones and against the truth, within the band that two summation orders span,
-before anything is timed. A whole ``encode``: :mod:`bench.jobs.encode`.
+Before anything is timed, outputs are compared with the unscreened ones and with the truth, within the band that two
+summation orders span. A whole ``encode``: :mod:`bench.jobs.encode`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 
 import torch
+from torch import Tensor
 
 from bench.harness import roofline, truth
 from bench.harness.rows import Job
-from bench.harness.steps import Step, Tensors, train_or_infer, unweighed, weigher
-from bench.inputs import variants
-from bench.inputs.cases import Case, Inputs, Precision, input_sets
+from bench.harness.steps import Tensors
+from bench.inputs.cases import Case, Inputs, Precision
 from bench.inputs.variants import OURS, VARIANTS
-from bench.jobs.operators import head_row
-from splade_kernels.backends.tiled.screening import survivors
+from bench.jobs.operators import Head
+from splade_kernels.backends import int8_bound
+from splade_kernels.backends.pooling import PoolingCall
+from splade_kernels.backends.tiled.screening import new_target, screen
 
 FLOOR = "matmul-real"
 # Largest distances from the unscreened output and from the truth, in bands.
@@ -32,45 +32,26 @@ def passes(case: Case) -> Sequence[str]:
 
 
 def head(case: Case, precision: Precision, job: str, device: torch.device, names: Sequence[str]) -> list[Job]:
-    """``forward`` or ``forward_backward`` of the head with one case's inputs. Training quantises the weight in every
-    step."""
-    training = job == "forward_backward"
-    sets = input_sets(case, precision, device)
-    exact = truth.compute(sets[0], precision)
-    row = head_row(case, precision, job, exact)
-
-    def steps(make: Callable[[bool], variants.Head]) -> list[Step]:
-        function = make(training)
-        return [train_or_infer(function, inputs, precision, training) for inputs in sets]
-
-    allowed = truth.band(sets[0], precision)
-    unscreened = steps(VARIANTS["unscreened"].make)[0]()[0]
-
-    def check(found: Tensors) -> dict[str, float]:
-        return truth.differences(exact, found[0], found[1:], sets[0])
+    """``forward`` or ``forward_backward`` of the head. Training quantises the weight in every step."""
+    group = Head(case, precision, job, device)
+    allowed = truth.band(group.sets[0], precision)
+    unscreened = group.steps("unscreened")[0]()[0]
 
     def distances(found: Tensors) -> dict[str, float]:
-        others = dict(zip(BANDS, (unscreened, exact.output), strict=True))
+        others = dict(zip(BANDS, (unscreened, group.exact.output), strict=True))
         return {name: truth.in_bands(found[0], other, allowed, precision) for name, other in others.items()}
 
     jobs = []
-    for name in (name for name in names if VARIANTS[name].trains or not training):
-        reason = variants.why_not(name, device, training)
-        mine = replace(row, variant=name, errors={}, status=f"not here: {reason}" if reason else "measured")
-        weigh = unweighed if training else weigher(case, precision, name, training, device)
-        one = Job(mine, partial(steps, VARIANTS[name].make), check, truth.BOUNDS[precision.name], weigh=weigh)
-        one.captured = VARIANTS[name].captured(training, device)
+    for name in (name for name in names if VARIANTS[name].trains or not group.training):
+        one = group.variant(name, weighed=not group.training)
         if name == "screened":
-            one.row.survivors = surviving_share(sets[0], precision)
+            one.row.survivors = surviving_share(group.sets[0], precision)
         jobs.append(hold_in_bands(one, distances) if name in OURS else one)
-    if not training:
-        floor = replace(row, variant=FLOOR, errors={})
-        jobs.append(Job(floor, lambda: [variants.matmul(FLOOR, inputs, precision) for inputs in sets]))
-    return jobs
+    return jobs if group.training else [*jobs, group.floor(FLOOR)]
 
 
 def hold_in_bands(job: Job, distances: Callable[[Tensors], dict[str, float]]) -> Job:
-    """The job, whose output is also held entry by entry, and to the bit in a second run."""
+    """The job, its output compared entry by entry as well, and bit for bit with a second run."""
     norms = job.check or (lambda found: {})
     job.check = lambda found: norms(found) | distances(found)
     job.strict, job.bounds = True, BANDS
@@ -78,9 +59,33 @@ def hold_in_bands(job: Job, distances: Callable[[Tensors], dict[str, float]]) ->
 
 
 def surviving_share(inputs: Inputs, precision: Precision) -> float | None:
-    """Share of the (real token, word) pairs whose dots a CPU computes exactly; None on a GPU, which does not tell."""
+    """Share of the (real token, vocabulary entry) pairs whose dots a CPU computes exactly; a GPU does not report it."""
     if inputs.hidden.device.type != "cpu":
         return None
     hidden, weight, bias = (leaf.detach().to(precision.compute_dtype) for leaf in inputs.leaves)
     computed, pairs = survivors(hidden, weight, bias, inputs.mask)
     return computed / pairs
+
+
+def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mask: Tensor) -> tuple[int, int]:
+    """Dots that ``screening=True`` computes exactly for ``[B, S, D]`` padded input on a CPU, and dots there are."""
+    real = attention_mask != 0
+    rows = hidden.detach()[real]
+    offsets = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0))
+    call = PoolingCall(
+        batch_size=real.shape[0],
+        attention_mask=attention_mask,
+        cu_seqlens=None,
+        max_seqlen=real.shape[1],
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=hidden.dtype,
+        out_dtype=hidden.dtype,
+        screening="on",
+        need_argmax=True,
+    )
+    chosen = screen(call, weight.detach(), bias, native_half=False)
+    if chosen is None:
+        most = int8_bound.MAX_HIDDEN_SIZE
+        raise ValueError(f"weight: expected [V, D] with V > 0 and 0 < D <= {most}, got {list(weight.shape)}")
+    return chosen.maximise(rows, offsets, new_target(rows, offsets, weight)), len(rows) * len(weight)

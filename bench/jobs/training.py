@@ -7,7 +7,6 @@ without duplicates. Everything is the trainer's default unless a :class:`Job` sa
 from __future__ import annotations
 
 import contextlib
-import gc
 import statistics
 import tempfile
 import time
@@ -26,12 +25,13 @@ from transformers import PrinterCallback, TrainerCallback
 
 from bench.harness import memory
 from bench.inputs import encoders
+from bench.inputs.cases import GOOAQ_LENGTHS
 from splade_kernels.integrations.sentence_transformers import FlopsLoss, fuse
 
 LEARNING_RATE = 2e-5
 QUERY_WEIGHT, DOCUMENT_WEIGHT = 5e-5, 3e-5
 SEED = 42
-# Kernels run one after the other on one stream; a sum above the wall clock has counted something twice.
+# Kernels of one stream run one after the other, so a sum above the wall clock has counted something twice.
 _CLOCK_TOLERANCE = 1.05
 
 
@@ -75,7 +75,7 @@ def make_loss(model: SparseEncoder, head: str) -> losses.SpladeLoss:
 
 
 class Trainer(SparseEncoderTrainer):
-    """Keeps every step's loss; the trainer's own log averages and rounds."""
+    """Keeps every step's loss, which the trainer's own log averages and rounds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -106,7 +106,7 @@ def train(model: SparseEncoder, dataset: Dataset, job: Job, steps: int, *callbac
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            # Named only where it is wanted: transformers warns of the name.
+            # Passed only where it is wanted, because transformers warns of the option.
             **checkpointing,
         )
         loss = make_loss(model, job.head)
@@ -123,7 +123,7 @@ def train(model: SparseEncoder, dataset: Dataset, job: Job, steps: int, *callbac
 
 
 def named(model: SparseEncoder, trainer: Trainer) -> dict[str, str]:
-    """What the libraries chose themselves and the memory depends on."""
+    """Choices of the libraries that the memory depends on."""
     inner: Any = model.transformers_model
     return {
         "attention": str(inner.config._attn_implementation),
@@ -136,32 +136,25 @@ def step_losses(job: Job) -> list[float]:
     model = load(job)
     found = [loss.item() for loss in train(model, _dataset(model, job), job, job.steps).losses]
     del model
-    release()
+    memory.release()
     return found
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Train for ``job.steps`` steps and say what the timed ones cost; running out of memory is a result, too."""
+    """What the timed steps of a training of ``job.steps`` steps cost; running out of memory is a result, too."""
     row = {**_described(job), "out_of_memory": True}
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         row = _measure(job)
     # Not in a handler: there, the exception's frames still hold what the run allocated.
-    release()
+    memory.release()
     return row
-
-
-def release() -> None:
-    """Hand back what a finished or failed run left to Python's collector and to the allocator."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _measure(job: Job) -> dict[str, Any]:
     model = load(job)
     dataset = _dataset(model, job)
-    tokens = {name: _tokens(model, dataset[name], job.batch_size) for name in encoders.GOOAQ_LENGTHS}
-    active = {name: encoders.mean_active_terms(model, dataset[name]) for name in encoders.GOOAQ_LENGTHS}
+    tokens = {name: _tokens(model, dataset[name], job.batch_size) for name in GOOAQ_LENGTHS}
+    active = {name: encoders.mean_active_terms(model, dataset[name]) for name in GOOAQ_LENGTHS}
     meter = StepMeter(job)
     trainer = train(model, dataset, job, job.steps, meter)
     return {
@@ -200,10 +193,10 @@ def _tokens(model: SparseEncoder, texts: list[str], batch_size: int) -> tuple[fl
 
 
 class StepMeter(TrainerCallback):
-    """Warm-up steps, then steps on the clock, then steps under the profiler.
+    """Warm-up steps, then timed steps, then steps under the profiler.
 
-    On a GPU a step's time is the distance of two events recorded at the ends of steps: what the host cannot keep ahead
-    of counts, and nothing waits for the device that would not wait without being measured.
+    On a GPU a step's time is the distance of two events recorded at the ends of steps. It includes time in which the
+    device waits for the host, and measuring adds no synchronisation.
     """
 
     def __init__(self, job: Job) -> None:
@@ -220,16 +213,13 @@ class StepMeter(TrainerCallback):
         done, job = state.global_step, self.job
         if done == job.warm_up_steps:
             self._synchronize()
-            if self.on_device:
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                memory.reset_peak()
+            memory.reset_peak(self.on_device)
         if job.warm_up_steps <= done <= job.warm_up_steps + job.timed_steps:
             self._marks.append(self._mark())
             self._processor.append(time.process_time())
         if done == job.warm_up_steps + job.timed_steps:
             self._synchronize()
-            self.peak_bytes = torch.cuda.max_memory_allocated() if self.on_device else memory.peak()
+            self.peak_bytes = memory.peak(self.on_device)
             if self.on_device and job.profiled_steps:
                 self._profiler = profile(activities=[ProfilerActivity.CUDA])
                 self._profiler.start()
@@ -250,7 +240,7 @@ class StepMeter(TrainerCallback):
         return [1e3 * (end - start) for start, end in pairs]
 
     def processor_milliseconds(self) -> list[float]:
-        """Processor time of this process, all threads: what other programs on the machine do not stretch."""
+        """Processor time of this process, all threads, which other programs do not stretch."""
         return [1e3 * (end - start) for start, end in zip(self._processor, self._processor[1:], strict=False)]
 
     def _mark(self) -> Any:
@@ -273,7 +263,7 @@ def kernel_milliseconds(events: Any, wall_milliseconds: float) -> float:
     """Sum of the time of everything that ran on the device: kernels, copies, fills.
 
     Raises:
-        RuntimeError: nothing ran there as far as the profiler saw, or more than the wall clock has room for.
+        RuntimeError: the profiler saw nothing on the device, or more than fits the wall clock.
     """
     ran = [event for event in events if event.device_type.name != "CPU" and not event.is_user_annotation]
     total = sum(float(event.time_range.elapsed_us()) for event in ran) / 1e3

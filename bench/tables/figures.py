@@ -28,7 +28,7 @@ def plot_curves(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         rows = [row for row in result["rows"] if row.get("case", "").startswith("curve-") and row["median"]]
         if result["kind"] == "head" and rows:
             path = folder / f"{Path(result['file']).stem.removesuffix('-curves')}-curves.png"
-            _plot(result, rows, path)
+            _plot(rows, path)
             paths.append(path)
     return paths
 
@@ -40,12 +40,12 @@ def plot_shares(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         rows = [row for row in result["rows"] if row.get("job") == "forward"]
         if result["kind"] == "screening" and len({row["active_share"] for row in rows}) > 1:
             path = folder / f"{Path(result['file']).stem}-shares.png"
-            _plot_shares(result, rows, path)
+            _plot_shares(rows, path)
             paths.append(path)
     return paths
 
 
-def _plot_shares(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
+def _plot_shares(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Random numbers as lines, text as single marks: the case named trained-squad has another shape."""
     rows = [row for row in rows if row["precision"] == rows[0]["precision"]]
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
@@ -67,14 +67,14 @@ def _plot_shares(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: P
                     _with_quartiles(panel, [(x, gain)], color=color, **style)
         panel.axhline(1, color="black", linestyle="--", linewidth=1)
         panel.set(
-            xscale="log", xlabel="active (sequence, word) pairs, %", ylabel=f"times as fast as {rival}", ylim=(0, None)
+            xscale="log",
+            xlabel="active (sequence, vocabulary entry) pairs, %",
+            ylabel=f"times as fast as {rival}",
+            ylim=(0, None),
         )
         panel.xaxis.set_major_formatter("{x:g}")
         panel.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{result['environment']['device']}, forward, {rows[0]['precision']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, f"{rows[0]['run']['environment']['device']}, forward, {rows[0]['precision']}", path)
 
 
 def _with_quartiles(panel: Any, points: Sequence[tuple[float, Ratio]], **style: Any) -> None:
@@ -83,10 +83,10 @@ def _with_quartiles(panel: Any, points: Sequence[tuple[float, Ratio]], **style: 
     panel.errorbar(places, [gain.middle for gain in gains], yerr=lengths, elinewidth=1, capsize=2, **style)
 
 
-def _plot(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
+def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     precision = rows[0]["precision"]
     rows = [row for row in rows if row["precision"] == precision and row["job"] == "forward_backward"]
-    rates = result["machine"][precision]
+    rates = rows[0]["run"]["machine"][precision]
     machine = Machine("", rates["bytes_per_second"], rates["operations_per_second"])
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
@@ -109,7 +109,11 @@ def _plot(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) ->
         panel.set(xscale="log", yscale="log", xlabel=f"{label} ({others.strip()})")
     panels[0].set_ylabel("forward and backward, ms")
     panels[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{result['environment']['device']}, {precision}", fontsize=10)
+    _save(figure, f"{rows[0]['run']['environment']['device']}, {precision}", path)
+
+
+def _save(figure: Any, title: str, path: Path) -> None:
+    figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

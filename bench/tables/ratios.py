@@ -1,6 +1,6 @@
 """How many times as long one variant took as another, and whether the rounds agree on which of them was faster.
 
-Variants are timed in interleaved rounds, so what slowed a round down slowed both: each round has a ratio of its own.
+Variants are timed in interleaved rounds, so what slows down a round slows down both: every round has its own ratio.
 """
 
 from __future__ import annotations

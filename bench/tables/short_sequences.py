@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from bench.jobs import short_sequences_model as model
+from bench.jobs import short_sequences as model
+from bench.tables.markdown import Result, Row, cell, grouped, section, table
 from bench.tables.ratios import against, speedup
 
-Row = dict[str, Any]
 BEGIN, END = "<!-- short sequences: python -m bench.short_sequences -->", "<!-- short sequences end -->"
 VARIANTS = ("gather", "scatter", "products", "training-forward")
 NOTE = (
     "`gather`: the package's backward. `scatter`: the gradient scattered into a matrix of zeros, tile by tile, and two "
-    "`torch.mm`; `products`: these two alone. Model: `bench/short_sequences_model.py` at the rates measured here, rows "
+    "`torch.mm`; `products`: these two alone. Model: `bench/jobs/short_sequences.py` at the rates measured here, rows "
     "of h and W gathered at the rate of a copy."
 )
 
 
 def block() -> str:
     """What stands in docs/kernels.md between the markers."""
-    from bench.report import table
-
     shape = model.Shape(0)
     intensities = ", ".join(f"{value:.0f}" for value in model.INTENSITIES)
     parameters = (
@@ -45,25 +41,21 @@ def _crosses(share: float) -> str:
     return f"up to {min(longest)} tokens with the worst and {max(longest)} with the best of these parameters for it"
 
 
-def section(result: dict[str, Any]) -> str:
+def short_sequences_section(result: Result) -> str:
     """Both ways beside the forward, measured and as the model has it."""
-    from bench import report
-
     header = ["case", "precision", "active", *(f"{name}, ms" for name in VARIANTS), "gather / forward"]
     rows = [[*header, "model", "scatter / forward", "model", "scatter against gather"]]
-    for case, precision, _, found in report.grouped(result["rows"]):
+    for case, precision, _, found in grouped(result["rows"]):
         gather, scatter, forward = (found.get(name) for name in ("gather", "scatter", "training-forward"))
         any_row = next(iter(found.values()))
         cells = [f"{case} ({any_row['shape']})", precision, f"{any_row['active_share']:.1%}"]
-        cells += [report.cell(found.get(name)) for name in VARIANTS]
+        cells += [cell(found.get(name)) for name in VARIANTS]
         for way in (gather, scatter):
             cells += [against(way, forward), f"{way['predicted_forwards']:.2f}x" if way else "-"]
         rows.append([*cells, speedup(gather, scatter)])
     bad = [row for row in result["rows"] if row["status"] != "measured"]
     lines = [f"- {row['case']} {row['precision']} {row['job']} {row['variant']}: {row['status']}" for row in bad]
-    title = f"## Backward of short sequences: {report.device(result)}"
-    parts = [title, report.caption(result), NOTE, report.table(rows), "\n".join(lines)]
-    return "\n\n".join(part for part in parts if part)
+    return section("Backward of short sequences", result, NOTE, table(rows), "\n".join(lines))
 
 
 def line(row: Row) -> str:

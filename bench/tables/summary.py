@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.environment import describe
-from bench.harness.result_file import left_out_text
+from bench.harness.result_file import left_out_text, load
 from bench.tables import training as training_tables
 
 MAX_LINES = 60
@@ -92,7 +92,7 @@ def _of_log(text: str) -> str:
 
 def _result(path: Path) -> Iterator[str]:
     try:
-        result = json.loads(path.read_text())
+        (result,) = load([path])
         yield from SECTIONS.get(result["kind"], _plain)(result)
     except Exception as error:  # the summary of nine files, and the stages to come, must not fail on the tenth
         yield f"- {path.name}: cannot be summarised: {type(error).__name__}: {error}"
@@ -158,8 +158,9 @@ def _tables(result: Result) -> Iterator[str]:
 
 
 def _compaction(result: Result) -> Iterator[str]:
-    rate = result.get("bucket_bytes_per_second")
-    share = f", {rate / result['copy_bytes_per_second']:.0%} of the copy bandwidth" if rate else ""
+    rates = [run for run in result["runs"] if "bucket_bytes_per_second" in run][-1:]
+    shares = [run["bucket_bytes_per_second"] / run["copy_bytes_per_second"] for run in rates]
+    share = "".join(f", {share:.0%} of the copy bandwidth" for share in shares)
     milliseconds = {row["operation"]: row["milliseconds"] for row in result["rows"]}
     times = ", ".join(f"{operation} {value:.2f} ms" for operation, value in milliseconds.items())
     yield f"- compaction: {times}{share}"
@@ -167,9 +168,10 @@ def _compaction(result: Result) -> Iterator[str]:
 
 def _plain(result: Result) -> Iterator[str]:
     for row in result["rows"]:
-        yield f"- {result['kind']}: " + " ".join(
-            f"{key} {value}" for key, value in row.items() if not isinstance(value, (list, dict))
-        )
+        shown = {
+            key: value for key, value in row.items() if not isinstance(value, (list, dict)) and key != "provenance"
+        }
+        yield f"- {result['kind']}: " + " ".join(f"{key} {value}" for key, value in shown.items())
 
 
 SECTIONS: dict[str, Callable[[Result], Iterator[str]]] = {

@@ -1,83 +1,106 @@
-"""Markdown tables of results of :mod:`bench.training` and :mod:`bench.limits`."""
+"""Markdown tables of results of :mod:`bench.training` and :mod:`bench.limits`, and hours predicted from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
-Row = dict[str, Any]
+from bench.inputs import encoders
+from bench.tables.markdown import Result, Row, joined
+from bench.tables.markdown import table as markdown
+
+# The run of the model card tomaarsen/splade-distilbert-base-uncased-gooaq on one RTX 3090.
+SEED_RUN = {"steps": 94_110, "pairs_per_batch": 32, "max_length": 256, "hours_on_its_rtx_3090": 3.894}
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Result) -> str:
     """The tables of one result, by its ``kind``: "training" or "limits"."""
-    makers: dict[str, Callable[[dict[str, Any]], str]] = {"training": _training, "limits": _limits}
+    makers: dict[str, Callable[[Result], str]] = {"training": _training, "limits": _limits}
     if result.get("kind") not in makers:
         raise ValueError(f"kind: expected one of {sorted(makers)}, got {result.get('kind')!r}")
     return makers[result["kind"]](result)
 
 
-def _training(result: dict[str, Any]) -> str:
-    # The ratio is that of the device's own time: the wall clock has the host in it, and on a CPU whatever else runs.
-    on_gpu = any(_value(row, "gpu_ms_per_step") for row in result["rows"])
+def _training(result: Result) -> str:
+    # The ratio is that of the device's own time: the wall clock includes the host and, on a CPU, all other programs.
+    on_gpu = any(row.get("gpu_ms_per_step") for row in result["rows"])
     time = "gpu_ms_per_step" if on_gpu else "cpu_ms_per_step"
-    header = [
+    rows = [[
         "model", "texts", "active terms", "checkpointing", "step, ms: stock", "fused",
         f"{'GPU' if on_gpu else 'CPU'} time, ms: stock", "fused", "stock / fused", "peak, MiB: stock", "fused",
-    ]  # fmt: skip
+    ]]  # fmt: skip
     keys = ("model", "layers", "hidden_size", "vocab_size", "pairs_per_batch", "max_length", "lengths", "active_terms")
-    lines = []
     for stock, fused in _pairs(result["rows"], (*keys, "gradient_checkpointing", "precision")):
-        lines.append(
+        texts = "GooAQ's lengths" if fused["lengths"] == "gooaq" else f"all of {fused['max_length']} tokens"
+        rows.append(
             [
                 f"{fused['model']}, {fused['layers']} layers, {fused['hidden_size']} wide, V {fused['vocab_size']}",
-                f"{fused['pairs_per_batch']} pairs, {fused['precision']}, "
-                + ("GooAQ's lengths" if fused["lengths"] == "gooaq" else f"all of {fused['max_length']} tokens"),
+                f"{fused['pairs_per_batch']} pairs, {fused['precision']}, {texts}",
                 "all" if fused["active_terms"] is None else f"about {fused['active_terms']}",
                 "on" if fused["gradient_checkpointing"] else "off",
-                _cell(stock, "wall_ms_per_step"),
-                _cell(fused, "wall_ms_per_step"),
-                _cell(stock, time),
-                _cell(fused, time),
-                _ratio(_value(stock, time), _value(fused, time)),
-                _cell(stock, "peak_memory_mib", 0),
-                _cell(fused, "peak_memory_mib", 0),
+                *(_cell(row, "wall_ms_per_step") for row in (stock, fused)),
+                *(_cell(row, time) for row in (stock, fused)),
+                _ratio(stock, fused, time),
+                *(_cell(row, "peak_memory_mib", 0) for row in (stock, fused)),
             ]
         )
-    parts = [_markdown(header, lines)]
-    seed = result["seed_run"]
-    for row in result["predictions"]:
-        active = "every word active" if row["active_terms"] is None else f"about {row['active_terms']} active terms"
-        stock, fused = row["stock_hours"], row["fused_hours"]
+    parts = [markdown(rows)]
+    for found in predictions(result["rows"]):
+        active = "every term active" if found["active_terms"] is None else f"about {found['active_terms']} active terms"
+        hours = found["stock_hours"], found["fused_hours"]
         parts.append(
-            f"Predicted for {row['predicted_for']}, not run: {row['steps']:,} steps of the GooAQ run with {active} "
-            f"take {stock:.2f} h stock and {fused:.2f} h fused ({stock / fused:.2f}x), evaluation left out. "
-            f"The run of the model card took {seed['hours_on_its_rtx_3090']} h on its RTX 3090."
+            f"Predicted for {found['device']}, not run: {SEED_RUN['steps']:,} steps of the GooAQ run with "
+            f"{active} take {hours[0]:.2f} h stock and {hours[1]:.2f} h fused ({hours[0] / hours[1]:.2f}x), evaluation "
+            f"left out. The run of the model card took {SEED_RUN['hours_on_its_rtx_3090']} h on its RTX 3090."
         )
-    return "\n\n".join(parts)
+    return joined(*parts)
 
 
-def _limits(result: dict[str, Any]) -> str:
-    header = ["model", "tokens", "checkpointing", "attention, optimizer", "pairs: stock", "fused", "fused / stock"]
-    lines = []
+def predictions(rows: Sequence[Row]) -> list[Row]:
+    """Hours of the seed's run on this GPU: its number of steps times the wall clock of a measured one.
+
+    Only steps like its own count: DistilBERT in full size, batches of 32 pairs with GooAQ's lengths, bf16. Evaluation,
+    which the hours of the model card may contain, is left out.
+    """
+    size = encoders.SIZES["distilbert"]
+    like_seed = {
+        "model": "distilbert", "layers": size.layers, "hidden_size": size.hidden_size, "lengths": "gooaq",
+        "precision": "bf16", "gradient_checkpointing": False, "pairs_per_batch": SEED_RUN["pairs_per_batch"],
+        "max_length": SEED_RUN["max_length"], "device": "cuda", "out_of_memory": False,
+    }  # fmt: skip
+    alike = [row for row in rows if all(row.get(key) == value for key, value in like_seed.items())]
+    return [
+        {
+            "device": fused["run"]["environment"]["device"],
+            "active_terms": fused["active_terms"],
+            "stock_hours": SEED_RUN["steps"] * stock["wall_ms_per_step"] / 3.6e6,
+            "fused_hours": SEED_RUN["steps"] * fused["wall_ms_per_step"] / 3.6e6,
+        }
+        for stock, fused in _pairs(alike, ("active_terms",))
+        if stock
+    ]
+
+
+def _limits(result: Result) -> str:
+    rows = [["model", "tokens", "checkpointing", "attention, optimizer", "pairs: stock", "fused", "fused / stock"]]
     for stock, fused in _pairs(result["rows"], ("model", "vocab_size", "max_length", "gradient_checkpointing")):
-        lines.append(
+        rows.append(
             [
                 f"{fused['model']}, {fused['layers']} layers, V {fused['vocab_size']}",
                 str(fused["max_length"]),
                 "on" if fused["gradient_checkpointing"] else "off",
                 f"{fused['attention']}, {fused['optimizer']}",
-                _cell(stock, "largest_pairs", 0),
-                _cell(fused, "largest_pairs", 0),
-                _ratio(_value(fused, "largest_pairs"), _value(stock, "largest_pairs")),
+                *(_cell(row, "largest_pairs", 0) for row in (stock, fused)),
+                _ratio(fused, stock, "largest_pairs"),
             ]
         )
-    limit = result["limit"]
+    run = result["runs"][-1]
+    limit = run["limit"]
     note = (
         f"Largest batch, in pairs of texts with every token real, whose training step fits {limit['total_gib']} GiB "
         f"less {limit['allowance_gib']} GiB for the context, {limit['precision']}, found to within "
-        f"{limit['resolution']:.0%}; the GPU was {result['environment']['device']}, held to that share of its memory."
+        f"{limit['resolution']:.0%}; the GPU was {run['environment']['device']}, held to that share of its memory."
     )
-    return f"{_markdown(header, lines)}\n\n{note}"
+    return joined(markdown(rows), note)
 
 
 def _pairs(rows: Iterable[Row], keys: Sequence[str]) -> Iterable[tuple[Row | None, Row]]:
@@ -88,21 +111,13 @@ def _pairs(rows: Iterable[Row], keys: Sequence[str]) -> Iterable[tuple[Row | Non
             yield stock.get(tuple(row[key] for key in keys)), row
 
 
-def _value(row: Row | None, key: str) -> float | None:
-    return None if row is None else row.get(key)
-
-
 def _cell(row: Row | None, key: str, digits: int = 1) -> str:
     if row is not None and row.get("out_of_memory"):
         return "out of memory"
-    value = _value(row, key)
+    value = row.get(key) if row else None
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _ratio(numerator: float | None, denominator: float | None) -> str:
-    return f"{numerator / denominator:.2f}x" if numerator and denominator else "-"
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _ratio(top: Row | None, bottom: Row | None, key: str) -> str:
+    above, below = (row.get(key) if row else None for row in (top, bottom))
+    return f"{above / below:.2f}x" if above and below else "-"

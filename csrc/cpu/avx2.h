@@ -1,5 +1,5 @@
-// Eight lanes of AVX2, 16 words a block. vpmaddubsw adds two products in 16 bits, and two such sums are added before
-// they are widened: 4 · (2 · 63 + 1) · 63 < 2^15, so 63 levels, and 64 as the offset that makes tokens unsigned.
+// Eight lanes of AVX2, 16 words per block. vpmaddubsw adds two products in 16 bits, and two such sums are added before
+// they are widened: 4 · (2 · 63 + 1) · 63 < 2^15. Hence 63 levels, and an offset of 64 that makes tokens unsigned.
 #pragma once
 
 #include <immintrin.h>
@@ -9,6 +9,11 @@
 #define SK_TARGET __attribute__((target("avx2,fma,f16c")))
 
 namespace splade_kernels::cpu::avx2 {
+
+constexpr const char* kName = "avx2";
+inline bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 
 constexpr int kLanes = 8;
 constexpr int kTokens = 4;
@@ -33,7 +38,7 @@ SK_TARGET inline Float add(Float x, Float y) { return _mm256_add_ps(x, y); }
 SK_TARGET inline Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
 SK_TARGET inline Float multiply(Float x, Float y) { return _mm256_mul_ps(x, y); }
 SK_TARGET inline Float multiply_add(Float x, Float y, Float z) { return _mm256_fmadd_ps(x, y, z); }
-// y where x is NaN.
+// Returns y where x is NaN.
 SK_TARGET inline Float larger(Float x, Float y) { return _mm256_max_ps(x, y); }
 SK_TARGET inline Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
 SK_TARGET inline Int load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Int*>(p)); }
@@ -53,7 +58,7 @@ SK_TARGET inline Mask not_at_most(Float x, Float y) { return _mm256_cmp_ps(x, y,
 SK_TARGET inline Mask either(Mask x, Mask y) { return _mm256_or_ps(x, y); }
 SK_TARGET inline uint32_t bits(Mask x) { return static_cast<uint32_t>(_mm256_movemask_ps(x)); }
 
-// Eight dimensions of a token times as many of both vectors, added in pairs of pairs.
+// Adds the products of eight hidden dimensions of one token with both vectors of words.
 SK_TARGET inline void eight(const uint8_t* token, Int w0, Int w1, Int w2, Int w3, Int& low, Int& high) {
   const Int ones = _mm256_set1_epi16(1);
   const Int x0 = _mm256_set1_epi32(four_bytes(token)), x1 = _mm256_set1_epi32(four_bytes(token + 4));
@@ -63,8 +68,8 @@ SK_TARGET inline void eight(const uint8_t* token, Int w0, Int w1, Int w2, Int w3
   high = _mm256_add_epi32(high, _mm256_madd_epi16(b, ones));
 }
 
-// sums[t][j] = tokens[t] · words of vector j, eight hidden dimensions at a time. Written with constant indices: GCC
-// keeps an array that a loop walks in memory.
+// sums[t][j] = tokens[t] · words of vector j, eight hidden dimensions at a time. The indices are constants because GCC
+// keeps an array in memory, not in registers, if a loop indexes it.
 template <size_t... T>
 SK_TARGET inline void products(
     std::index_sequence<T...>, const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[sizeof...(T)][2]) {
@@ -73,7 +78,7 @@ SK_TARGET inline void products(
   for (int64_t k = 0; k < depth; k += 8, words += 4) {
     Int w0 = _mm256_loadu_si256(words), w1 = _mm256_loadu_si256(words + 1);
     Int w2 = _mm256_loadu_si256(words + 2), w3 = _mm256_loadu_si256(words + 3);
-    // Kept in registers: as operands in memory they would be loaded once a token.
+    // Forces the operands into registers; GCC would load them from memory again for every token.
     asm("" : "+x"(w0), "+x"(w1), "+x"(w2), "+x"(w3));
     (eight(tokens + T * depth + k, w0, w1, w2, w3, low[T], high[T]), ...);
   }

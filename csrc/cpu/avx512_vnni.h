@@ -1,5 +1,5 @@
-// Sixteen lanes of AVX-512, 32 words a block. vpdpbusd sums four products in 32 bits without saturating: 127 levels,
-// and 128 as the offset that makes tokens unsigned.
+// Sixteen lanes of AVX-512, 32 words per block. vpdpbusd adds four products in 32 bits without saturating. Hence 127
+// levels, and an offset of 128 that makes tokens unsigned.
 #pragma once
 
 #include <immintrin.h>
@@ -9,6 +9,12 @@
 #define SK_TARGET __attribute__((target("avx512f,avx512vnni,avx2,fma,f16c")))
 
 namespace splade_kernels::cpu::avx512_vnni {
+
+constexpr const char* kName = "avx512_vnni";
+inline bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni");
+}
 
 constexpr int kLanes = 16;
 constexpr int kTokens = 8;
@@ -33,7 +39,7 @@ SK_TARGET inline Float add(Float x, Float y) { return _mm512_add_ps(x, y); }
 SK_TARGET inline Float subtract(Float x, Float y) { return _mm512_sub_ps(x, y); }
 SK_TARGET inline Float multiply(Float x, Float y) { return _mm512_mul_ps(x, y); }
 SK_TARGET inline Float multiply_add(Float x, Float y, Float z) { return _mm512_fmadd_ps(x, y, z); }
-// y where x is NaN.
+// Returns y where x is NaN.
 SK_TARGET inline Float larger(Float x, Float y) { return _mm512_max_ps(x, y); }
 SK_TARGET inline Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
 SK_TARGET inline Int load(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -52,8 +58,8 @@ SK_TARGET inline Mask not_at_most(Float x, Float y) { return _mm512_cmp_ps_mask(
 SK_TARGET inline Mask either(Mask x, Mask y) { return static_cast<Mask>(x | y); }
 SK_TARGET inline uint32_t bits(Mask x) { return x; }
 
-// sums[t][j] = tokens[t] · words of vector j, four hidden dimensions at a time. Written with constant indices: GCC keeps
-// an array that a loop walks in memory.
+// sums[t][j] = tokens[t] · words of vector j, four hidden dimensions at a time. The indices are constants because GCC
+// keeps an array in memory, not in registers, if a loop indexes it.
 template <size_t... T>
 SK_TARGET inline void products(
     std::index_sequence<T...>, const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[sizeof...(T)][2]) {

@@ -1,10 +1,11 @@
-// The operators of exact screening on a CPU. Blocks of words are independent of each other: any number of threads gives
-// the same bytes.
+// The operators of exact screening on a CPU. A "word" is a vocabulary entry, a "block" as many words as the kernels of an
+// instruction set take at once. Blocks are independent of each other: any number of threads gives the same bytes.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
+#include <string>
 
 #include "../checks.h"
 
@@ -22,38 +23,41 @@
 namespace splade_kernels::cpu {
 namespace {
 
-enum Isa : int64_t { kNone = 0, kAvx2 = 1, kAvx512Vnni = 2 };
+// Fastest first. The null pointer ends the list, which is empty on other processors.
+constexpr const InstructionSet* kInstructionSets[] = {
+#if defined(__x86_64__)
+    &avx512_vnni::instruction_set,
+    &avx2::instruction_set,
+#endif
+    nullptr};
 
-// Words of the vocabulary whose quantised and exact rows are used for all tokens before the next ones are touched.
+// Words per strip: the quantised and exact rows of a strip are used for all tokens before the next strip is touched.
 constexpr int64_t kStrip = 128;
 
-// The best instruction set of this CPU that there are kernels for.
-int64_t screening_isa() {
-#if defined(__x86_64__)
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return kNone;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni")) return kAvx512Vnni;
-  return kAvx2;
-#else
-  return kNone;
-#endif
+// The names of the instruction sets that this CPU has, fastest first.
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const auto* set = kInstructionSets; *set != nullptr; ++set) {
+    if ((*set)->supported()) names.emplace_back((*set)->name);
+  }
+  return names;
 }
 
-// Pieces of so much work, in multiply-adds, that are worth a thread.
+// How many pieces of `work` multiply-adds each are worth a thread.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, work)); }
 
-// f with the kernels for a dtype of the weight.
+// Calls f with the kernels of an instruction set for a dtype of the weight.
 template <class Function>
-void with_kernels(int64_t isa, ScalarType dtype, Function&& f) {
-  STD_TORCH_CHECK(isa > kNone && isa <= screening_isa(), "isa: expected one that this CPU has, got ", isa);
-#if defined(__x86_64__)
-  const bool vnni = isa == kAvx512Vnni;
+void with_kernels(const std::string& name, ScalarType dtype, Function&& f) {
+  const auto* set = kInstructionSets;
+  while (*set != nullptr && !(name == (*set)->name && (*set)->supported())) ++set;
+  STD_TORCH_CHECK(*set != nullptr, "instruction_set: expected one that this CPU has, got '", name, "'");
   switch (dtype) {
-    case ScalarType::Float: return f(vnni ? avx512_vnni::kernels<float> : avx2::kernels<float>);
-    case ScalarType::BFloat16: return f(vnni ? avx512_vnni::kernels<BFloat16Bits> : avx2::kernels<BFloat16Bits>);
-    case ScalarType::Half: return f(vnni ? avx512_vnni::kernels<Float16Bits> : avx2::kernels<Float16Bits>);
+    case ScalarType::Float: return f((*set)->float32);
+    case ScalarType::BFloat16: return f((*set)->bfloat16);
+    case ScalarType::Half: return f((*set)->float16);
     default: STD_TORCH_CHECK(false, "weight: expected float32, bfloat16 or float16");
   }
-#endif
 }
 
 void check_weight(const Tensor& weight) {
@@ -62,7 +66,7 @@ void check_weight(const Tensor& weight) {
   STD_TORCH_CHECK(weight.size(1) <= kMaxHiddenSize, "weight: expected at most ", kMaxHiddenSize, " hidden dimensions");
 }
 
-// Quantised words in memory that somebody owns: `lanes` of them, whole blocks.
+// Memory for `lanes` quantised words, a whole number of blocks; somebody else owns it.
 struct Memory {
   int8_t* blocks;
   float* bounds;  // [3, lanes]: scale, radius, reach
@@ -74,7 +78,7 @@ struct Memory {
   }
 };
 
-// The words [first, last) of the weight, a whole number of blocks or the last ones, to `to` of the memory.
+// Quantises the words [first, last) of the weight, whole blocks but for the last one, into the memory from `to` on.
 template <class W>
 void quantise(
     const Kernels<W>& kernels, const W* weight, int64_t stride, int64_t first, int64_t last, int64_t hidden_size,
@@ -88,12 +92,12 @@ void quantise(
 }
 
 // Blocks [blocks, depth / 4, words, 4] int8, bounds [3, blocks · words] float32 (scale, radius, reach), shift int32.
-std::tuple<Tensor, Tensor, Tensor> quantise_words(Tensor weight, int64_t isa) {
+std::tuple<Tensor, Tensor, Tensor> quantise_words(Tensor weight, std::string instruction_set) {
   check_weight(weight);
   const int64_t vocab_size = weight.size(0), hidden_size = weight.size(1), stride = weight.stride(0);
   const int64_t depth = divide_up(hidden_size, kDepthStep) * kDepthStep;
   Tensor quantised, bounds, shift;
-  with_kernels(isa, weight.scalar_type(), [&]<class W>(const Kernels<W>& kernels) {
+  with_kernels(instruction_set, weight.scalar_type(), [&]<class W>(const Kernels<W>& kernels) {
     const int64_t blocks = divide_up(vocab_size, kernels.words), lanes = blocks * kernels.words;
     quantised = torch::stable::new_zeros(weight, {lanes * depth}, ScalarType::Char);
     bounds = torch::stable::new_zeros(weight, {3, lanes}, ScalarType::Float);
@@ -110,19 +114,19 @@ std::tuple<Tensor, Tensor, Tensor> quantise_words(Tensor weight, int64_t isa) {
   return {quantised, bounds, shift};
 }
 
-// A chunk of one sequence and where it belongs.
+// A chunk of tokens and the sequence that it belongs to.
 struct Chunk {
   int64_t sequence;
   Tokens tokens;
 };
 
-// The largest dot of every (sequence, word) that may exceed -bias, and the position of the token that attains it, into
-// the rows `sequences` of largest and argmax: -inf and 0 where none can. How many dots were computed. Without quantised
-// words each strip is quantised when its turn comes.
+// Writes the largest dot of every (sequence, word) that may exceed -bias, and the position of the token that attains it,
+// to the rows `sequences` of largest and argmax; -inf and 0 where no dot may. Returns how many dots it computed. If the
+// quantised words are not passed in, each strip is quantised right before it is used.
 int64_t screened_maximum(
     Tensor rows, Tensor offsets, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> quantised,
     std::optional<Tensor> bounds, std::optional<Tensor> shift, Tensor sequences, Tensor positions, Tensor largest,
-    std::optional<Tensor> argmax, int64_t isa) {
+    std::optional<Tensor> argmax, std::string instruction_set) {
   check_weight(weight);
   const int64_t vocab_size = weight.size(0), hidden_size = weight.size(1), stride = weight.stride(0);
   const int64_t depth = divide_up(hidden_size, kDepthStep) * kDepthStep;
@@ -170,7 +174,7 @@ int64_t screened_maximum(
   }
 
   std::atomic<int64_t> evaluated{0};
-  with_kernels(isa, weight.scalar_type(), [&]<class W>(const Kernels<W>& kernels) {
+  with_kernels(instruction_set, weight.scalar_type(), [&]<class W>(const Kernels<W>& kernels) {
     const int64_t lanes = divide_up(vocab_size, kernels.words) * kernels.words;
     const bool prepared = quantised.has_value() && bounds.has_value() && shift.has_value();
     STD_TORCH_CHECK(
@@ -223,7 +227,7 @@ int64_t screened_maximum(
       std::vector<float> word_bounds(3 * kStrip);
       std::vector<int32_t> word_shift(kStrip);
       const Memory own{blocks.data(), word_bounds.data(), word_shift.data(), kStrip};
-      // Of one strip: what the chunks of a sequence improve in turn.
+      // The best of one strip so far, which the chunks of a sequence update in turn.
       std::vector<float> values(static_cast<size_t>(n * kStrip));
       std::vector<int32_t> winners(static_cast<size_t>(n * kStrip));
       int64_t found = 0;
@@ -268,7 +272,7 @@ STABLE_TORCH_LIBRARY_IMPL(splade_kernels_csrc, CPU, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(splade_kernels_csrc, CompositeExplicitAutograd, library) {
-  library.impl("screening_isa", TORCH_BOX(&screening_isa));
+  library.impl("instruction_sets", TORCH_BOX(&instruction_sets));
 }
 
 }  // namespace splade_kernels::cpu

@@ -1,5 +1,7 @@
-// Exact maxima over tokens by int8 bounds: what the kernels of both instruction sets share. Mathematics:
-// docs/screening.md.
+// Exact maxima over tokens by int8 bounds: what the kernels of all instruction sets share. docs/screening.md derives the
+// bounds.
+//
+// An instruction set is a header like avx2.h and a line in the table of screening.cpp.
 #pragma once
 
 #include <algorithm>
@@ -21,12 +23,16 @@ struct Float16Bits {
   uint16_t bits;
 };
 
-// Hidden dimensions are filled up with zeros to a multiple of this.
+// Rows are padded with zeros to a multiple of this many hidden dimensions.
 constexpr int64_t kDepthStep = 8;
 // Most hidden dimensions: 255 · 127 · 65536 < 2^31.
 constexpr int64_t kMaxHiddenSize = 65536;
-// Largest elements of a row outside this range take the exact path: products of norms would leave float32.
+// The next four are mirrored from splade_kernels/backends/int8_bound.py; a test compares them.
+// Rows whose largest element is outside this range have no bound: products of their norms would leave float32.
 constexpr float kTiny = 0x1p-40f, kHuge = 0x1p40f;
+// Relative rounding errors of a row of D elements, in units of 2^-23: D + kNormSlack of a computed norm; D + kDotSlack of
+// a dot and its bound, relative to the product of the norms.
+constexpr int64_t kNormSlack = 64, kDotSlack = 128;
 
 inline int32_t four_bytes(const uint8_t* p) {
   int32_t value;
@@ -34,20 +40,20 @@ inline int32_t four_bytes(const uint8_t* p) {
   return value;
 }
 
-// How far a quantised row `scale · q` can be off, and how long the row is: both rounded up. For a row that int8 cannot
-// bound the scale is NaN, and with it both bounds of all its dots.
+// A row quantised to `scale · q`: the distance between the two (`radius`) and the norm of the row, both rounded up. The
+// scale of a row that int8 cannot bound is NaN, which makes both bounds of all its dots NaN.
 struct Bounds {
   float scale, radius, norm;
 };
 
 struct Slacks {
-  float sums;  // relative error of a computed norm
-  float dots;  // of a dot, in units of the product of the norms: its rounding and that of the bound
+  float norm;
+  float dot;
 };
 
 inline Slacks slacks(int64_t hidden_size) {
   constexpr float unit = 0x1p-23f;
-  return {static_cast<float>(hidden_size + 64) * unit, static_cast<float>(hidden_size + 128) * unit};
+  return {static_cast<float>(hidden_size + kNormSlack) * unit, static_cast<float>(hidden_size + kDotSlack) * unit};
 }
 
 // Quantised words, a block at a time: [depth / 4][words][4] int8.
@@ -68,7 +74,7 @@ struct Tokens {
   int32_t first;  // position of the first one in its sequence
 };
 
-// Most tokens handled at a time: their upper bounds for one block stay in the L1 cache.
+// Tokens handled at a time, at most: their upper bounds for one block stay in the L1 cache.
 constexpr int64_t kChunk = 128;
 
 // The largest dot found so far and the position of its token; NaN is the largest, ties go to the lowest position.
@@ -85,7 +91,7 @@ struct Best {
   }
 };
 
-// The kernels of one instruction set, for weights of one type.
+// The kernels of one instruction set for weights of type W.
 template <class W>
 struct Kernels {
   int words;  // of a block
@@ -96,6 +102,14 @@ struct Kernels {
   int64_t (*maximise_block)(
       const Tokens& tokens, int64_t hidden_size, int64_t depth, const Words& words, const float* threshold,
       const W* weight, int64_t stride, int64_t count, float* values, int32_t* positions);
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();  // by this CPU
+  Kernels<float> float32;
+  Kernels<BFloat16Bits> bfloat16;
+  Kernels<Float16Bits> float16;
 };
 
 }  // namespace splade_kernels::cpu

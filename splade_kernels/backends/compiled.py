@@ -1,6 +1,6 @@
 """The compiled operators of ``csrc/``: the one place that loads them and knows which devices they serve.
 
-They are optional. Nothing is loaded before the first call that asks.
+They are optional, and nothing is loaded before the first question.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# What csrc/schema.cpp returns: a library built with another number has other operators or arguments.
+SCHEMA_VERSION = 2
 _PACKAGE = Path(__file__).parents[1]
 _BUILD = "build it in a clone with `python setup.py build_ext --inplace`, or `pip install --no-build-isolation .`"
 
@@ -26,10 +28,10 @@ def why_not() -> str | None:
 
 def serves(device: torch.device) -> bool:
     """Whether tensors on ``device`` are served by the compiled operators."""
-    if device.type == "cpu":
-        return _load("_csrc") is None
-    if device.type != "cuda" or _load("_csrc") is not None:
+    if device.type not in ("cpu", "cuda") or _load("_csrc") is not None:
         return False
+    if device.type == "cpu":
+        return True
     return _why_not_cuda(torch.cuda.current_device() if device.index is None else device.index) is None
 
 
@@ -56,8 +58,9 @@ def _load(name: str) -> str | None:
     try:
         torch.ops.load_library(path)
         if name == "_csrc":
-            if not hasattr(torch.ops.splade_kernels_csrc, "screened_maximum"):
-                return f"{path.name} is of an earlier version; {_BUILD}"
+            csrc = torch.ops.splade_kernels_csrc
+            if not hasattr(csrc, "schema_version") or csrc.schema_version() != SCHEMA_VERSION:
+                return f"{path.name} is of another version; {_BUILD}"
             _register_fakes()
     except (OSError, RuntimeError) as error:
         return f"{path.name} does not load: {error}"
@@ -78,10 +81,12 @@ def _register_fakes() -> None:
     def gather_active(embeddings: Tensor, crow: Tensor, mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         return embeddings.new_empty(capacity, dtype=torch.int64), embeddings.new_empty(capacity)
 
-    def sparsify(embeddings: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        nonzeros = torch.library.get_ctx().new_dynamic_size()
-        col = embeddings.new_empty(nonzeros, dtype=torch.int64)
-        return embeddings.new_empty(embeddings.shape[0] + 1, dtype=torch.int64), col, embeddings.new_empty(nonzeros)
+    for fake in (bucket_by_token, sparsify_fake, active_mask, gather_active):
+        torch.library.register_fake(f"splade_kernels_csrc::{fake.__name__.removesuffix('_fake')}", fake)
 
-    for fake in (bucket_by_token, sparsify, active_mask, gather_active):
-        torch.library.register_fake(f"splade_kernels_csrc::{fake.__name__}", fake)
+
+def sparsify_fake(embeddings: Tensor, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the compiled ``sparsify``, and of the operator that calls it: the number of non-zeros is in the data."""
+    nonzeros = torch.library.get_ctx().new_dynamic_size()
+    crow = embeddings.new_empty(embeddings.shape[0] + 1, dtype=torch.int64)
+    return crow, embeddings.new_empty(nonzeros, dtype=torch.int64), embeddings.new_empty(nonzeros)

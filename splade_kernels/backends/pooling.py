@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from . import dispatch
 
-# A legal activation is relu followed by this many log1p: 0 for x <= 0 and increasing, which hoisting it out of the
-# maximum, the sparse backward and screening all rest on.
+# The number of log1p that follow relu. A legal activation is 0 for x <= 0 and increasing: taking it out of the maximum,
+# the sparse backward and screening all rest on that.
 ACTIVATION_FUNCTIONS = {"relu": 1, "log1p_relu": 2}
+POOLING_STRATEGIES = ("max", "sum")
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 T = TypeVar("T")
@@ -27,14 +28,15 @@ class Pooling(NamedTuple):
     backward: Callable[..., Gradients]  # (call, grad, output, argmax, hidden, weight, bias) -> (dh, dW, dc)
 
 
-def choose(name: str, table: Mapping[str, T], value: str) -> T:
-    """``table[value]``.
+def check_choice(name: str, choices: Collection[str], value: Any) -> None:
+    """Raise a ValueError that names the argument if its value is none of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
-    Raises:
-        ValueError: there is no such entry; ``name`` is the argument that asked for it.
-    """
-    if value not in table:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, table))}, got {value!r}")
+
+def choose(name: str, table: Mapping[str, T], value: str) -> T:
+    """``table[value]``; ``name`` is the argument that a ValueError for an unknown value names."""
+    check_choice(name, table, value)
     return table[value]
 
 
@@ -109,24 +111,32 @@ def argmax_dtype(max_seqlen: int) -> torch.dtype:
     return torch.int16 if max_seqlen <= torch.iinfo(torch.int16).max else torch.int32
 
 
-def activate(logits: Tensor, activation_function: str) -> Tensor:
-    """``log1p(relu(x))`` or ``log1p(log1p(relu(x)))``; may overwrite its input."""
-    return log1p(logits.relu_(), activation_function)
+def activate(logits: Tensor, call: PoolingCall) -> Tensor:
+    """``log1p(relu(x))``, or ``log1p`` of that once more; may overwrite its input."""
+    return log1p(logits.relu_(), call)
 
 
-def log1p(values: Tensor, activation_function: str) -> Tensor:
-    """What follows relu: ``log1p`` once or twice, in place."""
-    values = values.log1p_()
-    return values.log1p_() if activation_function == "log1p_relu" else values
+def log1p(values: Tensor, call: PoolingCall) -> Tensor:
+    """What follows relu, in place."""
+    for _ in range(call.logs):
+        values = values.log1p_()
+    return values
 
 
 def activation_gradient(grad: Tensor, output: Tensor, call: PoolingCall) -> Tensor:
-    """``g = where(y <= 0, 0, dy · dact)``, so that NaN stays NaN; ``dact`` from the activated output alone.
+    """``g = where(y <= 0, 0, dy · dact)``, so that NaN stays NaN; ``dact`` from the activated output ``y`` alone.
 
-    relu: ``exp(-y)``. log1p_relu: ``exp(-y) · exp(1 - exp(y))``.
+    ``y = log1p(x)`` has the slope ``1 / (1 + x) = exp(-y)`` and ``x = expm1(y)``, once for each ``log1p``: relu:
+    ``exp(-y)``; log1p_relu: ``exp(-y) · exp(-expm1(y))``.
     """
     output = output.to(call.accumulation_dtype)
-    slope = torch.exp(-output)
-    if call.activation_function == "log1p_relu":
-        slope *= torch.exp(-torch.expm1(output))
+    slope, y = torch.exp(-output), output
+    for _ in range(call.logs - 1):
+        y = torch.expm1(y)
+        slope *= torch.exp(-y)
     return torch.where(output <= 0, 0, grad.to(call.accumulation_dtype) * slope)
+
+
+def not_at_most(x: Tensor, t: Tensor | float) -> Tensor:
+    """``x > t``, and True where either is NaN: NaN counts as above every threshold."""
+    return (x <= t).logical_not_()

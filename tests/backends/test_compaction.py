@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,22 +224,20 @@ def test_sparsify(fallback, device, dtype, count):
         assert torch.equal(as_bits(values), as_bits(expected[2]))
 
 
-@pytest.mark.parametrize("route", ["compiled", "fallback"])
-@pytest.mark.parametrize("count", [None, 1, 5, 31, 200, 432, 9999])
-def test_the_bounded_form_begins_like_the_exact_one(fallback, route, count):
-    if route == "compiled" and not compiled.serves(torch.device("cpu")):
-        pytest.skip(f"csrc: {compiled.why_not()}")
-    embeddings = dense_case()
-    crow, col, _ = exact = compaction.sparsify(embeddings, count)
-    bounded = (
-        compaction.sparsify_bounded(embeddings, count)
-        if route == "compiled"
-        else fallback(compaction.sparsify_bounded, embeddings, count)
-    )
-    assert torch.equal(bounded[0], crow)
-    assert len(bounded[1]) == len(bounded[2]) == 12 * min(count or 433, 433) > len(col)
-    for ours, expected in zip(bounded[1:], exact[1:], strict=True):
-        assert torch.equal(ours[: len(col)].nan_to_num(-7), expected.nan_to_num(-7))
+@needs_compiled
+@devices
+@pytest.mark.parametrize("count", [1, 5, 31, 200, 432, 433, 9999])
+def test_mask_and_gather_with_room_to_spare_begin_like_sparsify(fallback, device, count):
+    """The two steps that CUDA takes, which have a CPU implementation too."""
+    embeddings = dense_case().to(device)
+    counts, mask = torch.ops.splade_kernels_csrc.active_mask(embeddings, count)
+    crow, col, values = fallback(compaction.sparsify, embeddings, count)
+    assert torch.equal(torch.nn.functional.pad(counts.cumsum(0), (1, 0)), crow)
+    capacity = 12 * min(count, 433)
+    ours = torch.ops.splade_kernels_csrc.gather_active(embeddings, crow, mask, capacity)
+    assert len(ours[0]) == len(ours[1]) == capacity > len(col)
+    assert torch.equal(ours[0][: len(col)], col)
+    assert torch.equal(as_bits(ours[1][: len(col)]), as_bits(values))
 
 
 @needs_compiled
@@ -307,8 +306,11 @@ def test_gradients_are_the_same_bits_with_and_without(fallback):
         assert torch.equal(ours, expected)
 
 
-def test_a_library_of_an_earlier_version_is_left_out(monkeypatch):
-    if compiled.why_not() is not None:
-        pytest.skip("the compiled operators were not built")
-    monkeypatch.setattr(torch.ops, "splade_kernels_csrc", object())
-    assert compiled._load.__wrapped__("_csrc").startswith("_csrc.so is of an earlier version; build it in a clone")
+@needs_compiled
+def test_a_library_of_another_version_is_left_out(monkeypatch):
+    assert torch.ops.splade_kernels_csrc.schema_version() == compiled.SCHEMA_VERSION
+    without = SimpleNamespace(screened_maximum=None, sparsify=None)
+    other = SimpleNamespace(schema_version=lambda: compiled.SCHEMA_VERSION + 1)
+    for library in (without, other):
+        monkeypatch.setattr(torch.ops, "splade_kernels_csrc", library)
+        assert compiled._load.__wrapped__("_csrc").startswith("_csrc.so is of another version; build it in a clone")

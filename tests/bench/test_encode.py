@@ -13,7 +13,7 @@ from bench.harness import rows
 from bench.inputs.cases import PRECISIONS
 from bench.inputs.encoders import Size
 from bench.jobs import encode
-from tests.bench.test_screening_tables import cells, result, without_quartiles
+from tests.bench.synthetic import cells, result
 
 CPU = torch.device("cpu")
 FLOAT32 = PRECISIONS["float32"]
@@ -41,7 +41,7 @@ def test_stock_and_fused_are_checked_timed_and_weighed(monkeypatch: pytest.Monke
     assert made[1].errors["output"] < 1e-5
     assert made[1].errors["bands_from_unscreened"] < 1
     assert 0 < made[0].active_share < 1
-    text = report.render([result({}) | {"kind": "encode", "rows": [asdict(row) for row in made]}])
+    text = report.render([result("encode", [asdict(row) for row in made])])
     (line,) = cells(text, "encode-tiny: 5 texts of 12 tokens")
     assert line[4:] == ["7 MiB", "7 MiB"]
 
@@ -52,15 +52,6 @@ def test_the_logits_of_a_batch_are_in_the_memory_of_stock_and_not_in_ours() -> N
     corpus = encode.Corpus("encode-wide", 5, 5, Size("distilbert", 1, 64, 30_000))
     stock, ours = (encode.resident_bytes(corpus, "float32", name) for name in ("stock", "ours"))
     assert stock > ours + (50 << 20)
-
-
-def test_seconds_and_ratio_are_in_readme_and_results() -> None:
-    made = result({"encode-small": {"stock": 10.0, "ours": 0.5}}) | {"kind": "encode"}
-    for row in made["rows"]:
-        row |= {"shape": "64 texts", "job": "encode", "extra_bytes": (3000 if row["variant"] == "stock" else 60) << 20}
-    for text in (report.render([made]), report.readme_block([made])):
-        (line,) = (without_quartiles(row) for row in cells(text, "encode-small: 64 texts, float32"))
-        assert line[1:] == ["10 s", "0.5 s", "20.0x faster", "3,000 MiB", "60 MiB"]
 
 
 def test_what_is_measured_by_default() -> None:

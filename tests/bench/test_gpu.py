@@ -50,7 +50,7 @@ def own(monkeypatch, *codes: str, seconds: float = 60) -> tuple[gpu.Stage, ...]:
 @pytest.mark.parametrize("name", list(gpu.STAGES))
 def test_a_command_runs_end_to_end_on_a_stand_in(name, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PYTHON", [sys.executable, "-m", "tests.stand_in"])
-    monkeypatch.setattr(gpu, "KERNEL_TESTS", ("modules",))
+    monkeypatch.setattr(gpu, "KERNEL_TESTS", ("contract/test_modules.py",))
     # Beside other tests a process alone may take a minute to start.
     stages = tuple(replace(stage, seconds=300) for stage in gpu.STAGES[name])
     outcomes = {one.name: one.status for one in gpu.run(name, stages, tmp_path, 3000)}
@@ -84,7 +84,7 @@ def test_a_command_runs_end_to_end_on_a_stand_in(name, tmp_path, monkeypatch):
     assert [word for word in expected[name] if word not in text] == []
     if name == "tune":
         tuned = json.loads((tmp_path / name / "headline-tuned.json").read_text())
-        assert tuned["environment"]["config"] == str(tmp_path / name / "tuning.json")
+        assert tuned["provenance"][0]["environment"]["config"] == str(tmp_path / name / "tuning.json")
     with tarfile.open(tmp_path / f"gpu-{name}.tar.gz") as tar:
         names = tar.getnames()
     assert {f"{name}/{file}" for file in ("status.json", "SUMMARY.md", "plan.txt", f"logs/{stages[0].name}.log")} <= {
@@ -109,6 +109,10 @@ def test_what_a_machine_without_network_may_lack_is_not_imported():
     )
     assert "bench.measure" in modules
     subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
+
+
+def test_the_kernels_tests_are_there():
+    assert all((gpu.ROOT / "tests" / name).exists() for name in gpu.KERNEL_TESTS)
 
 
 def test_the_plan_says_what_fits_and_what_is_missing():
@@ -143,7 +147,7 @@ def test_stages_that_fail_hang_and_die_leave_all_earlier_rows(tmp_path, monkeypa
 
 def test_a_signal_to_the_runner_leaves_a_summary_and_an_archive(tmp_path):
     code = f"""
-from tests import test_bench_gpu as t
+from tests.bench import test_gpu as t
 import pytest, sys, torch
 from bench import gpu
 patch = pytest.MonkeyPatch()

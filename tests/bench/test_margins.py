@@ -9,12 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import margins, report, screening_model
-from bench.inputs import cases
+from bench import margins, report
+from bench.harness.result_file import load
+from bench.inputs import cases, text_model
 from bench.inputs.cases import PRECISIONS, SCREENING, Case
 from bench.tables import margins as margins_tables
+from bench.tables.markdown import replace_block
 from splade_kernels.backends import int8_bound
-from splade_kernels.backends.tiled import screening
+from splade_kernels.backends.tiled.screening import PLAIN, new_target
+from tests.bench.synthetic import cells
 
 CPU = torch.device("cpu")
 FLOAT32 = PRECISIONS["float32"]
@@ -31,44 +34,34 @@ def packed(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.
 
 
 @pytest.mark.parametrize("share", [0.05, 1.0])
-def test_one_scale_a_row_leaves_what_the_backend_computes(share, monkeypatch):
+def test_both_criteria_leave_what_the_backend_computes(share, monkeypatch):
     monkeypatch.setattr(margins, "WIDTH", 128)
     case = replace(SMALL, active_share=share)
     rows, offsets, weight, bias = packed(case)
-    computed = screening.PLAIN.maximise(rows, offsets, weight, bias, screening._scratch(rows, offsets, weight))
+    computed = PLAIN.maximise(rows, offsets, weight, bias, new_target(rows, offsets, weight))
     row = margins.survivors(case)[0]
-    assert (row["levels"], row["blocks"], row["real_tokens"]) == (127, 1, len(rows))
+    assert (row["levels"], row["real_tokens"]) == (127, len(rows))
     assert round(row["best_tokens"] * len(rows) * len(weight), 6) == computed
     assert row["best_tokens_per_active_pair"] == pytest.approx(computed / (share * 3 * 300), rel=1e-3)
 
 
-def test_one_scale_a_row_is_the_backends():
-    rows = packed(SMALL)[0]
-    near, scale, radius, norm = int8_bound.quantise(rows)
-    found = margins.quantise(rows, 127, 1)
-    for ours, theirs in zip(found, (near[None], scale[None], radius, norm), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize(("levels", "blocks"), [(127, 1), (63, 1), (127, 4), (63, 8)])
-def test_bounds_hold_and_are_no_wider_than_rounding(levels, blocks):
+@pytest.mark.parametrize("levels", margins.LEVELS)
+def test_bounds_hold_and_are_no_wider_than_rounding(levels):
     rows, _, weight, _ = packed(SMALL)
-    tokens, words = (margins.quantise(x, levels, blocks) for x in (rows, weight))
-    assert tokens.near.abs().amax() == levels
-    # Each block's largest element is at the last level.
-    assert torch.equal(tokens.near.abs().amax(dim=2), torch.full((blocks, len(rows)), levels, dtype=torch.int8))
-    near, far = margins.bounds(tokens, words, slice(100, 200))
-    stood = [
-        torch.cat([x.double() * s.double()[:, None] for x, s in zip(side.near, side.scale, strict=True)], dim=1)
-        for side in (tokens, words)
-    ]
-    expected = stood[0] @ stood[1][100:200].t()
-    assert (near - expected).abs().max() < 1e-5
+    tokens, entries = (margins.quantise(x, levels) for x in (rows, weight))
+    step = rows.abs().amax(dim=1) / levels
+    near = tokens[0] / step[:, None]
+    assert (near - near.round()).abs().max() < 1e-4
+    assert near.abs().amax(dim=1).round().eq(levels).all()
+    if levels == int8_bound.LEVELS:
+        near, scale, radius, _ = int8_bound.quantise(rows)
+        assert torch.allclose(tokens[0], near * scale[:, None], atol=1e-6)
+        assert torch.allclose(tokens[1], radius, rtol=1e-4)
+    found, far = margins.bounds(tokens, entries, slice(100, 200))
     exact = rows.double() @ weight[100:200].double().t()
-    assert ((near - exact).abs() <= far).all()
-    # Residuals of rounding are uniform in half a step to either side; the largest element of a block has none.
-    step = tokens.scale.square().mean(dim=0).sqrt()
-    assert (tokens.radius / (step * ((64 - blocks) / 12) ** 0.5)).mean().item() == pytest.approx(1, abs=0.03)
+    assert ((found - exact).abs() <= far).all()
+    # Residuals of rounding are uniform in half a step to either side; the largest element of a row has none.
+    assert (tokens[1] / (step * (63 / 12) ** 0.5)).mean().item() == pytest.approx(1, abs=0.03)
 
 
 def test_counts_by_hand():
@@ -84,14 +77,13 @@ def test_counts_by_hand():
 def test_the_shares_are_those_of_the_definitions():
     """Each pair on its own, in float64, with an allowance A for rounding."""
     rows, offsets, weight, bias = (x.double() if x.is_floating_point() else x for x in packed(SMALL))
-    found = {(row["levels"], row["blocks"]): row for row in margins.survivors(SMALL)}
-    assert list(found) == [(levels, blocks) for levels in (127, 63) for blocks in (1, 2, 4, 8)]
-    for (levels, blocks), row in found.items():
+    found = {row["levels"]: row for row in margins.survivors(SMALL)}
+    assert list(found) == [127, 63]
+    for levels, row in found.items():
         near = []
         for x in (rows, weight):
-            parts = x.view(len(x), blocks, -1)
-            step = parts.abs().amax(2, keepdim=True) / levels
-            near.append((parts / step).round().mul(step).view_as(x))
+            step = x.abs().amax(1, keepdim=True) / levels
+            near.append((x / step).round().mul(step))
         allowed = (64 + 128) * 2**-23
         radius, word_radius = (
             (x - y).norm(dim=1) + allowed * x.norm(dim=1) for x, y in zip((rows, weight), near, strict=True)
@@ -116,7 +108,7 @@ def test_the_shares_are_those_of_the_definitions():
                 assert row[f"{name}_{what}"] * every * 300 == pytest.approx(count, abs=0.01), (name, what)
         assert row["best_pairs"] == row["relu_pairs"]
         assert row["relu_tokens_per_active_pair"] == pytest.approx(tokens["relu"] / pairs["active"])
-    assert found[63, 1]["relu_tokens"] > found[127, 1]["relu_tokens"] > found[127, 8]["relu_tokens"]
+    assert found[63]["relu_tokens"] > found[127]["relu_tokens"]
 
 
 def test_a_dot_outside_its_bound_is_an_error(monkeypatch):
@@ -127,7 +119,7 @@ def test_a_dot_outside_its_bound_is_an_error(monkeypatch):
         return radius / 8, norm
 
     monkeypatch.setattr(int8_bound, "radius_and_norm", narrow)
-    with pytest.raises(ArithmeticError, match="small, levels and blocks \\(127, 1\\): a dot is outside its bound"):
+    with pytest.raises(ArithmeticError, match="small, 127 levels: a dot is outside its bound"):
         margins.survivors(SMALL)
 
 
@@ -137,31 +129,27 @@ def test_the_group_is_that_of_the_gpu_kernels():
 
 
 def test_the_file_and_its_tables(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(screening_model, "FOLDER", tmp_path / "none")
-    monkeypatch.setitem(SCREENING, "sparse-normal", SMALL)
-    monkeypatch.setattr(margins, "CASES", ("trained-squad", "sparse-normal"))
+    monkeypatch.setattr(text_model, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(cases, "shown_in", lambda place: [SCREENING["trained-squad"], SMALL])
     path = tmp_path / "margins.json"
     monkeypatch.setattr(sys, "argv", ["margins", f"--output={path}"])
     margins.main()
     content = json.loads(path.read_text())
     assert content["kind"] == "margins"
-    assert content["command"] == "python -m bench.margins"
-    assert content["environment"]["commit"]
-    assert len(content["rows"]) == 8
+    assert content["provenance"][0]["command"] == "python -m bench.margins"
+    assert [row["levels"] for row in content["rows"]] == [127, 63]
     (absent,) = content["left_out"]
-    assert absent.startswith("trained-squad: no trained model here")
-    assert margins_tables.tables(content) in capsys.readouterr().out
-    results = report.load([path])
-    document = report.replace_block(f"a\n{report.BEGIN}\n{report.END}\nb\n", report.screening_block(results))
-    lines = [[x.strip() for x in line.split("|")[1:-1]] for line in document.splitlines() if line.startswith("| ")]
-    first, second = content["rows"][0], content["rows"][1]
+    assert absent["case"] == "trained-squad"
+    assert absent["reason"].startswith("no trained model here")
+    results = load([path])
+    assert margins_tables.tables(results[0]) in capsys.readouterr().out
+    document = replace_block(f"a\n{report.BEGIN}\n{report.END}\nb\n", report.screening_block(results))
+    (line, _) = cells(document, "small")
+    first = content["rows"][0]
     relu = [f"{first[f'relu_{what}']:.2%}" for what in ("pairs", "groups")]
-    cells = ["small", "5.00%", "127", f"{first['bound']:.2f}", *relu, f"{first['relu_tokens']:.3%}"]
-    assert lines[1][:7] == cells
-    assert lines[1][-2:] == [f"{first['best_tokens']:.3%}", f"{first['best_tokens_per_active_pair']:.2f}"]
-    assert lines[4][:2] == ["small", "127"]
-    assert lines[4][3] == f"{second['bound']:.2f}, {second['best_tokens']:.3%}"
-    assert f"Left out: {absent}." in document
+    assert line[:7] == ["small", "5.00%", "127", f"{first['bound']:.2f}", *relu, f"{first['relu_tokens']:.3%}"]
+    assert line[-2:] == [f"{first['best_tokens']:.3%}", f"{first['best_tokens_per_active_pair']:.2f}"]
+    assert f"Left out: trained-squad: {absent['reason']}." in document
     assert "`bench/results/margins.json`" in document
     assert margins_tables.tables(results[0]) in report.render(results)
     assert "Not measured." in report.screening_block([])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,9 @@ triton = pytest.importorskip("triton")
 
 from bench import resources  # noqa: E402
 from bench.jobs import candidates as tune_candidates  # noqa: E402
+from bench.jobs.kernels import Case  # noqa: E402
 from splade_kernels.backends.triton import tuning  # noqa: E402
+from tests.triton import tables  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,44 @@ def test_nothing_spills_exceeds_shared_memory_or_multiplies_without_tensor_cores
         # Its assembler does in three forms of one kernel, which waits for memory.
         problems = [p for p in problems if not (p.startswith("exact_kernel") and p.endswith("spills 8 bytes"))]
     assert problems == []
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """As if tables shipped for all architectures."""
+    tuning.shipped_table.cache_clear()
+    monkeypatch.setattr(tuning, "FOLDER", tables.write(tmp_path))
+    yield tmp_path
+    tuning.shipped_table.cache_clear()
+
+
+def added(arch: int, folder: Path) -> list[Case]:
+    """What is compiled with the tables and not without them."""
+    with_tables = list(resources.cases(arch))
+    tuning.shipped_table.cache_clear()
+    (folder / f"sm_{arch}.json").unlink()
+    without = list(resources.cases(arch))
+    return [case for case in with_tables if case not in without]
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+def test_every_entry_that_ships_is_compiled(arch, shipped):
+    found = added(arch, shipped)
+    ways = 1 + tuning.uses_descriptors(arch)
+    kernels = {"_maximum_kernel": 6 * ways, "_finalise_kernel": 2, "_sum_kernel": 1, "_logit_grad_kernel": 1}
+    kernels |= {"_screen_kernel": 1, "_weight_kernel": 1, "_chunk_kernel": 1, "_hidden_kernel": 1}
+    assert Counter(case.kernel.__name__ for case in found) == kernels
+    assert {case.dtype for case in found} == {"bfloat16"}
+    if arch == 86:
+        assert [problem for case in found for problem in resources.measure(case).problems()] == []
+
+
+def test_an_entry_that_spills_is_seen(shipped):
+    spills = tuning.MatmulConfig(128, 256, 32, 4, 3)
+    entries = [tuning.entry(tuning.Shape("maximum", 86, "bfloat16", 768, 30522), spills)]
+    (shipped / "sm_86.json").write_text(json.dumps({"table": entries}))
+    case = added(86, shipped)[0]
+    assert any("spills" in problem for problem in resources.measure(case).problems())
 
 
 def test_tiles_arrive_asynchronously(rows):
@@ -98,7 +140,7 @@ def test_the_options_of_the_maximum_kernel_neither_spill_nor_drop_anything(arch,
     config = replace(tuning.default_config(arch, "bfloat16"), **options)
     if config.order == "runs" and not config.tma:
         pytest.skip("one tile a program")
-    question = tune_candidates.Question("maximum", arch, "bfloat16", 768, 30522)
+    question = tuning.Shape("maximum", arch, "bfloat16", 768, 30522)
     rows, problems = tune_candidates.examine(question, config)
     assert problems == []
     written = {row.config["PARTIALS"]: row.instructions for row in rows if row.kernel == "maximum_kernel"}
@@ -113,7 +155,7 @@ def test_the_options_of_the_maximum_kernel_neither_spill_nor_drop_anything(arch,
     ids=str,
 )
 def test_a_wide_tile_that_wins_for_the_maximum_does_not_spill_in_sum_pooling(arch, tile):
-    question = tune_candidates.Question("sum", arch, "bfloat16", 768, 30522)
+    question = tuning.Shape("sum", arch, "bfloat16", 768, 30522)
     assert tune_candidates.examine(question, tuning.MatmulConfig(*tile, tma=arch == 90))[1] == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,9 @@ import torch
 
 import splade_kernels as sk
 from bench import measure, report, screening_model
-from bench.harness import environment, rows, steps, timing, truth
-from bench.inputs import cases, variants
+from bench.harness import environment, rows, steps, truth
+from bench.harness.result_file import by_device
+from bench.inputs import cases, text_model, variants
 from bench.inputs.cases import PRECISIONS, SCREENING, Case
 from bench.jobs import encode, screening
 from splade_kernels.backends.tiled import screening as screening_backend
@@ -64,12 +64,6 @@ def test_a_cpu_gets_the_shape_the_cases_name_and_every_case_is_planned():
     assert planned["dense"].scaled_from == "B32 S256 D768 V30522"
     assert cases.for_device(SCREENING["dense"], torch.device("cuda")) is SCREENING["dense"]
     assert not set(SCREENING) & set(measure.default_cases("head", torch.device("cuda")))
-
-
-@pytest.fixture
-def unweighed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes of their own for the memory take seconds to start."""
-    monkeypatch.setattr(screening, "weigher", lambda *arguments: steps.unweighed)
 
 
 @pytest.mark.parametrize("job", ["forward", "forward_backward"])
@@ -135,7 +129,7 @@ def test_training_and_first_calls_quantise_the_weight_in_every_step(unweighed, m
         return plain.maximise(*arguments)
 
     monkeypatch.setattr(screening_backend, "PLAIN", replace(plain, prepare=prepare, maximise=maximise))
-    monkeypatch.setattr(screening_backend, "_isa", lambda: 0)
+    monkeypatch.setattr(screening_backend, "compiled_kernels", lambda: None)
     for job, name, counted in (
         ("forward", "screened", 1),
         ("forward", "screened-first", 3),
@@ -178,18 +172,18 @@ def test_the_band_by_hand():
     assert not truth.in_bands(found * torch.nan, other, allowed, FLOAT32) <= 1
 
 
-def test_survivors_are_those_of_the_backend(monkeypatch):
+def test_survivors_are_the_dots_that_the_backend_computes():
+    """As many as ``maximise`` counts: everything where all bounds reach, none where relu cuts all."""
+    hidden, weight, bias = (leaf.detach() for leaf in cases.make_inputs(TINY, FLOAT32, CPU).leaves)
+    mask = cases.make_inputs(TINY, FLOAT32, CPU).mask
+    pairs = int(mask.sum()) * 300
+    assert screening.survivors(hidden, weight, bias - 1000, mask) == (0, pairs)
+    assert screening.survivors(hidden * 0 + 1, weight, None, mask)[1] == pairs
+    computed, _ = screening.survivors(hidden, weight, bias, mask)
+    active = (sk.splade_pool(hidden, weight, bias, mask) > 0).sum()
+    assert active <= computed < pairs
     inputs = cases.make_inputs(TINY, FLOAT32, CPU)
-    seen = []
-
-    def survivors(*tensors: torch.Tensor) -> tuple[int, int]:
-        seen.extend(tensors)
-        return 3, 12
-
-    monkeypatch.setattr(screening, "survivors", survivors)
-    assert screening.surviving_share(inputs, FLOAT32) == 0.25
-    assert [tensor.shape for tensor in seen] == [(4, 24, 16), (300, 16), (300,), (4, 24)]
-    assert not any(tensor.requires_grad for tensor in seen)
+    assert screening.surviving_share(inputs, FLOAT32) == computed / pairs
 
 
 def test_the_flags_of_the_cpu_are_in_the_environment():
@@ -202,25 +196,15 @@ def test_the_flags_of_the_cpu_are_in_the_environment():
     assert not [flag for flag in flags if not flag.startswith(("avx", "amx", "fma"))]
 
 
-@pytest.fixture
-def absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(screening_model, "FOLDER", tmp_path / "none")
-
-
-def test_without_a_trained_model_its_cases_say_so(absent, monkeypatch, tmp_path, unweighed):
-    planned = [("trained-squad", SCREENING["trained-squad"]), ("tiny", TINY), ("encode-squad", encode.SQUAD)]
-    monkeypatch.setattr(measure, "plan", lambda kind, names, device: iter(planned))
-    monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
-    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: 1e10)
-    path = tmp_path / "screening.json"
-    monkeypatch.setattr(sys, "argv", ["measure", "screening", f"--output={path}", "--device=cpu", "--seconds=0"])
-    measure.main()
-    result = json.loads(path.read_text())
+def test_without_a_trained_model_its_cases_say_so(measured, monkeypatch, tmp_path):
+    monkeypatch.setattr(text_model, "FOLDER", tmp_path / "none")
+    planned = {"trained-squad": SCREENING["trained-squad"], "tiny": TINY, "encode-squad": encode.SQUAD}
+    result = measured("screening", planned)
     reason = "no trained model here: python -m bench.screening_model --data DIR makes it"
-    assert result["left_out"] == [f"trained-squad float32: {reason}", f"encode-squad float32: {reason}"]
+    names = ("trained-squad", "encode-squad")
+    assert result["left_out"] == [{"case": name, "precision": "float32", "reason": reason} for name in names]
     inference, training = [*variants.SCREENING, "matmul-real"], ["stock", *variants.MODES]
     assert [row["variant"] for row in result["rows"]] == [*inference, *training]
-    assert result["environment"]["cpu_flags"] == environment.describe()["cpu_flags"]
 
 
 WORDS = [f"word{i}" for i in range(60)]
@@ -255,19 +239,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert record["steps"] == 2
         assert 0 <= record["ndcg@10"] <= 1
         assert 0 < record["passage_active_share"] < 1
-        patch.setattr(screening_model, "FOLDER", folder)
-        screening_model.passages.cache_clear()
+        patch.setattr(text_model, "FOLDER", folder)
+        text_model.passages.cache_clear()
         yield folder
-    screening_model.passages.cache_clear()
+    text_model.passages.cache_clear()
 
 
 def test_inputs_from_text_are_what_the_decoder_gets(trained):
-    assert screening_model.why_not() is None
+    assert text_model.why_not() is None
     case = Case("text", 3, 8, hidden_size=16, vocab_size=65, lengths="ragged", from_text=True)
     inputs = cases.make_inputs(case, FLOAT32, CPU)
     assert (inputs.hidden.shape, inputs.weight.shape, inputs.bias.shape) == ((3, 8, 16), (65, 16), (65,))
     assert inputs.mask.sum(1).tolist() == case.draw_lengths().tolist()
-    model = screening_model.load()
+    model = text_model.load()
     for sequence, length in enumerate(case.draw_lengths().tolist()):
         # Of a passage that is long enough, the first words; the separator ends the text.
         ids = next_passage(model, case, sequence)[:length]
@@ -280,33 +264,26 @@ def test_inputs_from_text_are_what_the_decoder_gets(trained):
 
 def next_passage(model: object, case: Case, sequence: int) -> list[int]:
     """The passage that a sequence is cut from: every sequence takes the next one that has its length."""
-    tokens = iter(model.tokenizer(screening_model.passages(), truncation=True, max_length=case.length)["input_ids"])
+    tokens = iter(model.tokenizer(text_model.passages(), truncation=True, max_length=case.length)["input_ids"])
     for wanted in case.draw_lengths().tolist()[: sequence + 1]:
         found = next(ids for ids in tokens if len(ids) >= wanted)
     return found
 
 
-def test_what_is_known_of_the_model_is_in_the_results_and_documents(trained, monkeypatch, tmp_path, unweighed):
-    record = screening_model.training_record()
+def test_what_is_known_of_the_model_is_in_the_results_and_documents(trained, measured):
+    record = text_model.training_record()
     assert (record["steps"], record["seed"]) == (2, 0)
     text = Case("text", 3, 8, hidden_size=16, vocab_size=65, lengths="ragged", from_text=True)
-    monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
-    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: 1e10)
-    path = tmp_path / "screening.json"
-    arguments = ["screening", f"--output={path}", "--device=cpu", "--seconds=0", "--variant=ours"]
-    monkeypatch.setattr(sys, "argv", ["measure", *arguments])
+    told = f"2 steps, seed 0; over unseen passages nDCG@10 {record['ndcg@10']:.3f}"
     for subject, expected in ((text, record), (TINY, None)):
-        monkeypatch.setattr(measure, "plan", lambda *of, subject=subject: iter([("one", subject)]))
-        measure.main()
-        (content,) = report.load([path])
-        assert content.get("trained_model") == expected
-        told = f"2 steps, seed 0; over unseen passages nDCG@10 {record['ndcg@10']:.3f}"
-        assert (told in report.render([content])) == (expected is not None)
+        content = measured("screening", {"one": subject}, "--variant=ours")
+        assert content["provenance"][0].get("trained_model") == expected
+        assert (told in report.render(by_device(content, "s.json"))) == (expected is not None)
 
 
 def test_too_few_passages_are_an_error(trained):
-    with pytest.raises(ValueError, match="expected 40 passages of up to 8 tokens, found 8"):
-        screening_model.decoder_inputs(torch.full((40,), 8), 8, 65)
+    with pytest.raises(ValueError, match="expected 40 passages of up to 8 tokens, got 8"):
+        text_model.decoder_inputs(torch.full((40,), 8), 8, 65)
 
 
 def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):

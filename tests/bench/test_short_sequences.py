@@ -10,10 +10,11 @@ import torch
 
 from bench import report, short_sequences
 from bench.harness import truth
+from bench.harness.result_file import by_device, load
 from bench.inputs.cases import PRECISIONS, Case, make_inputs
-from bench.inputs.distributions import at_share, draw_from
-from bench.jobs import short_sequences_model as model
-from bench.jobs.short_sequences_model import Rates, Shape, costs
+from bench.inputs.distributions import at_share, draw
+from bench.jobs import short_sequences as model
+from bench.jobs.short_sequences import Rates, Shape, costs
 from bench.tables import short_sequences as short_sequences_tables
 
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def test_scattered_gradients_are_right_in_one_tile_and_in_many(precision, tile_b
     monkeypatch.setattr(short_sequences, "TILE_BYTES", tile_bytes)
     case, chosen = Case("", 3, 5, 16, 70), PRECISIONS[precision]
     inputs = make_inputs(case, chosen, CPU)
-    drawn = draw_from(at_share(0.5), case, chosen, CPU)
+    drawn = draw(at_share(0.5), case, chosen, CPU)
     found = short_sequences.scatter_step(chosen, inputs, drawn)()
     assert [tensor.dtype for tensor in found] == [chosen.dtype] * 3
     exact = truth.backward(*drawn, inputs)
@@ -104,7 +105,7 @@ def test_scattered_gradients_are_right_in_one_tile_and_in_many(precision, tile_b
 def test_the_share_of_active_entries_is_the_one_asked_for():
     case = Case("", 4, 9, 8, 5000)
     for share in (0.05, 1.0):
-        output, argmax, _ = draw_from(at_share(share), case, PRECISIONS["float32"], CPU)
+        output, argmax, _ = draw(at_share(share), case, PRECISIONS["float32"], CPU)
         assert (output > 0).double().mean().item() == pytest.approx(share, abs=0.01)
         assert 0 <= int(argmax.min()) <= int(argmax.max()) < 9
         assert not argmax[output == 0].any()
@@ -113,7 +114,7 @@ def test_the_share_of_active_entries_is_the_one_asked_for():
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_both_ways_are_checked_and_measured(precision, tmp_path, rates_of_a_small_machine):
     path = tmp_path / "result.json"
-    shares = ["--share", "0.05", "1.0", "--budget-seconds", "300", "--precision", precision]
+    shares = ["--share", "0.05", "1.0", "--budget", "300", "--precision", precision]
     result = short_sequences.main(["--output", str(path), *TINY, *shares])
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     assert (result["kind"], result["left_out"]) == ("short-sequences", [])
@@ -133,7 +134,7 @@ def test_both_ways_are_checked_and_measured(precision, tmp_path, rates_of_a_smal
     expected = costs(shape, 0.05, Rates(1e11, 1e10, 1e10, 1e10))
     assert result["rows"][0]["predicted_forwards"] == pytest.approx(expected.gather)
     assert result["rows"][1]["predicted_forwards"] == pytest.approx(expected.scatter)
-    text = report.render([result | {"file": "short-sequences-cpu.json"}])
+    text = report.render(by_device(result, "short-sequences-cpu.json"))
     assert text.count("| S3 (B3 S3 D16 V70)") == text.count("| S5 (B3 S5 D16 V70)") == 2
 
 
@@ -147,19 +148,18 @@ def test_a_wrong_gradient_is_red_and_not_timed(tmp_path, monkeypatch, rates_of_a
     monkeypatch.setattr(short_sequences, "scatter_step", scaled)
     path = tmp_path / "result.json"
     with pytest.raises(SystemExit, match="S3 active-100% scatter: red: beyond"):
-        short_sequences.main(["--output", str(path), *TINY, "--share", "1", "--budget-seconds", "300"])
+        short_sequences.main(["--output", str(path), *TINY, "--share", "1", "--budget", "300"])
     rows = json.loads(path.read_text())["rows"]
     assert [row["median"] is None for row in rows] == [False, True, False, False] * 2
-    assert "- S3 float32 active-100% scatter: red" in report.render(report.load([path]))
+    assert "- S3 float32 active-100% scatter: red" in report.render(load([path]))
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path, rates_of_a_small_machine):
     path = tmp_path / "result.json"
-    result = short_sequences.main(["--output", str(path), *TINY, "--share", "0.5", "--budget-seconds", "0"])
+    result = short_sequences.main(["--output", str(path), *TINY, "--share", "0.5", "--budget", "0"])
     assert result["rows"] == []
     assert json.loads(path.read_text())["left_out"] == [
-        "S3 50 % active, float32: no time",
-        "S5 50 % active, float32: no time",
+        {"case": name, "precision": "float32", "job": "active-50%", "reason": "no time"} for name in ("S3", "S5")
     ]
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from bench import limits, training
+from bench.harness.result_file import by_device, load
 from bench.inputs import encoders
 from bench.jobs import training as training_run
 from bench.jobs.training import Job
-from bench.tables.training import table
+from bench.tables.training import predictions, table
+from tests.bench.synthetic import cells
 
 VOCAB_SIZE, MAX_LENGTH = 300, 24
 TINY = ["--layers", "1", "--hidden-size", "64", "--vocab-size", str(VOCAB_SIZE), "--batch-size", "4", "--max-length"]
@@ -91,17 +93,19 @@ def test_a_run_writes_a_file_and_a_table_of_it(tmp_path: Path, monkeypatch: pyte
     result = training.main(["--output", str(path), "--model", "distilbert", *TINY])
     assert json.loads(path.read_text()) == result
     assert result["kind"] == "training"
-    assert result["environment"]["packages"]["torch"] == torch.__version__
-    check = result["checks"]["distilbert"]["fp32"]
+    (run,) = result["provenance"]
+    assert run["environment"]["packages"]["torch"] == torch.__version__
+    check = run["checks"]["distilbert"]["fp32"]
     assert len(check["stock_losses"]) == training.CHECK_STEPS
     assert check["largest_relative_difference"] <= check["tolerance"] == 1e-4
     assert [(row["head"], row["lengths"], row["gradient_checkpointing"]) for row in result["rows"]] == [
         ("stock", "full", True),
         ("fused", "full", True),
     ]
-    assert result["left_out"] == result["predictions"] == []
-    assert table(result).count("distilbert, 1 layers, 64 wide, V 300") == 1
-    assert "RTX 3090" not in table(result)
+    assert result["left_out"] == []
+    (shown,) = map(table, by_device(result, path.name))
+    assert shown.count("distilbert, 1 layers, 64 wide, V 300") == 1
+    assert "RTX 3090" not in shown
 
 
 def test_the_cases_begin_with_the_seeds_and_cover_both_lengths_and_checkpointing(jobs: dict[str, Job]) -> None:
@@ -132,9 +136,9 @@ def test_heads_that_disagree_are_not_timed(jobs: dict[str, Job], monkeypatch: py
 
 def test_without_time_everything_is_named_as_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = training.main(["--model", "distilbert", *TINY, "--budget-seconds", "0"])
+    result = training.main(["--model", "distilbert", *TINY, "--budget", "0"])
     assert result["rows"] == []
-    assert result["left_out"] == [{"model": "distilbert"}]
+    assert result["left_out"] == [{"model": "distilbert", "reason": "no time"}]
 
 
 def test_running_out_of_memory_is_a_result(jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,25 +188,25 @@ def seed_rows(**changes: object) -> list[dict[str, object]]:
         **vars(encoders.SIZES["distilbert"]), "model": "distilbert", "lengths": "gooaq", "precision": "bf16",
         "gradient_checkpointing": False, "pairs_per_batch": 32, "max_length": 256, "device": "cuda",
         "out_of_memory": False, "active_terms": None, "gpu_ms_per_step": 50.0, "peak_memory_mib": 1.0,
+        "run": {"environment": {"device": "GPU X"}},
     } | changes  # fmt: skip
     return [row | {"head": "stock", "wall_ms_per_step": 120.0}, row | {"head": "fused", "wall_ms_per_step": 60.0}]
 
 
 def test_predicted_hours_are_steps_times_the_wall_clock() -> None:
-    (found,) = training.predictions(seed_rows(), "GPU X")
+    (found,) = predictions(seed_rows())
     assert found["stock_hours"] == pytest.approx(94_110 * 0.120 / 3600)
     assert found["fused_hours"] == pytest.approx(94_110 * 0.060 / 3600)
-    assert found["stock_over_fused"] == pytest.approx(2.0)
-    result = {"kind": "training", "rows": seed_rows(), "predictions": [found], "seed_run": training.SEED_RUN}
-    assert "Predicted for GPU X, not run: 94,110 steps" in table(result)
-    assert "3.1 h stock and 1.57 h fused" in table(result).replace("3.14", "3.1")
+    text = table({"kind": "training", "rows": seed_rows()})
+    assert "Predicted for GPU X, not run: 94,110 steps" in text
+    assert "3.14 h stock and 1.57 h fused (2.00x)" in text
 
 
 @pytest.mark.parametrize(
     "change", [{"layers": 2}, {"device": "cpu"}, {"pairs_per_batch": 4}, {"lengths": "full"}, {"out_of_memory": True}]
 )
 def test_other_steps_predict_nothing(change: dict[str, object]) -> None:
-    assert training.predictions(seed_rows(**change), "GPU X") == []
+    assert predictions(seed_rows(**change)) == []
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 8, 9, 100, 421])
@@ -239,8 +243,9 @@ def test_the_table_of_limits() -> None:
     }  # fmt: skip
     limit = {"total_gib": 24.0, "allowance_gib": 1.0, "precision": "bf16", "resolution": 0.03}
     rows = [row | {"head": "stock", "largest_pairs": 16}, row | {"head": "fused", "largest_pairs": 400}]
-    text = table({"kind": "limits", "rows": rows, "limit": limit, "environment": {"device": "GPU X"}})
-    assert "| xlm-roberta, 12 layers, V 250002 | 256 | on | sdpa, adamw_torch_fused | 16 | 400 | 25.00x |" in text
+    text = table({"kind": "limits", "rows": rows, "runs": [{"limit": limit, "environment": {"device": "GPU X"}}]})
+    (line,) = cells(text, "xlm-roberta, 12 layers, V 250002")
+    assert line[1:] == ["256", "on", "sdpa, adamw_torch_fused", "16", "400", "25.00x"]
     assert "24.0 GiB less 1.0 GiB" in text
     with pytest.raises(ValueError, match="kind: expected one of"):
         table({"kind": "head"})
@@ -276,14 +281,16 @@ def test_limits_are_written_for_both_heads_of_every_case(tmp_path: Path, monkeyp
     result = limits.main(["--output", str(path), "--max-length", "64", "256"])
     assert json.loads(path.read_text()) == result
     assert len(result["rows"]) == 2 * 2 * 2 * 2
-    assert table(result).count("| 20 | 60 | 3.00x |") == 8
+    (shown,) = by_device(result, path.name)
+    assert [line[-3:] for name in encoders.SIZES for line in cells(table(shown), name)] == [["20", "60", "3.00x"]] * 8
 
 
 def test_the_checked_in_result_is_a_cpus_and_forecasts_nothing() -> None:
-    result = json.loads((Path(__file__).parents[2] / "bench/results/training-cpu.json").read_text())
+    (result,) = load([Path(__file__).parents[2] / "bench/results/training-cpu.json"])
     assert {row["device"] for row in result["rows"]} == {"cpu"}
-    assert result["predictions"] == result["left_out"] == []
+    assert predictions(result["rows"]) == result["left_out"] == []
     assert len(table(result).splitlines()) == 2 + len(result["rows"]) // 2
-    assert result["command"].startswith("python -m bench.training")
-    for check in result["checks"].values():
+    (run,) = result["runs"]
+    assert run["command"].startswith("python -m bench.training")
+    for check in run["checks"].values():
         assert check["fp32"]["largest_relative_difference"] <= training.TOLERANCE["fp32"]

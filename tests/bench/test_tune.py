@@ -13,17 +13,17 @@ pytest.importorskip("triton")
 
 from bench import tune  # noqa: E402
 from bench.jobs import candidates as tune_candidates  # noqa: E402
-from splade_kernels.backends.triton.tuning import ARCHITECTURES, MatmulConfig, default_config  # noqa: E402
+from splade_kernels.backends.triton.tuning import ARCHITECTURES, KINDS, MatmulConfig, Shape, default_config  # noqa: E402
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_candidates_are_distinct_and_begin_with_what_is_shipped(arch):
-    for kind in tune_candidates.KINDS:
-        question = tune_candidates.Question(kind, arch, "bfloat16", 768, 30522)
+    for kind in KINDS:
+        question = Shape(kind, arch, "bfloat16", 768, 30522)
         found = tune_candidates.candidates(question)
         assert found[0] == tune_candidates.shipped(question)
         assert len(set(found)) == len(found) > 15
-    question = tune_candidates.Question("maximum", arch, "bfloat16", 768, 30522)
+    question = Shape("maximum", arch, "bfloat16", 768, 30522)
     descriptors = {config.tma for config in tune_candidates.candidates(question)}
     assert descriptors == ({False, True} if arch in (90, 100) else {False})
 
@@ -54,14 +54,14 @@ def test_a_dry_run_compiles_and_says_what_it_would_measure(capsys):
 
 
 def test_a_candidate_that_exceeds_shared_memory_or_spills_is_dropped():
-    question = tune_candidates.Question("maximum", 86, "bfloat16", 768, 30522)
+    question = Shape("maximum", 86, "bfloat16", 768, 30522)
     _, problems = tune_candidates.examine(question, MatmulConfig(128, 256, 32, 4, 6))
     assert any("shared memory" in problem for problem in problems)
     assert any("spills" in problem for problem in problems)
 
 
 def test_a_candidate_that_does_not_compile_is_dropped():
-    question = tune_candidates.Question("maximum", 86, "bfloat16", 768, 30522)
+    question = Shape("maximum", 86, "bfloat16", 768, 30522)
     rows, (problem,) = tune_candidates.examine(question, MatmulConfig(96, 128, 32, 8, 3))
     assert rows == []
     assert problem.startswith("does not compile")

@@ -55,7 +55,7 @@ def test_opcheck(pooling, activation, packed, backend):
         hidden, cu_seqlens = case.packed()
         mask = None
     tensors = (hidden, case.weight.detach(), case.bias.detach(), mask, cu_seqlens)
-    options = (20, pooling, activation, dtype, dtype, "off", backend)
+    options = ops.PoolOptions(20, pooling, activation, dtype, dtype, "off", backend)
     for need_argmax in (True, False):
         opcheck(ops.pool_forward, (*tensors, *options, need_argmax))
     output, argmax = ops.pool_forward(*tensors, *options, True)
@@ -126,9 +126,12 @@ def test_autocast_leaves_the_accumulation_of_gradients_in_float32(backend):
     case = make_case((4, 30, 64, 200))
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         output, argmax = ops.pool_forward(
-            case.hidden.detach(), case.weight.detach(), case.bias.detach(), case.mask, None, 30, "max", "relu",
-            torch.bfloat16, torch.float32, "off", backend, True,
-        )  # fmt: skip
+            *(tensor.detach() for tensor in case.parameters()),
+            case.mask,
+            None,
+            *ops.PoolOptions(30, "max", "relu", torch.bfloat16, torch.float32, "off", backend),
+            True,
+        )
         trained = sk.splade_pool(case.hidden, case.weight, case.bias, case.mask, backend=backend)
         gradients = torch.autograd.grad(trained, case.parameters(), case.grad)
     expected = oracle.expected_gradients(case, output, argmax, "relu")

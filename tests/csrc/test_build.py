@@ -93,6 +93,39 @@ def test_device_linkers_of_several_architectures_do_not_share_a_file(tmp_path):
     assert "nvlink" not in steps
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm was not found")
+@pytest.mark.parametrize("name", ["_csrc.so", "_csrc_cuda13.so", "_csrc_cuda12.so"])
+def test_a_library_uses_of_pytorch_the_stable_abi_alone(name):
+    """One build serves several versions of PyTorch because it binds to the C functions that these keep. A C++ symbol of
+    libtorch or libc10, or one of Python, would bind it to one version."""
+    library = ROOT / "splade_kernels" / name
+    if not library.exists():
+        pytest.skip(f"{name} was not built")
+    symbols = [line.split()[-1] for line in run(["nm", "-D", "--undefined-only", str(library)]).stdout.splitlines()]
+    assert "torch_library_impl" in symbols
+    own = re.compile(
+        r"(aoti_torch_|torch_|cuda)\w+|(_ITM_|__gmon_start__|__cuda|dl)\w*|\S+@(GLIBC|GLIBCXX|CXXABI|GCC)_\S+"
+    )
+    assert [symbol for symbol in symbols if not own.fullmatch(symbol)] == []
+
+
+@cxx
+def test_a_build_that_is_killed_leaves_no_library(tmp_path):
+    """Whatever a compiler had written when it died must not count as up to date."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; echo broken > "$2"; kill -9 $PPID\n')
+    compiler.chmod(0o755)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "splade_kernels").mkdir()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = os.environ | {"CXX": str(compiler)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode != 0
+    assert not list(tmp_path.rglob("*.so"))
+
+
 def test_architectures_are_parsed_and_wrong_ones_named():
     assert setup.gencode("8.6;9.0a 12.0+PTX") == [
         "-gencode=arch=compute_86,code=sm_86",

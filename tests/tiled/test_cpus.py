@@ -10,9 +10,9 @@ import torch
 import splade_kernels as sk
 import splade_kernels.backends.tiled.packed as torch_backend
 from splade_kernels.backends import compiled
-from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.tiled import screening, screening_plain
 from tests import cpus
+from tests.oracle import new_call
 from tests.screening_cases import assert_within_band, need_compiled, pool, sparse_case
 
 
@@ -27,8 +27,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def test_vnni_chooses_the_kernels_of_avx512(cpu):
     need_compiled()
     cpus.simulate("vnni", cpu)
-    assert screening._isa() == 2
-    assert screening._compiled_for(2).name == "compiled 2"
+    assert screening.compiled_kernels().name == "avx512_vnni"
     case = sparse_case()
     assert_within_band(pool(case, True), case)
 
@@ -38,7 +37,7 @@ def test_vnni_without_compiled_operators_screens_by_int_mm(cpu):
         cpus.simulate(kind, cpu)
     assert "was not built" in sk.available_backends()["csrc"]
     assert not compiled.serves(torch.device("cpu"))
-    assert screening._isa() == 0
+    assert screening.compiled_kernels() is None
     assert screening_plain.int_mm_is_fast()
     calls = []
     int_mm = torch._int_mm
@@ -50,6 +49,6 @@ def test_vnni_without_compiled_operators_screens_by_int_mm(cpu):
 
 def test_bf16_multiplies_bfloat16_and_rounds_its_dots(cpu):
     cpus.simulate("bf16", cpu)
-    call = PoolingCall(1, None, None, 1, "max", "relu", torch.bfloat16, torch.bfloat16, "auto")
+    call = new_call(compute_dtype=torch.bfloat16, out_dtype=torch.bfloat16)
     assert torch_backend._matmul_dtype(call) == torch.bfloat16
     assert torch_backend._rounds_dots(call)

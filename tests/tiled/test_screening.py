@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import splade_kernels as sk
+from bench.jobs.screening import survivors
 from splade_kernels import ops
 from splade_kernels.backends import dispatch, int8_bound
 from splade_kernels.backends.tiled import screening
@@ -222,8 +227,18 @@ def test_what_cannot_be_screened_is_refused_by_name():
         pool(case, True, pooling_strategy="sum")
 
 
-def test_accelerators_of_the_torch_backend_do_not_screen(monkeypatch):
+def test_csrc_mirrors_the_constants_of_the_bound():
+    source = (Path(__file__).parents[2] / "csrc/cpu/screening.h").read_text()
+    found = dict(re.findall(r"\b(k[A-Z]\w+) = ([\w.+-]+)", source))
+    assert float.fromhex(found["kTiny"].rstrip("f")) == int8_bound.TINY
+    assert float.fromhex(found["kHuge"].rstrip("f")) == int8_bound.HUGE
+    assert int(found["kMaxHiddenSize"]) == int8_bound.MAX_HIDDEN_SIZE
+    assert int(found["kNormSlack"]) == int8_bound.NORM_SLACK
+    assert int(found["kDotSlack"]) == int8_bound.DOT_SLACK
+    assert re.search(r"unit = (\S+)f;", source)[1] == f"0x1p{math.frexp(int8_bound.UNIT)[1] - 1}"
 
+
+def test_accelerators_of_the_torch_backend_do_not_screen(monkeypatch):
     monkeypatch.setattr(dispatch, "on_host", lambda tensor: False)
     case = make_case((1, 3, 4, 5))
     with pytest.raises(RuntimeError, match="screening: the torch backend screens on a CPU only"):
@@ -244,11 +259,10 @@ EDGES = [0.0, 2.0**-41, 2.0**-40, 1.0, 2.0**40, 2.0**41, torch.nan, torch.inf]
 BOUNDED = [True, False, True, True, True, False, False, False]
 
 
-@pytest.mark.parametrize("levels", [int8_bound.LEVELS, 63])
-def test_rows_outside_the_range_have_no_bound(levels):
+def test_rows_outside_the_range_have_no_bound():
     rows = torch.zeros(len(EDGES), 9)
     rows[:, 4] = torch.tensor(EDGES)
-    scale = int8_bound.quantise(rows, levels)[1]
+    scale = int8_bound.quantise(rows)[1]
     assert (~scale.isnan()).tolist() == BOUNDED
 
 
@@ -259,7 +273,7 @@ def test_compiled_kernels_bound_the_same_rows():
     case = Case(torch.zeros(1, 1, 9), words, None, torch.ones(1, 1, dtype=torch.int64), torch.zeros(1, len(EDGES)))
     case.hidden[0, 0, 3] = 1.0
     # A dot of zero is ruled out by relu, and so computed for words without a bound only.
-    computed, _ = screening.survivors(case.hidden, case.weight, torch.full((len(EDGES),), -(2.0**50)), case.mask)
+    computed, _ = survivors(case.hidden, case.weight, torch.full((len(EDGES),), -(2.0**50)), case.mask)
     assert computed == BOUNDED.count(False)
 
 
@@ -267,6 +281,6 @@ def test_compiled_kernels_bound_the_same_rows():
 def test_the_default_dtype_does_not_matter(default, kernels):
     torch.set_default_dtype(default)
     try:
-        assert screening._agrees(screening.PLAIN if kernels == "plain" else screening._compiled_for(screening._isa()))
+        assert screening._agrees(screening.compiled_kernels() or screening.PLAIN)
     finally:
         torch.set_default_dtype(torch.float32)

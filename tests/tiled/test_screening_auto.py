@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.jobs.screening import survivors
 from splade_kernels.backends import weight_cache
-from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.tiled import screening, screening_plain
 from tests import oracle
 from tests.cpus import forget_answers
-from tests.oracle import Case, make_case
+from tests.oracle import Case, make_case, new_call
 from tests.screening_cases import assert_within_band, hopeless_case, need_compiled, pool, sparse_case, tail
 
 
@@ -26,7 +29,7 @@ def test_auto_screens_where_few_dots_are_left_and_stands_aside_elsewhere():
     for case, screens in ((sparse, True), (hopeless, False)):
         assert torch.equal(pool(case, "auto"), pool(case, screens))
         assert not torch.equal(pool(case, True), pool(case, False)), "the two cannot be told apart"
-        computed, pairs = screening.survivors(case.hidden, case.weight, case.bias, case.mask)
+        computed, pairs = survivors(case.hidden, case.weight, case.bias, case.mask)
         assert (computed < 0.02 * pairs) if screens else (computed > 0.5 * pairs)
 
 
@@ -55,8 +58,9 @@ def test_the_quantised_weight_is_kept_for_inference_and_follows_the_weight(kerne
     def counting(kernels: screening.Kernels) -> screening.Kernels:
         return screening.Kernels(kernels.name, lambda w: made.append(1) or kernels.prepare(w), kernels.maximise)
 
-    compiled_for = screening._compiled_for
-    monkeypatch.setattr(screening, "_compiled_for", lambda isa: counting(compiled_for(isa)))
+    if kernels == "compiled":
+        counted = counting(screening.compiled_kernels())
+        monkeypatch.setattr(screening, "compiled_kernels", lambda: counted)
     monkeypatch.setattr(screening, "PLAIN", counting(screening.PLAIN))
     case = make_case((3, 20, 16, 60))
     weight_cache.forget(case.weight)
@@ -85,6 +89,41 @@ def test_kernels_that_are_wrong_are_not_used(largest_wrong):
     assert not screening._agrees(screening.Kernels("wrong", real.prepare, wrong))
 
 
+def test_every_instruction_set_of_csrc_is_in_the_table():
+    need_compiled()
+    source = (Path(__file__).parents[2] / "csrc/cpu/screening.cpp").read_text()
+    assert re.findall(r"&(\w+)::instruction_set,", source) == list(screening.INSTRUCTION_SETS)
+    names = screening._names()
+    assert names == [name for name in screening.INSTRUCTION_SETS if name in names]
+    assert screening.compiled_kernels().name in names
+    weight = torch.ones(3, 8)
+    for name in ("avx1024", "avx512_vnni" if "avx512_vnni" not in names else ""):
+        with pytest.raises(RuntimeError, match=f"instruction_set: expected one that this CPU has, got '{name}'"):
+            torch.ops.splade_kernels_csrc.quantise_words(weight, name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("AVX512", "avx512_vnni"), ("AVX2", "avx2"), ("DEFAULT", None), ("NO AVX", None), ("SVE256", None)],
+)
+def test_pytorchs_limit_holds_for_the_compiled_kernels(capability, expected, monkeypatch):
+    need_compiled()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(screening, "_names", lambda: ["avx512_vnni", "avx2"])
+    monkeypatch.setattr(screening, "_agrees", lambda kernels: True)
+    kernels = screening.compiled_kernels.__wrapped__()
+    assert (kernels and kernels.name) == expected
+
+
+def test_the_share_that_pays_is_that_of_the_kernels(monkeypatch):
+    need_compiled()
+    case, kernels = sparse_case(), screening.compiled_kernels()
+    unscreened = pool(case, False)
+    assert not torch.equal(pool(case, "auto"), unscreened)
+    monkeypatch.setattr(screening, "compiled_kernels", lambda: replace(kernels, paying_share=0.0))
+    assert torch.equal(pool(case, "auto"), unscreened)
+
+
 def test_compiled_kernels_that_are_wrong_are_left_out_with_a_warning(monkeypatch):
     need_compiled()
     case = sparse_case()
@@ -95,7 +134,7 @@ def test_compiled_kernels_that_are_wrong_are_left_out_with_a_warning(monkeypatch
             output = pool(case, "auto")
         # Unscreened, or with VNNI screened by torch._int_mm.
         assert_within_band(output, case)
-        assert screening._isa() == 0
+        assert screening.compiled_kernels() is None
     finally:
         forget_answers()
 
@@ -144,9 +183,9 @@ def test_auto_asks_words_from_all_over_the_vocabulary(words, screened, kernels, 
     active = torch.zeros(4096, dtype=torch.bool)
     active[words] = True
     case = single_tokens(active)
-    computed, pairs = screening.survivors(case.hidden, case.weight, case.bias, case.mask)
+    computed, pairs = survivors(case.hidden, case.weight, case.bias, case.mask)
     assert computed == int(active.sum()) * 8 < pairs == 4096 * 8
-    call = PoolingCall(8, None, None, 1, "max", "relu", torch.float32, torch.float32, "auto")
+    call = new_call(batch_size=8, screening="auto")
     monkeypatch.setattr(screening_plain, "int_mm_is_fast", lambda: True)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int())
     asked = screening.screen(call, case.weight.detach(), case.bias.detach(), native_half=False)
@@ -180,7 +219,7 @@ def test_training_sees_and_forgets_what_was_written_without_being_counted(kernel
 
 
 def test_screening_in_float64_says_that_it_is_slow(monkeypatch):
-    monkeypatch.setattr(screening, "_isa", lambda: 0)
+    monkeypatch.setattr(screening, "compiled_kernels", lambda: None)
     monkeypatch.setattr(screening_plain, "int_mm_is_fast", lambda: False)
     screening._warn_slow.cache_clear()
     case = make_case((1, 3, 4, 5))

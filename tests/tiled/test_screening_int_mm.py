@@ -23,7 +23,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Ten
         monkeypatch.setattr(torch, "_int_mm", int_mm)
         forget_answers()
 
-    monkeypatch.setattr(screening, "_isa", functools.cache(lambda: 0))
+    monkeypatch.setattr(screening, "compiled_kernels", functools.cache(lambda: None))
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     yield with_int_mm
     monkeypatch.undo()

@@ -14,10 +14,9 @@ from torch.utils._pytree import tree_leaves
 import splade_kernels as sk
 import splade_kernels.backends.tiled as torch_backend
 from splade_kernels.backends import dispatch
-from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.tiled import backward
 from tests import oracle
-from tests.oracle import make_case
+from tests.oracle import make_case, new_call
 from tests.other_devices import MISSING, other_device
 
 
@@ -71,7 +70,7 @@ def test_every_operation_asked_for_is_one_of_pytorchs():
 @pytest.mark.parametrize("cu_seqlens", [[0, 3, 3, 9], [2, 7, 5, 99], [0, -4, 20, 3]], ids=str)
 def test_edges_name_no_row_outside_whatever_they_are(cu_seqlens, other):
     values = torch.tensor(cu_seqlens)
-    call = PoolingCall(3, None, values, 9, "max", "relu", torch.float32, torch.float32)
+    call = new_call(batch_size=3, cu_seqlens=values, max_seqlen=9)
     edges = call.edges(torch.empty(9, 1))
     assert edges.dtype == torch.int32
     assert edges[0] == 0
@@ -103,8 +102,9 @@ def test_nothing_is_computed_in_float64_which_mps_lacks(pooling, packed, dtype, 
     case = make_case((4, 20, 8, 30), dtype, pattern="ragged")
     hidden, cu_seqlens = case.packed() if packed else (case.hidden.detach().flatten(0, 1), None)
     mask = None if packed else case.mask
-    options = (20, pooling, "relu", dtype, dtype, "auto", pooling == "max", True, True, True)
-    call = PoolingCall(4, mask, cu_seqlens, *options)
+    needs = {"need_argmax": pooling == "max", "need_hidden": True, "need_weight": True, "need_bias": True}
+    lengths = {"attention_mask": mask, "cu_seqlens": cu_seqlens, "max_seqlen": 20}
+    call = new_call(batch_size=4, **lengths, pooling_strategy=pooling, compute_dtype=dtype, out_dtype=dtype, **needs)
     tensors = hidden, case.weight.detach(), case.bias.detach()
     with Recorder() as recorder:
         output, argmax = torch_backend.POOLINGS[pooling].forward(call, *tensors)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from tests.triton_screening_cases import REASON, run, sparse_case
+from tests.triton.screening_cases import REASON, run, sparse_case
 
 pytestmark = [pytest.mark.skipif(REASON != "available", reason=REASON), pytest.mark.usefixtures("on_accelerator")]
 

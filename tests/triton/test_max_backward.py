@@ -20,6 +20,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
 max_backward = pytest.importorskip("splade_kernels.backends.triton.max_backward")
+tuning = pytest.importorskip("splade_kernels.backends.triton.tuning")
 grad_hidden_module = pytest.importorskip("splade_kernels.backends.triton.grad_hidden")
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -397,4 +398,4 @@ def test_positions_of_four_bytes():
     ("hidden_size", "block"), [(1, 16), (20, 32), (100, 128), (312, 64), (384, 128), (768, 256), (4096, 256)]
 )
 def test_blocks_of_dw_leave_few_lanes_idle(hidden_size, block):
-    assert max_backward.weight_config(hidden_size).block_d == block
+    assert tuning.default_weight_config(hidden_size).block_d == block

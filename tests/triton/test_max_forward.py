@@ -23,24 +23,46 @@ if REASON == "available":
     from splade_kernels.backends.triton import pack, tuning
 
 
-@pytest.fixture(params=["pointers", "descriptors"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+class Tiles:
     """Tile sizes smaller than every case, fetched one way or the other; lists how each launch fetched them."""
-    config = tuning.MatmulConfig(32, 32, 16, 4, 1, group_v=2, tma=request.param == "descriptors")
-    monkeypatch.setattr(forward, "matmul_config", lambda *arguments: config)
-    launched: list[str] = []
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+        self.config = tuning.MatmulConfig(32, 32, 16, 4, 1, group_v=2, tma=way == "descriptors")
+        self.launched: list[str] = []
+
+    def run(self, case: Case, need_argmax: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        call = PoolingCall(
+            batch_size=len(case.hidden),
+            attention_mask=case.mask,
+            cu_seqlens=None,
+            max_seqlen=case.hidden.shape[1],
+            pooling_strategy="max",
+            activation_function="relu",
+            compute_dtype=case.hidden.dtype,
+            out_dtype=case.hidden.dtype,
+            need_argmax=need_argmax,
+        )
+        bias = None if case.bias is None else case.bias.detach()
+        hidden = case.hidden.detach().flatten(0, 1)
+        return forward.max_pool_forward(call, hidden, case.weight.detach(), bias, self.config)
+
+
+@pytest.fixture(params=["pointers", "descriptors"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tiles:
+    tiles = Tiles(request.param)
     kernel = forward._maximum_kernel
 
     class Recorder:
         def __getitem__(self, grid: object) -> Callable[..., None]:
             def launch(*arguments: object, **options: object) -> None:
-                launched.append("descriptors" if options["DESCRIPTORS"] else "pointers")
+                tiles.launched.append("descriptors" if options["DESCRIPTORS"] else "pointers")
                 kernel[grid](*arguments, **options)
 
             return launch
 
     monkeypatch.setattr(forward, "_maximum_kernel", Recorder())
-    return launched
+    return tiles
 
 
 if REASON == "available":
@@ -61,20 +83,12 @@ if REASON == "available":
         tl.store(row_back_ptr + o, key_row(key), mask=m)
 
 
-def run(case: Case, need_argmax: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, length, _ = case.hidden.shape
-    dtype = case.hidden.dtype
-    call = PoolingCall(batch, case.mask, None, length, "max", "relu", dtype, dtype, need_argmax=need_argmax)
-    bias = None if case.bias is None else case.bias.detach()
-    return forward.max_pool_forward(call, case.hidden.detach().flatten(0, 1), case.weight.detach(), bias)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, 33, 16, 65), (2, 16, 40, 32), (1, 17, 24, 31), (5, 1, 8, 33)], ids=str)
 def test_every_tail_on_both_kernels(tiles, shape, dtype):
     case = make_case(shape, dtype, pattern="holes", integers=True)
-    output, argmax = run(case)
-    inferred, _ = run(case, need_argmax=False)
+    output, argmax = tiles.run(case)
+    inferred, _ = tiles.run(case, need_argmax=False)
     dots = torch.where(case.mask[..., None], case.hidden.double() @ case.weight.double().t(), -torch.inf)
     expected = (dots.amax(dim=1) + case.bias.double()).relu().log1p()
     assert torch.equal(output, inferred)
@@ -83,15 +97,15 @@ def test_every_tail_on_both_kernels(tiles, shape, dtype):
     lowest = (dots == dots.amax(dim=1, keepdim=True)).int().argmax(dim=1)
     assert torch.equal(argmax.long(), torch.where(output > 0, lowest, 0))
     # Rows of 8, 16, 24 and 40 elements are whole multiples of 16 bytes in every dtype: all fit a descriptor.
-    assert set(tiles) == {"descriptors" if forward.matmul_config().tma else "pointers"}
+    assert set(tiles.launched) == {tiles.way}
 
 
 def test_rows_that_no_descriptor_can_describe_are_fetched_by_pointers(tiles):
     case = make_case((2, 20, 7, 40))
     expected, _ = oracle.reference_in_double(case)
-    output, _ = run(case)
+    output, _ = tiles.run(case)
     assert oracle.close(output, expected)
-    assert set(tiles) == {"pointers"}
+    assert set(tiles.launched) == {"pointers"}
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 48])
@@ -99,7 +113,7 @@ def test_lengths_around_a_group_boundary(tiles, length):
     case = make_case((3, 50, 16, 40))
     case.mask = torch.arange(50).expand(3, -1) < torch.tensor([[length], [1], [length]])
     expected, _ = oracle.reference_in_double(case)
-    assert oracle.close(run(case)[0], expected)
+    assert oracle.close(tiles.run(case)[0], expected)
 
 
 @pytest.mark.parametrize("bias", [-1000.0, 1000.0], ids=["none active", "all active"])
@@ -107,7 +121,7 @@ def test_none_and_all_active(tiles, bias):
     case = make_case((2, 40, 16, 40))
     with torch.no_grad():
         case.bias.fill_(bias)
-    output, argmax = run(case)
+    output, argmax = tiles.run(case)
     expected, _ = oracle.reference_in_double(case)
     assert oracle.close(output, expected)
     assert bool((output > 0).all()) == (bias > 0)
@@ -122,7 +136,7 @@ def test_ties_across_groups_tiles_and_zeros_of_both_signs(tiles):
     weight = torch.zeros(33, 16)
     weight[:20, 0] = 1.0
     case = Case(hidden, weight, torch.ones(33), torch.ones(1, 70, dtype=torch.bool), torch.ones(1, 33))
-    _, argmax = run(case)
+    _, argmax = tiles.run(case)
     assert argmax[0].tolist() == [23] * 20 + [0] * 13
 
 
@@ -131,14 +145,14 @@ def test_one_hot_token_wins_everything(tiles):
     hidden[:, 33] = 5.0
     weight = torch.rand(64, 16)
     case = Case(hidden, weight, None, torch.ones(2, 40, dtype=torch.bool), torch.ones(2, 64))
-    assert bool((run(case)[1] == 33).all())
+    assert bool((tiles.run(case)[1] == 33).all())
 
 
 def test_nan_in_one_token_of_one_group(tiles):
     case = make_case((2, 40, 16, 40), pattern="full")
     with torch.no_grad():
         case.hidden[1, 18, 5] = torch.nan
-    output, argmax = run(case)
+    output, argmax = tiles.run(case)
     assert output[1].isnan().all()
     assert not output[0].isnan().any()
     assert bool((argmax[1] == 18).all())
@@ -146,9 +160,9 @@ def test_nan_in_one_token_of_one_group(tiles):
 
 def test_slices_of_one_sequence_are_the_same_bits(tiles, monkeypatch):
     case = make_case((5, 40, 16, 40), pattern="ragged")
-    whole = run(case)
+    whole = tiles.run(case)
     monkeypatch.setattr(pack, "SLICE_BYTES", 1)
-    sliced = run(case)
+    sliced = tiles.run(case)
     assert torch.equal(whole[0], sliced[0])
     assert torch.equal(whole[1], sliced[1])
     assert len(tiles) == 1 + 5
@@ -156,10 +170,10 @@ def test_slices_of_one_sequence_are_the_same_bits(tiles, monkeypatch):
 
 def test_a_row_does_not_depend_on_the_rest_of_the_batch(tiles):
     case = make_case((6, 40, 16, 40), pattern="ragged")
-    together = run(case)[0]
+    together = tiles.run(case)[0]
     for b in range(6):
         alone = Case(case.hidden[b : b + 1], case.weight, case.bias, case.mask[b : b + 1], case.grad[b : b + 1])
-        assert torch.equal(run(alone)[0], together[b : b + 1])
+        assert torch.equal(tiles.run(alone)[0], together[b : b + 1])
 
 
 @pytest.mark.parametrize("strides", [(1 << 30, 1), (1, 1 << 29)], ids=["rows", "elements"])
@@ -167,7 +181,7 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(tiles):
 def test_strides_beyond_two_to_the_31_elements(tiles, need_argmax, strides):
     """Rows 2^30 or elements 2^29 apart; on a CPU in memory of which only the pages that are written exist."""
     case = make_case((1, 4, 8, 4), torch.float16, pattern="full", integers=True)
-    expected = run(case, need_argmax)
+    expected = tiles.run(case, need_argmax)
 
     def spread(tensor: torch.Tensor) -> torch.Tensor:
         extent = 3 * strides[0] + 7 * strides[1] + 1

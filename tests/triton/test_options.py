@@ -13,15 +13,15 @@ from torch import Tensor
 
 import splade_kernels as sk
 from splade_kernels.backends.pooling import PoolingCall
-from tests import triton_screening_cases
 from tests.oracle import Case, make_case
+from tests.triton import screening_cases
 
 REASON = sk.available_backends()["triton"]
 pytestmark = [pytest.mark.skipif(REASON != "available", reason=REASON), pytest.mark.usefixtures("on_accelerator")]
 
 if REASON == "available":
+    from splade_kernels.backends.triton import max_backward, pack, tuning
     from splade_kernels.backends.triton import max_forward as forward
-    from splade_kernels.backends.triton import pack, tuning
 
     BASE = tuning.MatmulConfig(32, 64, 16, 4, 1, group_v=2)
 
@@ -70,28 +70,34 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def set_config(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    config = replace(BASE, **options)
-    monkeypatch.setattr(forward, "matmul_config", lambda *arguments: config)
+def make_call(case: Case, **options: Any) -> PoolingCall:
+    fields = {
+        "batch_size": len(case.hidden),
+        "attention_mask": case.mask,
+        "cu_seqlens": None,
+        "max_seqlen": case.hidden.shape[1],
+        "pooling_strategy": "max",
+        "activation_function": "relu",
+        "compute_dtype": case.hidden.dtype,
+        "out_dtype": case.hidden.dtype,
+    }
+    return PoolingCall(**(fields | options))
 
 
-def run(case: Case, need_argmax: bool, packed: bool = False) -> tuple[Tensor, Tensor]:
-    batch, length, _ = case.hidden.shape
-    hidden, dtype = case.hidden.detach().flatten(0, 1), case.hidden.dtype
-    call = PoolingCall(batch, case.mask, None, length, "max", "relu", dtype, dtype, need_argmax=need_argmax)
+def run(case: Case, need_argmax: bool, packed: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
+    """With the options of the kernel."""
+    hidden, call = case.hidden.detach().flatten(0, 1), make_call(case, need_argmax=need_argmax)
     if packed:
         hidden, cu_seqlens = case.packed()
         # A bound that says nothing.
         call = replace(call, attention_mask=None, cu_seqlens=cu_seqlens.int(), max_seqlen=len(hidden))
     bias = None if case.bias is None else case.bias.detach()
-    return forward.max_pool_forward(call, hidden, case.weight.detach(), bias)
+    return forward.max_pool_forward(call, hidden, case.weight.detach(), bias, replace(BASE, **options))
 
 
 @functools.cache
 def shipped(name: str, need_argmax: bool) -> tuple[Tensor, Tensor]:
-    with pytest.MonkeyPatch.context() as patch:
-        set_config(patch)
-        return run(CASES[name](), need_argmax)
+    return run(CASES[name](), need_argmax)
 
 
 def assert_same_bits(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], name: object) -> None:
@@ -101,60 +107,64 @@ def assert_same_bits(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], name:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
 @pytest.mark.parametrize("need_argmax", [True, False], ids=["training", "inference"])
-def test_the_bits_of_the_shipped_kernel(need_argmax, options, monkeypatch):
+def test_the_bits_of_the_shipped_kernel(need_argmax, options):
     for name, make in CASES.items():
         expected = shipped(name, need_argmax)
         assert bool((expected[0] > 0).any())
-        set_config(monkeypatch, **options)
-        assert_same_bits(run(make(), need_argmax), expected, name)
+        assert_same_bits(run(make(), need_argmax, **options), expected, name)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("slice_bytes", [1, 5_000])
 def test_slices_of_partial_maxima(slice_bytes, packed, monkeypatch):
-    set_config(monkeypatch, partials=True, epilogue_slices=2)
     monkeypatch.setattr(pack, "SLICE_BYTES", slice_bytes)
-    assert_same_bits(run(ragged(), True, packed), shipped("ragged", True), None)
+    found = run(ragged(), True, packed, partials=True, epilogue_slices=2)
+    assert_same_bits(found, shipped("ragged", True), None)
 
 
-def test_partial_maxima_of_no_token(monkeypatch):
+def test_partial_maxima_of_no_token():
     case = make_case((3, 20, 16, 40))
     case.mask = torch.zeros_like(case.mask)
-    set_config(monkeypatch, partials=True)
-    output, argmax = run(case, True)
+    output, argmax = run(case, True, partials=True)
     assert not output.any()
     assert not argmax.any()
 
 
 @pytest.mark.parametrize("options", OPTIONS[-1:], ids=str)
-def test_the_operator_and_its_gradients(options, monkeypatch):
-    def results() -> tuple[Tensor, ...]:
+def test_the_gradients(options):
+    def results(**options: Any) -> tuple[Tensor, ...]:
         case = ragged()
-        output = sk.splade_pool(*case.parameters(), case.mask, screening=False, backend="triton")
-        with torch.no_grad():
-            inferred = sk.splade_pool(*case.parameters(), case.mask, screening=False, backend="triton")
-        return output.detach(), inferred, *torch.autograd.grad(output, case.parameters(), case.grad)
+        output, argmax = run(case, True, **options)
+        call = make_call(case, need_argmax=True, need_hidden=True, need_weight=True, need_bias=True)
+        tensors = [tensor.detach() for tensor in (case.hidden.flatten(0, 1), case.weight, case.bias)]
+        return output, *max_backward.max_pool_backward(call, case.grad, output, argmax, *tensors)
 
-    set_config(monkeypatch)
-    expected = results()
-    set_config(monkeypatch, **options)
-    assert_same_bits(results(), expected, options)
+    assert_same_bits(results(**options), results(), options)
 
 
-def test_where_calls_are_screened_partial_maxima_give_way_to_keys(monkeypatch):
-    case = triton_screening_cases.sparse_case((3, 40, 32, 70))
-    set_config(monkeypatch)
-    expected = triton_screening_cases.run(case, "on")
-    set_config(monkeypatch, **OPTIONS[-1])
-    assert_same_bits(triton_screening_cases.run(case, "on"), expected, None)
+def test_where_calls_are_screened_partial_maxima_give_way_to_keys():
+    case = screening_cases.sparse_case((3, 40, 32, 70))
+    expected, found = (
+        screening_cases.run(case, "on", tiles={"config": config}) for config in (BASE, replace(BASE, **OPTIONS[-1]))
+    )
+    assert_same_bits(found, expected, None)
 
 
 @pytest.mark.parametrize("key_bytes", [4, 8])
 @pytest.mark.parametrize("partial_rows", [64, 128, 256])
 @pytest.mark.parametrize("length", [14, 60, 512])
 def test_partial_maxima_of_a_slice_stay_below_its_bytes(length, partial_rows, key_bytes):
-    call = PoolingCall(320, None, None, length, "max", "relu", torch.bfloat16, torch.bfloat16)
     hidden = torch.empty(320 * length, 768, device="meta")
+    call = PoolingCall(
+        batch_size=320,
+        attention_mask=None,
+        cu_seqlens=None,
+        max_seqlen=length,
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=torch.bfloat16,
+        out_dtype=torch.bfloat16,
+    )
     parts = list(pack.slices(call, 30522, hidden, key_bytes, 0, partial_rows))
     assert [parts[0].start, parts[-1].stop] == [0, 320]
 

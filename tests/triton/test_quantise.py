@@ -12,7 +12,7 @@ from torch import Tensor
 import splade_kernels as sk
 from splade_kernels.backends.pooling import PoolingCall
 from tests.conftest import ACCELERATOR
-from tests.triton_screening_cases import REASON, check, run, sparse_case
+from tests.triton.screening_cases import REASON, check, run, sparse_case
 
 pytestmark = [pytest.mark.skipif(REASON != "available", reason=REASON), pytest.mark.usefixtures("on_accelerator")]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,13 +17,12 @@ from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
 from tests.conftest import ACCELERATOR
 from tests.oracle import Case, make_case
-from tests.triton_screening_cases import REASON, check, logits, run, sparse_case
+from tests.triton.screening_cases import REASON, check, logits, run, sparse_case
 
 pytestmark = [pytest.mark.skipif(REASON != "available", reason=REASON), pytest.mark.usefixtures("on_accelerator")]
 
 if REASON == "available":
     from splade_kernels.backends.triton import launch, pack, tuning
-    from splade_kernels.backends.triton import max_forward as forward
     from splade_kernels.backends.triton.screening import exact
     from splade_kernels.backends.triton.screening import screen as screening
 
@@ -38,11 +39,10 @@ class Seen:
 
 
 @pytest.fixture(params=["pointers", "descriptors"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles smaller than every case, fetched one way or the other."""
+def tiles(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor]]:
+    """:func:`run` with tiles smaller than every case, fetched one way or the other."""
     config = tuning.MatmulConfig(32, 64, 32, 4, 1, group_v=2, tma=request.param == "descriptors")
-    monkeypatch.setattr(forward, "screening_config", lambda arch: config)
-    monkeypatch.setattr(forward, "matmul_config", lambda *arguments: config)
+    return partial(run, tiles={"config": config, "int8_config": config})
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_no_pair_that_is_positive_by_a_hair_is_lost(seed, seen, keep_all, arithm
 
 def test_most_pairs_of_ordinary_rows_are_screened_away(tiles, seen, keep_all):
     case = sparse_case((2, 40, 96, 70), pattern="full")
-    run(case, "on")
+    tiles(case, "on")
     (slice_seen,) = seen
     active = logits(case) > 0
     kept = sum(bits.bit_count() for bits in slice_seen.tokens.values())
@@ -145,7 +145,7 @@ def test_most_pairs_of_ordinary_rows_are_screened_away(tiles, seen, keep_all):
 @pytest.mark.parametrize("shape", [(3, 33, 17, 65), (1, 17, 130, 31), (5, 1, 8, 33)], ids=str)
 def test_values_support_and_argmax(tiles, shape, dtype, need_argmax, keep_all):
     case = sparse_case(shape, dtype, pattern="holes")
-    output, argmax = run(case, "on", need_argmax)
+    output, argmax = tiles(case, "on", need_argmax)
     check(case, output, argmax if need_argmax else None)
 
 
@@ -155,12 +155,12 @@ def test_none_and_all_active(tiles, auto_screens, mode, bias, seen):
     case = make_case((2, 40, 16, 70))
     with torch.no_grad():
         case.bias.fill_(bias)
-    output, argmax = run(case, mode)
+    output, argmax = tiles(case, mode)
     check(case, output, argmax)
     dense = bias > 0
     assert seen[0].dense_groups == (len(seen[0].group_sequence) if dense else 0)
     if dense:
-        assert torch.equal(output, run(case, "off")[0])
+        assert torch.equal(output, tiles(case, "off")[0])
 
 
 def mixed_case() -> Case:
@@ -183,14 +183,14 @@ def test_dense_sequences_fall_back_alone(tiles, order, seen, monkeypatch):
     monkeypatch.setitem(screening.SHARE, "on", 4)
     whole = mixed_case()
     case = Case(whole.hidden[order], whole.weight, whole.bias, whole.mask[order], whole.grad[order])
-    output, argmax = run(case, "on")
+    output, argmax = tiles(case, "on")
     check(case, output, argmax)
     (slice_seen,) = seen
     dense = {b for b, original in enumerate(order) if original == 2}
     assert {b for b in slice_seen.dense_sequence if b >= 0} == dense
     if ACCELERATOR == "cpu":  # where the first tile is the first one
         assert slice_seen.entries >= 5 * len(dense)
-    unscreened = run(case, "off")
+    unscreened = tiles(case, "off")
     for b in dense:
         assert torch.equal(output[b], unscreened[0][b])
         assert torch.equal(argmax[b], unscreened[1][b])
@@ -202,7 +202,7 @@ def test_a_sequence_is_dense_from_one_pair_too_many_on(tiles, active, seen, monk
     weight = torch.full((40, 8), -1.0)
     weight[7 : 7 + active] = 1.0
     case = Case(torch.ones(1, 10, 8), weight, None, torch.ones(1, 10, dtype=torch.bool), torch.ones(1, 40))
-    output, argmax = run(case, "on")
+    output, argmax = tiles(case, "on")
     check(case, output, argmax)
     assert seen[0].dense_groups == (1 if active > 6 else 0)
     assert seen[0].entries == len(seen[0].tokens) == (active if active <= 6 else 0)
@@ -210,7 +210,7 @@ def test_a_sequence_is_dense_from_one_pair_too_many_on(tiles, active, seen, monk
 
 def test_fewer_words_than_the_share_leave_no_budget(tiles, auto_screens, seen):
     case = make_case((2, 20, 8, 5))
-    check(case, *run(case, "auto"))
+    check(case, *tiles(case, "auto"))
     assert seen[0].tokens == {}
 
 
@@ -266,7 +266,7 @@ def test_ties_go_to_the_lowest_position(tiles, keep_all):
     weight = torch.full((70, 16), -1.0)
     weight[::5] = 1.0
     case = Case(hidden, weight, torch.full((70,), -0.5), torch.ones(1, 70, dtype=torch.bool), torch.ones(1, 70))
-    output, argmax = run(case, "on")
+    output, argmax = tiles(case, "on")
     check(case, output)
     assert argmax[0].tolist() == [23 if v % 5 == 0 else 0 for v in range(70)]
 
@@ -276,7 +276,7 @@ def test_repeats_that_fill_a_group_are_not_computed(tiles, seen, keep_all):
     case.mask[0, 1:] = False
     with torch.no_grad():
         case.bias.fill_(100.0)
-    check(case, *run(case, "on"))
+    check(case, *tiles(case, "on"))
     assert seen[0].group_sequence == [0, 1, 1]
     expected = {0: 1, 1: 0xFFFF, 2: 1}
     assert seen[0].tokens == {(group, v): bits for group, bits in expected.items() for v in range(40)}
@@ -289,7 +289,7 @@ def test_not_finite_rows_and_biases_are_as_unscreened(tiles, poison, keep_all, s
         case.hidden[2, 18, 5] = poison
         case.weight[7, 3] = poison
         case.bias[[9, 10]] = torch.tensor([poison, -poison])
-    ours, theirs = run(case, "on"), run(case, "off")
+    ours, theirs = tiles(case, "on"), tiles(case, "off")
     assert seen[0].dense_groups == 0
     assert torch.equal(ours[0].isnan(), theirs[0].isnan())
     assert torch.equal(ours[1], theirs[1])
@@ -336,7 +336,7 @@ def test_tiles_of_sequences_known_to_be_dense_are_left_out(tiles, monkeypatch):
     case = sparse_case((1, 64, 16, 320), pattern="full")
     with torch.no_grad():
         case.bias.fill_(100)
-    check(case, *run(case, "on"))
+    check(case, *tiles(case, "on"))
     # 4 groups keep 80 pairs each; of the 10 tiles, with 128 pairs each, the third one finds that it is too many.
     if ACCELERATOR == "cpu":
         assert budgets[0].tolist() == [4 * 80 - 3 * 128]
@@ -358,7 +358,17 @@ def test_sizes_beyond_the_integers_are_not_screened(limit, seen, monkeypatch):
 @pytest.mark.parametrize("arch", [0, 80, 86, 87, 90, 100, 120])
 def test_auto_screens_on_the_architectures_alone_that_were_measured(arch, monkeypatch):
     weight = torch.empty(30522, 768, device="meta")
-    call = PoolingCall(1, None, None, 1, "max", "relu", torch.float32, torch.float32, "auto")
+    call = PoolingCall(
+        batch_size=1,
+        attention_mask=None,
+        cu_seqlens=None,
+        max_seqlen=1,
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=torch.float32,
+        out_dtype=torch.float32,
+        screening="auto",
+    )
 
     def screened(mode: str) -> bool:
         return screening.can_screen(replace(call, screening=mode), weight, arch)

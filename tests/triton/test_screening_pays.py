@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import screening_pays
+from bench.harness.result_file import load
 from bench.inputs import variants
 from bench.inputs.cases import SCREENING
 from bench.screening_pays import LEAST, objections
@@ -24,7 +25,7 @@ def result(times: dict[tuple[str, str], tuple[float, float]], arch: int = 90, **
         for (case, job), pair in times.items()
         for variant, time in zip(("unscreened", "screened"), pair, strict=True)
     ]
-    return {"kind": "screening", "environment": {"gpu": True, "arch": arch}, "rows": rows} | more
+    return {"kind": "screening", "runs": [{"environment": {"gpu": True, "arch": arch}}], "rows": rows} | more
 
 
 def test_a_result_that_gains_and_loses_little_says_that_auto_pays():
@@ -68,7 +69,7 @@ def test_what_was_not_measured_says_nothing(change):
 
 
 def test_results_of_others_say_nothing_and_every_result_of_a_gpu_counts():
-    cpu = result(PAYING, environment={"gpu": False, "device": "Test CPU"})
+    cpu = result(PAYING, runs=[{"environment": {"gpu": False, "device": "Test CPU"}}])
     head = result(PAYING, kind="head")
     for others in ([], [result(PAYING, arch=86)], [cpu], [head]):
         assert objections(others, 90) == ["no screening result of a GPU of sm_90"]
@@ -86,7 +87,9 @@ def test_the_command_gives_the_verdict_of_every_architecture(tmp_path, capsys):
     paths = []
     for arch, seconds in ((86, 0.5), (90, 2.0)):
         paths.append(str(tmp_path / f"{arch}.json"))
-        Path(paths[-1]).write_text(json.dumps(result(PAYING | {("dense", "forward"): (1.0, 2 * seconds)}, arch)))
+        made = result(PAYING | {("dense", "forward"): (1.0, 2 * seconds)}, arch)
+        rows = [row | {"provenance": 0} for row in made["rows"]]
+        Path(paths[-1]).write_text(json.dumps({"kind": made["kind"], "provenance": made["runs"], "rows": rows}))
     screening_pays.main(paths)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("sm_86 may enter SCREENING_PAYS")
@@ -97,8 +100,7 @@ def test_the_command_gives_the_verdict_of_every_architecture(tmp_path, capsys):
 
 def test_every_architecture_that_auto_screens_on_has_its_result():
     tuning = pytest.importorskip("splade_kernels.backends.triton.tuning", exc_type=ImportError)
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    results = [found for found in results if isinstance(found, dict)]
+    results = load(RESULTS.glob("*.json"))
     said = {arch: objections(results, arch) for arch in tuning.SCREENING_PAYS}
     assert not any(said.values()), said
 

@@ -6,9 +6,10 @@ Architectures are given as numbers, so no GPU is asked. What the tuner does with
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import warnings
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,26 +17,37 @@ import torch
 import splade_kernels as sk
 
 pytest.importorskip("triton")
-launch = importlib.import_module("splade_kernels.backends.triton.launch")
-tuning = importlib.import_module("splade_kernels.backends.triton.tuning")
-tune = importlib.import_module("bench.tune")
-candidates = importlib.import_module("bench.jobs.candidates")
+from bench import tune
+from bench.jobs import candidates
+from splade_kernels.backends.triton import launch, tuning
+from tests.triton import tables
 
+SHIPPED = tuning.FOLDER
 BF16 = (torch.bfloat16, "ieee")
 CONFIG = {"block_v": 64, "block_t": 128, "block_k": 32, "num_warps": 4, "num_stages": 2}
-ENTRY = {"architecture": 86, "dtype": "bfloat16", "hidden_size": 768, "vocab_size": 30522, "config": CONFIG}
+SHAPE = {"kind": "maximum", "architecture": 86, "dtype": "bfloat16", "hidden_size": 768, "vocab_size": 30522}
+ENTRY = SHAPE | {"config": CONFIG}
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """What is read and said once a process, once a test."""
+def fresh(monkeypatch, tmp_path):
+    """What is read and said once a process, once a test; no table ships."""
     monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE, raising=False)
-    for cached in (tuning._read_environment, tuning._warn_unknown):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "none")
+    once = (tuning._read_environment, tuning._warn_unknown, tuning.shipped_table)
+    for cached in once:
         cached.cache_clear()
     tf32 = torch.backends.cuda.matmul.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    tuning._read_environment.cache_clear()
+    for cached in once:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """As if tables shipped for all architectures."""
+    monkeypatch.setattr(tuning, "FOLDER", tables.write(tmp_path))
 
 
 @pytest.fixture
@@ -48,7 +60,7 @@ def user_file(tmp_path, monkeypatch):
     return write
 
 
-def test_known_architectures_get_the_shipped_configuration_without_a_word():
+def test_known_architectures_get_the_default_without_a_word():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for arch in tuning.ARCHITECTURES:
@@ -57,6 +69,43 @@ def test_known_architectures_get_the_shipped_configuration_without_a_word():
                 assert tuning.matmul_config(arch, 768, 30522, dtype, precision) == tuning.default_config(arch, name)
     assert tuning.matmul_config(90, 768, 30522, *BF16).tma
     assert not tuning.matmul_config(120, 768, 30522, *BF16).tma
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+def test_every_kernel_takes_what_ships_for_it(arch, shipped):
+    for shape, config in tables.table(arch).items():
+        key = (arch, shape.hidden_size, shape.vocab_size, *BF16)
+        if isinstance(config, tuning.MatmulConfig):
+            assert tuning.matmul_config(*key, kind=shape.kind) == config
+            default = tuning.default_config(arch, "float16", shape.kind)
+            assert tuning.matmul_config(*key[:3], torch.float16, "ieee", shape.kind) == default != config
+        else:
+            choose = tuning.weight_config if shape.kind == "backward-weight" else tuning.hidden_config
+            assert choose(*key) == config
+            assert choose(*key[:3], torch.float16, "ieee") != config
+
+
+def test_the_users_table_comes_before_what_ships(shipped, user_file):
+    user_file({"table": [ENTRY]})
+    assert tuning.matmul_config(86, 768, 30522, *BF16) == tuning.MatmulConfig(**CONFIG)
+    assert tuning.hidden_config(86, 768, 30522, *BF16) == tuning.HiddenConfig(2, 4, 512, 2)
+
+
+def test_in_the_interpreter_no_table_is_asked(shipped, user_file):
+    user_file("no table")
+    assert tuning.matmul_config(0, 768, 30522, *BF16) == tuning._INTERPRETED
+    assert tuning.weight_config(0, 768, 30522, *BF16) == tuning.default_weight_config(768)
+
+
+def test_what_ships_is_of_its_architecture_and_in_the_wheel():
+    files = sorted(SHIPPED.glob("*"))
+    for path in files:
+        arch = int(path.stem.removeprefix("sm_"))
+        assert arch in tuning.ARCHITECTURES
+        assert {shape.architecture for shape in tuning._read(path)} == {arch}
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    (pattern,) = [line for line in project.splitlines() if "backends.triton" in line and ".json" in line]
+    assert all(fnmatch(f"configs/{path.name}", pattern.split('"')[3]) for path in [*files, Path("sm_86.json")])
 
 
 def test_an_unknown_architecture_gets_the_safe_configuration_and_one_message():
@@ -68,14 +117,17 @@ def test_an_unknown_architecture_gets_the_safe_configuration_and_one_message():
         assert tuning.matmul_config(103, 768, 30522, *BF16) == tuning._SAFE
 
 
-def test_the_nearest_tuned_shape_is_taken_and_the_dtype_must_match(monkeypatch):
+def test_the_nearest_tuned_shape_is_taken_and_kind_and_dtype_must_match(monkeypatch):
     small, wide = (tuning.MatmulConfig(**CONFIG | {"group_v": group}) for group in (3, 5))
-    table = {tuning.Shape(86, "bfloat16", 768, 30522): small, tuning.Shape(86, "bfloat16", 768, 250002): wide}
-    monkeypatch.setattr(tuning, "TUNED", table)
+    table = {
+        tuning.Shape("maximum", 86, "bfloat16", 768, size): found for size, found in ((30522, small), (250002, wide))
+    }
+    monkeypatch.setattr(tuning, "shipped_table", lambda arch: table)
     assert tuning.matmul_config(86, 1024, 50368, *BF16) == small
     assert tuning.matmul_config(86, 768, 151936, *BF16) == wide
     assert tuning.matmul_config(86, 768, 30522, torch.float16, "ieee") == tuning.default_config(86, "float16")
     assert tuning.matmul_config(80, 768, 30522, *BF16) == tuning.default_config(80, "bfloat16")
+    assert tuning.matmul_config(86, 768, 30522, *BF16, kind="int8") == tuning.default_config(86, "bfloat16", "int8")
 
 
 def test_the_users_file_comes_first_and_is_read_once(user_file, monkeypatch):
@@ -105,6 +157,11 @@ def test_a_file_for_another_gpu_is_an_error(user_file):
     [
         ({"architecture": "86"}, "table[0].architecture: expected a positive integer, got '86'"),
         ({"dtype": "float32"}, "table[0].dtype: expected one of"),
+        (
+            {"kind": "max"},
+            "table[0].kind: expected one of ('maximum', 'sum', 'int8', 'backward-weight', 'backward-hidden')",
+        ),
+        ({"kind": []}, "table[0].kind: expected one of"),
         ({"vocab_size": 0}, "table[0].vocab_size: expected a positive integer, got 0"),
         ({"hidden_size": True}, "table[0].hidden_size: expected a positive integer, got True"),
         ({"config": None}, "table[0].config: expected an object, got None"),
@@ -131,6 +188,22 @@ def test_a_file_for_another_gpu_is_an_error(user_file):
             "config.epilogue_slices: expected at most 2, so that a part of a tile holds a group of 16 tokens, got 4",
         ),
         ({"config": CONFIG | {"partials": 1}}, "table[0].config.partials: expected true or false, got 1"),
+        ({"config": CONFIG | {"programs": 3}}, "config.programs: expected 0, since the grid follows the GPU, got 3"),
+        ({"kind": "int8", "config": CONFIG | {"block_k": 256}}, "config.block_k: expected at most 128"),
+        (
+            {"kind": "int8", "config": CONFIG | {"partials": True}},
+            "config.partials: expected False, since int8 kernels",
+        ),
+        ({"kind": "sum", "config": CONFIG | {"resident": 2}}, "config.resident: expected 1, since sum kernels have no"),
+        ({"kind": "backward-weight"}, "table[0].config.block_t: expected one of the fields ['block_d', 'block_v'"),
+        (
+            {"kind": "backward-weight", "config": {"block_v": 12, "block_d": 64, "num_warps": 4}},
+            "table[0].config.block_v: expected a power of two of at least 1, got 12",
+        ),
+        (
+            {"kind": "backward-hidden", "config": {"rows": 2, "block_d": 64, "num_warps": 4}},
+            "table[0].config.entries: expected a power of two of at least 1, got None",
+        ),
         ({"config": {"block_v": 64}}, "table[0].config.block_t: expected a power of two of at least 16, got None"),
     ],
 )
@@ -155,14 +228,12 @@ def test_a_file_that_is_not_there_is_an_error(monkeypatch):
         tuning.matmul_config(86, 768, 30522, *BF16)
 
 
-def test_the_tuners_entries_and_lines_are_what_the_table_reads():
-    config = tuning.MatmulConfig(64, 128, 32, 4, 2, tma=False)
-    shape = tuning.Shape(86, "tf32", 768, 250002)
-    entry = json.loads(json.dumps({**shape._asdict(), "config": dataclasses.asdict(config)}))
-    assert tuning.parse_table({"table": [entry]}) == {shape: config}
-    line = tune.source_line(candidates.Question("maximum", *shape), config)
-    names = {"Shape": tuning.Shape, "MatmulConfig": tuning.MatmulConfig}
-    assert eval("{" + line + "}", names) == {shape: config}
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+def test_an_entry_of_every_kind_is_read_as_it_was_written(arch):
+    table = tables.table(arch)
+    written = json.loads(json.dumps([tuning.entry(*item) for item in table.items()]))
+    assert tuning.parse_table({"table": written}) == table
+    assert {shape.kind for shape in table} == {*tuning.KINDS}
 
 
 def test_the_tournament_keeps_the_fast_and_the_shipped_configuration():
@@ -186,24 +257,26 @@ def test_what_is_checked_is_specialised_like_what_is_timed(monkeypatch):
     seen = []
     monkeypatch.setattr(tune, "step", lambda question, *_, **__: seen.append(question.vocab_size) or (lambda c: ()))
     for vocab_size in (30522, 151936, 40, 32):
-        tune.disagreement(candidates.Question("maximum", 86, "bfloat16", 32, vocab_size), None, "cpu")
+        tune.disagreement(tuning.Shape("maximum", 86, "bfloat16", 32, vocab_size), None, "cpu")
     assert seen == [4099, 4112, 40, 32]
 
 
 @pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
 def test_every_candidate_and_refinement_is_one_that_the_table_takes(arch):
     for dtype in candidates.DTYPES:
-        question = candidates.Question("maximum", arch, dtype, 768, 30522)
-        for best in candidates.candidates(question):
-            refined = candidates.refinements(best)
-            assert refined[0] == best
-            assert {config.partials for config in refined} == {False, True}
-            assert {config.order for config in refined} == ({"strips", "runs"} if best.tma else {"strips"})
-            for config in refined:
-                entry = {**ENTRY, "architecture": arch, "dtype": dtype, "config": dataclasses.asdict(config)}
-                assert [*tuning.parse_table({"table": [entry]}).values()] == [config]
-            regrouped = {dataclasses.replace(config, group_v=8) for config in candidates.refinements(best, "sum")}
-            assert regrouped == {dataclasses.replace(best, group_v=8)}
+        for kind in tuning.KINDS:
+            shape = tuning.Shape(kind, arch, dtype, 768, 30522)
+            for best in candidates.candidates(shape):
+                refined = candidates.refinements(best, kind)
+                assert refined[0] == best
+                for config in refined:
+                    assert tuning.parse_table({"table": [tuning.entry(shape, config)]}) == {shape: config}
+                if kind == "maximum":
+                    assert {config.partials for config in refined} == {False, True}
+                    assert {config.order for config in refined} == ({"strips", "runs"} if best.tma else {"strips"})
+                elif isinstance(best, tuning.MatmulConfig):
+                    regrouped = {dataclasses.replace(config, group_v=8) for config in refined}
+                    assert regrouped == {dataclasses.replace(best, group_v=8)}
 
 
 def test_a_lead_within_the_margin_changes_nothing():
@@ -211,12 +284,12 @@ def test_a_lead_within_the_margin_changes_nothing():
     assert tune.choose({"shipped": [1.0] * 3, "other": [0.9]}, "shipped") == ("shipped", 1.0)
 
 
-@pytest.mark.parametrize("kind", candidates.KINDS)
+@pytest.mark.parametrize("kind", tuning.KINDS)
 def test_a_right_candidate_agrees_and_a_wrong_one_is_seen(kind, monkeypatch):
     if sk.available_backends()["triton"] != "available":
         pytest.skip(sk.available_backends()["triton"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    question = candidates.Question(kind, 86, "bfloat16", 32, 40)
+    question = tuning.Shape(kind, 86, "bfloat16", 32, 40)
     monkeypatch.setattr(tune, "CHECKED_LOAD", tune.Load(2, 20))
     if kind.startswith("backward"):
         first = candidates.shipped(question)
@@ -227,15 +300,20 @@ def test_a_right_candidate_agrees_and_a_wrong_one_is_seen(kind, monkeypatch):
     monkeypatch.setattr(tune, "shipped", lambda question: first)
     assert tune.disagreement(question, other, device) is None
 
-    right = tune._with
+    right = tune.step
 
-    def wrong(module, name, config, run):
-        results = right(module, name, config, run)
-        if config is other:
-            results[0 if kind != "backward-weight" else 1].view(-1)[7] += 1
-        return results
+    def wrong(*arguments, **options):
+        run = right(*arguments, **options)
 
-    monkeypatch.setattr(tune, "_with", wrong)
+        def run_wrong(config):
+            results = run(config)
+            if config != first:
+                results[0 if kind != "backward-weight" else 1].view(-1)[7] += 1
+            return results
+
+        return run_wrong
+
+    monkeypatch.setattr(tune, "step", wrong)
     assert "differs by" in tune.disagreement(question, other, device)
 
 
@@ -257,7 +335,7 @@ def test_the_message_comes_from_inside_the_operator_where_nothing_is_traced(monk
 
 
 def test_measuring_drops_what_is_unusable_and_takes_the_fastest(monkeypatch):
-    question = candidates.Question("maximum", 86, "bfloat16", 32, 40)
+    question = tuning.Shape("maximum", 86, "bfloat16", 32, 40)
     first = candidates.shipped(question)
     fast, spilling, wrong = (dataclasses.replace(first, num_warps=warps) for warps in (1, 2, 4))
     regrouped = dataclasses.replace(fast, group_v=16)
@@ -284,15 +362,16 @@ def test_measuring_drops_what_is_unusable_and_takes_the_fastest(monkeypatch):
 
 
 def test_the_written_result_is_a_file_that_the_package_takes(monkeypatch, tmp_path, user_file):
-    best = tuning.MatmulConfig(**CONFIG)
+    best, backward = tuning.MatmulConfig(**CONFIG), tuning.HiddenConfig(2, 4, 512, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("bench.harness.result_file.describe", lambda: {"device": "GPU X"})
     monkeypatch.setattr(tune, "_architecture", lambda: 87)
 
     def measure(question, device, keep):
-        keep(best, [tune._row(question, best)] * 3)
-        keep(best, [tune._row(question, best, chosen=True)])
-        return best, []
+        config = best if question.kind == "maximum" else backward
+        keep(config, [tune._row(question, config)] * 3)
+        keep(config, [tune._row(question, config, chosen=True)])
+        return config, []
 
     monkeypatch.setattr(tune, "measure", measure)
     path = tmp_path / "tuned.json"
@@ -301,3 +380,4 @@ def test_the_written_result_is_a_file_that_the_package_takes(monkeypatch, tmp_pa
     user_file(json.loads(path.read_text()))
     for hidden_size, vocab_size in tune.SIZES:
         assert tuning.matmul_config(87, hidden_size, vocab_size, *BF16) == best
+        assert tuning.hidden_config(87, hidden_size, vocab_size, *BF16) == backward

@@ -1,11 +1,14 @@
-"""The torch backend: vocabulary-tiled PyTorch. A CPU's fast path, and the path of every device without Triton.
+"""The torch backend: vocabulary-tiled PyTorch, for CPUs and for every device without Triton.
 
-On a CPU the real tokens are packed (:mod:`.packed`). Other devices cannot pack without a host sync; :mod:`.unpacked`
-reduces their tiles over segments instead. The backward of the maximum is shared (:mod:`.backward`). Accumulation is
-float32 (float64 for float64).
+On a CPU the real tokens are packed (:mod:`.packed`). Other devices cannot pack without a host sync, so their tiles
+cover all rows and are reduced over segments (:mod:`.unpacked`). Both share the backward of the maximum
+(:mod:`.backward`).
+Accumulation is float32 (float64 for float64).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,26 +21,19 @@ from .backward import max_pool_backward
 __all__ = ["POOLINGS", "flops_sums"]
 
 
-def _max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    if dispatch.on_host(hidden):
-        return packed.max_pool_forward(call, hidden, weight, bias)
-    if call.screening == "on":
-        raise RuntimeError(
-            f"screening: the torch backend screens on a CPU only, and hidden_states is on {hidden.device}"
-        )
-    return unpacked.max_pool_forward(call, hidden, weight, bias)
+def _max_pool_forward(call: PoolingCall, hidden: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
+    forward = packed.max_pool_forward if dispatch.on_host(hidden) else unpacked.max_pool_forward
+    return forward(call, hidden, *parameters)
 
 
-def _sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sum_pool_forward(call: PoolingCall, hidden: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
     forward = packed.sum_pool_forward if dispatch.on_host(hidden) else unpacked.sum_pool_forward
-    return forward(call, hidden, weight, bias)
+    return forward(call, hidden, *parameters)
 
 
-def _sum_pool_backward(
-    call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> Gradients:
-    backward = packed.sum_pool_backward if dispatch.on_host(hidden) else unpacked.sum_pool_backward
-    return backward(call, grad, output, argmax, hidden, weight, bias)
+def _sum_pool_backward(call: PoolingCall, grad: Tensor, *inputs: Any) -> Gradients:
+    backward = packed.sum_pool_backward if dispatch.on_host(grad) else unpacked.sum_pool_backward
+    return backward(call, grad, *inputs)
 
 
 POOLINGS = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..pooling import PoolingCall, activate, activation_gradient
+from ..pooling import Gradients, PoolingCall, activate, activation_gradient
 from . import screening, screening_plain
 
 # A tile of dots is at most this many elements (16 MiB of float32), so that it is reduced from cache.
@@ -31,16 +31,16 @@ MIN_TILE_COLUMNS = 128
 SLICE_ROWS = 4096
 # BLAS rows do not depend on the other rows of a call from 16 rows on (float32); smaller calls take other routines.
 MIN_ROWS = 16
-# Tokens whose maximum is taken before anybody asks which; used where filling sequences up to whole groups adds at most
-# this factor to the rows.
-MAXIMUM_GROUP = 8
-MAXIMUM_FILL = 1.07
+# Rows per group of the two-stage argmax, used where padding sequences to whole groups makes at most this many times the
+# rows.
+ARGMAX_GROUP = 8
+ARGMAX_PADDING = 1.07
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive packed sequences, handled together. Every sequence is a whole number of groups of ``group`` rows,
-    filled up with its own first token: a repeat changes neither a maximum nor its lowest position.
+    """Consecutive packed sequences, handled together. Every sequence is padded to whole groups of ``group`` rows by
+    repeating its own first token, which changes neither a maximum nor its lowest position.
     """
 
     rows: Tensor  # [R] row of each packed token in the flat [N, D] hidden states
@@ -48,7 +48,7 @@ class Slice:
     sequences: Tensor  # [n] index of each sequence in the batch
     lengths: list[int]  # [n] packed rows of each sequence
     group: int
-    groups: Tensor  # [n, most groups of a sequence] packed groups of each sequence; past its last one, its first
+    groups: Tensor  # [n, most groups of a sequence] groups of each sequence; past its last group, its first one
 
     def offsets(self) -> Tensor:
         """``[n + 1]`` first packed row of each sequence."""
@@ -64,7 +64,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
     largest = hidden.new_full(shape, -torch.inf, dtype=dtype)
     argmax = call.new_argmax(hidden, weight.shape[0]).zero_()
     screen = screening.screen(call, weight, bias, native_half=_rounds_dots(call))
-    for part in _slices(call, hidden):
+    for part in _slices(call, hidden, ARGMAX_GROUP):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         rows, offsets = packed[: len(part.rows)], part.offsets()
         if screen is not None and screen.pays(rows, offsets):
@@ -82,7 +82,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
                 argmax[:, columns].index_copy_(0, part.sequences, positions.to(argmax.dtype))
     if bias is not None and not _rounds_dots(call):
         largest += bias.to(dtype)
-    output = activate(largest, call.activation_function).to(call.out_dtype)
+    output = activate(largest, call).to(call.out_dtype)
     _, lengths = call.real_rows()
     output.masked_fill_((lengths == 0)[:, None], 0)
     if call.need_argmax:
@@ -92,10 +92,10 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
 
 def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     output = hidden.new_zeros(call.batch_size, weight.shape[0], dtype=call.out_dtype)
-    for part in _slices(call, hidden):
+    for part in _slices(call, hidden, 1):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         for columns, dots in _tiles(packed, part, weight, bias, call, SUM_TILE_ELEMENTS):
-            values = activate(_logits(dots, bias, columns, call), call.activation_function)
+            values = activate(_logits(dots, bias, columns, call), call)
             sums = torch.cat([block.sum(dim=0, keepdim=True) for block in values.split(part.lengths)])
             output[:, columns].index_copy_(0, part.sequences, sums.to(call.out_dtype))
     return output, call.new_argmax(hidden, weight.shape[0])
@@ -103,22 +103,20 @@ def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
 
 def sum_pool_backward(
     call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Backward of the sum: recomputes the logits tile by tile and multiplies them out."""
+) -> Gradients:
+    """Recomputes the logits tile by tile and multiplies their gradients out; see :class:`.Pooling`."""
     dtype = call.accumulation_dtype
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if call.need_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=dtype) if call.need_weight else None
     grad_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if call.need_bias else None
-    for part in _slices(call, hidden):
+    for part in _slices(call, hidden, 1):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
-        exact = packed.to(dtype)
+        exact, repeats = packed.to(dtype), torch.tensor(part.lengths)
         grad_packed = torch.zeros_like(exact) if call.need_hidden else None
         for columns, dots in _tiles(packed, part, weight, bias, call, SUM_TILE_ELEMENTS):
-            logits = _logits(dots, bias, columns, call)
-            grad_values = grad[:, columns].index_select(0, part.sequences).to(dtype)
-            grad_logits = activation_gradient(
-                _spread(grad_values, part), activate(logits, call.activation_function), call
-            )
+            values = activate(_logits(dots, bias, columns, call), call)
+            grad_tokens = grad[:, columns].index_select(0, part.sequences).to(dtype).repeat_interleave(repeats, dim=0)
+            grad_logits = activation_gradient(grad_tokens, values, call)
             if grad_bias is not None:
                 grad_bias[columns] += grad_logits.sum(dim=0)
             if grad_weight is not None:
@@ -134,8 +132,11 @@ def sum_pool_backward(
     )
 
 
-def _slices(call: PoolingCall, hidden: Tensor) -> Iterator[Slice]:
-    """The batch as packed slices: sequences sorted by length, at most ``SLICE_ROWS`` tokens unless one is longer."""
+def _slices(call: PoolingCall, hidden: Tensor, group: int) -> Iterator[Slice]:
+    """The batch as packed slices: sequences sorted by length, at most ``SLICE_ROWS`` tokens unless one is longer.
+
+    Groups of ``group`` rows where padding to them adds little, else of one.
+    """
     rows, lengths = call.real_rows()
     first = lengths.cumsum(0) - lengths
     starts = call.edges(hidden)[:-1]
@@ -147,18 +148,14 @@ def _slices(call: PoolingCall, hidden: Tensor) -> Iterator[Slice]:
         size += length
         if size > SLICE_ROWS and end > begin:
             members = order[begin:end]
-            yield _slice(rows, first[members], lengths[members], starts[members], members, call.pooling_strategy)
+            yield _slice(rows, first[members], lengths[members], starts[members], members, group)
             begin, size = end, length
 
 
-def _slice(
-    rows: Tensor, first: Tensor, lengths: Tensor, starts: Tensor, members: Tensor, pooling_strategy: str
-) -> Slice:
-    group = 1
-    if pooling_strategy == "max":
-        filled = (lengths + MAXIMUM_GROUP - 1) // MAXIMUM_GROUP * MAXIMUM_GROUP
-        if int(filled.sum()) <= MAXIMUM_FILL * int(lengths.sum()):
-            group = MAXIMUM_GROUP
+def _slice(rows: Tensor, first: Tensor, lengths: Tensor, starts: Tensor, members: Tensor, group: int) -> Slice:
+    padded = (lengths + group - 1) // group * group
+    if int(padded.sum()) > ARGMAX_PADDING * int(lengths.sum()):
+        group = 1
     counts = (lengths + group - 1) // group
     packed = counts * group
     within = torch.arange(int(packed.sum())) - torch.repeat_interleave(packed.cumsum(0) - packed, packed)
@@ -234,8 +231,3 @@ def _segment_maximum(dots: Tensor, part: Slice, need_position: bool) -> tuple[Te
         candidates = members.gather(0, row[:, None].expand(-1, part.group, -1))
         row.mul_(part.group).add_(candidates.max(dim=1).indices)
     return largest, part.positions[row]
-
-
-def _spread(values: Tensor, part: Slice) -> Tensor:
-    """``[n, columns]`` of the sequences to ``[R, columns]`` of their tokens."""
-    return values.repeat_interleave(torch.tensor(part.lengths), dim=0)

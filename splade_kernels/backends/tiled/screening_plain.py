@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import int8_bound
+from ..pooling import not_at_most
 
 # Hidden dimensions of int8 rows are filled up to a multiple of this for ``torch._int_mm``, and the sizes that its
 # self-test asks: rows of either side, and hidden dimensions.
@@ -98,8 +99,8 @@ def maximise(
         upper = near.add_(far)
         del far
         threshold = 0 if bias is None else -bias[words]
-        # Written so that NaN passes.
-        candidates = ((upper <= threshold) | (upper < attained.index_select(0, sequence))).logical_not_()
+        candidates = not_at_most(upper, threshold)
+        candidates &= (upper < attained.index_select(0, sequence)).logical_not_()  # so that NaN is a candidate
         t, v = candidates.nonzero(as_tuple=True)
         evaluated += len(t)
         dots = _dots(rows, weight[words], t, v)

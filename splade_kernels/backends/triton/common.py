@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pooling import PoolingCall
-
 # Rows of a packed group: what one reduction combines, and what sequences are filled up to.
 GROUP = 16
 GROUP_ROWS = tl.constexpr(GROUP)
 # Most tokens of a tile: how far past the last one packed rows are read, and so zeroed.
 LARGEST_BLOCK_T = 256
+# Columns that rows of int8 are padded to a multiple of: whole blocks of every configuration, whatever the hidden size,
+# so that nothing is masked along them and every row is aligned.
+INT8_WIDTH = 128
 # Triton 3.6 takes no plain string as the default of a device function's argument.
 STRIPS = tl.constexpr("strips")
 # Whether kernels run on the CPU through Triton's interpreter (``TRITON_INTERPRET=1`` before the import).
@@ -30,10 +31,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     setting = getattr(matmul, "fp32_precision", "none")
     allowed = setting == "tf32" if setting not in ("none", "") else bool(matmul.allow_tf32)
     return "tf32" if allowed else "ieee"
-
-
-def activation_is_double_log(call: PoolingCall) -> bool:
-    return call.activation_function == "log1p_relu"
 
 
 @triton.jit
@@ -61,6 +58,18 @@ def narrow(x, DTYPE: tl.constexpr):
     if x.dtype == tl.float32 and DTYPE != tl.float32:
         return x.to(DTYPE, fp_downcast_rounding="rtne")
     return x.to(DTYPE)
+
+
+@triton.jit
+def not_at_most(x, bound):
+    """``x > bound``, and true for NaN, which has to reach the result."""
+    return ~(x <= bound)
+
+
+@triton.jit
+def is_active(x):
+    """Whether a logit, or its activation, is above 0 or NaN."""
+    return not_at_most(x, 0.0)
 
 
 @triton.jit
@@ -132,10 +141,10 @@ def log1p(x):
 
 
 @triton.jit
-def activate(x, DOUBLE_LOG: tl.constexpr):
-    """``log1p(relu(x))``, once more ``log1p`` of it for DOUBLE_LOG; NaN stays NaN."""
-    y = log1p(tl.where(x <= 0, 0.0, x))
-    if DOUBLE_LOG:
+def activate(x, LOGS: tl.constexpr):
+    """``relu(x)``, then ``log1p`` LOGS times; NaN stays NaN."""
+    y = tl.where(is_active(x), x, 0.0)
+    for _ in tl.static_range(LOGS):
         y = log1p(y)
     return y
 
@@ -211,11 +220,16 @@ def multiply(b_w, b_h, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def logit_gradient(p_grad, p_output, mask, DOUBLE_LOG: tl.constexpr):
-    """``g = where(y <= 0, 0, dy · dact)`` from the activated output; NaN stays NaN."""
+def logit_gradient(p_grad, p_output, mask, LOGS: tl.constexpr):
+    """``g = dy · dact`` of the active entries, from the activated output, and 0 of the others; NaN stays NaN.
+
+    Each ``log1p`` with the output y has the slope ``exp(-y)`` and had the argument ``exp(y) - 1``.
+    """
     y = widen(tl.load(p_output, mask=mask, other=0.0))
     dy = widen(tl.load(p_grad, mask=mask, other=0.0))
-    slope = tl.exp(-y)
-    if DOUBLE_LOG:
-        slope *= tl.exp(1.0 - tl.exp(y))
-    return tl.where(y <= 0, 0.0, dy * slope)
+    active = is_active(y)
+    slope = 1.0
+    for _ in tl.static_range(LOGS):
+        slope *= tl.exp(-y)
+        y = tl.exp(y) - 1.0
+    return tl.where(active, dy * slope, 0.0)

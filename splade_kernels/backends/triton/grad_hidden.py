@@ -8,8 +8,6 @@ program adds those partial sums in order. Where a run lies, and how the batch wa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,8 @@ from torch.nn import functional as F
 
 from ..compaction import bucket_by_token
 from ..pooling import PoolingCall
-from .common import INTERPRETED, activation_is_double_log, logit_gradient, narrow, widen
+from .common import logit_gradient, narrow, widen
+from .tuning import HiddenConfig
 
 # Entries of a run that one program sums; part of the result's rounding, so the same for every shape.
 CHUNK = 256
@@ -29,6 +28,7 @@ GRADIENT_BLOCK = 1024
 
 def sum_hidden(
     call: PoolingCall,
+    config: HiddenConfig,
     grad: Tensor,
     output: Tensor,
     argmax: Tensor,
@@ -41,7 +41,6 @@ def sum_hidden(
     vocab_size = weight.shape[0]
     # What the forward multiplied with: under autocast half the bytes of the parameter.
     weight = weight.to(call.compute_dtype)
-    config = hidden_config(hidden_size)
     blocks_d = triton.cdiv(hidden_size, config.block_d)
     tiles = {"CHUNK": CHUNK, "ENTRIES": config.entries, "BLOCK_D": config.block_d, "num_warps": config.num_warps}
     step = max(1, SLICE_ENTRIES // vocab_size)
@@ -57,7 +56,7 @@ def sum_hidden(
             values,
             vocab_size,
             *grad.stride(),
-            DOUBLE_LOG=activation_is_double_log(call),
+            LOGS=call.logs,
             BLOCK_V=GRADIENT_BLOCK,
             num_warps=4,
         )
@@ -73,23 +72,6 @@ def sum_hidden(
         limits = (first, count, call.batch_size, total_rows)
         _hidden_kernel[(programs, blocks_d)](*sums, edges, grad_hidden, *limits, ROWS=config.rows, **tiles)
         del values, entries, partial, sums  # before the next slice's are allocated
-
-
-@dataclass(frozen=True)
-class HiddenConfig:
-    """A program takes ``rows`` of h at a time and sums ``entries`` rows of W at a time, ``block_d`` columns of each."""
-
-    rows: int
-    entries: int
-    block_d: int
-    num_warps: int
-
-
-def hidden_config(hidden_size: int) -> HiddenConfig:
-    """Tiles so wide that all entries of a column are in one thread: no shuffles."""
-    block_d = min(1024, triton.next_power_of_2(max(hidden_size, 16)))
-    # A program costs the interpreter milliseconds.
-    return HiddenConfig(64 if INTERPRETED else 4, 8, block_d, max(1, block_d // 256))
 
 
 def _chunk_long_runs(bounds: Tensor, entries: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +93,7 @@ def _gradient_kernel(
     vocab_size,
     stride_gb,
     stride_gv,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """``value[b, v] = g[b, v]``."""
@@ -119,7 +101,7 @@ def _gradient_kernel(
     o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < vocab_size
     p_grad = grad_ptr + b * stride_gb + o_v.to(tl.int64) * stride_gv
-    g = logit_gradient(p_grad, output_ptr + b * vocab_size + o_v, m_v, DOUBLE_LOG)
+    g = logit_gradient(p_grad, output_ptr + b * vocab_size + o_v, m_v, LOGS)
     tl.store(value_ptr + b * vocab_size + o_v, g, mask=m_v)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import INTERPRETED
+from ..pooling import PoolingCall
+from .common import INTERPRETED, dot_precision
 from .tuning import MatmulConfig
 
 
@@ -27,6 +28,13 @@ def multiprocessors(device: torch.device) -> int:
     return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def problem(call: PoolingCall, weight: Tensor) -> tuple[int, int, int, torch.dtype, str]:
+    """All that a configuration may depend on, as the functions of :mod:`.tuning` take it."""
+    vocab_size, hidden_size = weight.shape
+    precision = dot_precision(call.compute_dtype)
+    return architecture(weight.device), hidden_size, vocab_size, call.compute_dtype, precision
+
+
 def fits_descriptor(matrix: Tensor) -> bool:
     """Whether a TMA descriptor can describe it: dense rows, base address and row stride multiples of 16 bytes."""
     row_bytes = matrix.stride(0) * matrix.element_size()
@@ -42,21 +50,21 @@ def tiled_launch(
     matrices: tuple[Tensor | TensorDescriptor, ...] = (weight, rows)
     descriptors = config.tma and fits_descriptor(weight) and fits_descriptor(rows)
     if descriptors:
-        programs = min(programs, config.resident * multiprocessors(weight.device))
+        programs = min(programs, config.programs or config.resident * multiprocessors(weight.device))
         matrices = (
             TensorDescriptor.from_tensor(weight, [config.block_v, config.block_k]),
             TensorDescriptor.from_tensor(rows, [config.block_t, config.block_k]),
         )
-    return (
-        programs,
-        matrices,
-        {
-            "DESCRIPTORS": descriptors,
-            "BLOCK_V": config.block_v,
-            "BLOCK_T": config.block_t,
-            "BLOCK_K": config.block_k,
-            "GROUP_V": config.group_v,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        },
-    )
+    return programs, matrices, {"DESCRIPTORS": descriptors, **tile_options(config)}
+
+
+def tile_options(config: MatmulConfig) -> dict[str, int]:
+    """The constants and launch options of every kernel of tiles ``[block_v, block_t]``."""
+    return {
+        "BLOCK_V": config.block_v,
+        "BLOCK_T": config.block_t,
+        "BLOCK_K": config.block_k,
+        "GROUP_V": config.group_v,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

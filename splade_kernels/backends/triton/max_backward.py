@@ -12,16 +12,16 @@ is computed where it is used: a few instructions, instead of ``[B, V]`` more in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pooling import PoolingCall
-from .common import activation_is_double_log, logit_gradient, narrow, widen
+from ..pooling import Gradients, PoolingCall
+from . import launch, tuning
+from .common import logit_gradient, narrow, widen
 from .grad_hidden import sum_hidden
+from .tuning import HiddenConfig, WeightConfig
 
 # Sequences whose activity is looked up at once: one bit each in an int32.
 BLOCK_B = 16
@@ -30,11 +30,23 @@ MAX_REGISTERS = 112
 
 
 def max_pool_backward(
-    call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    call: PoolingCall,
+    grad: Tensor,
+    output: Tensor,
+    argmax: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_config: WeightConfig | None = None,
+    hidden_config: HiddenConfig | None = None,
+) -> Gradients:
     """As :func:`splade_kernels.backends.tiled.packed.max_pool_backward`.
 
     An argmax outside its sequence, which only wrong ``cu_seqlens`` on a device can bring, is left out of dh and dW.
+
+    Args:
+        weight_config: of the kernel of dW, by default what :mod:`.tuning` chooses.
+        hidden_config: of the kernels of dh, likewise.
     """
     nothing = hidden.shape[0] == 0 or grad.numel() == 0
     create = torch.Tensor.new_zeros if nothing else torch.Tensor.new_empty
@@ -42,34 +54,19 @@ def max_pool_backward(
     grad_weight = create(weight, weight.shape) if call.need_weight else None
     grad_bias = create(bias, bias.shape) if call.need_bias and bias is not None else None
     if not nothing:
+        problem = launch.problem(call, weight)
         entries = (grad, output.contiguous(), argmax.contiguous(), call.edges(hidden))
         if grad_hidden is not None:
-            sum_hidden(call, *entries, weight, grad_hidden)
+            sum_hidden(call, hidden_config or tuning.hidden_config(*problem), *entries, weight, grad_hidden)
         if grad_weight is not None or grad_bias is not None:
-            _sum_weight(call, *entries, hidden, grad_weight, grad_bias)
+            config = weight_config or tuning.weight_config(*problem)
+            _sum_weight(call, config, *entries, hidden, grad_weight, grad_bias)
     return grad_hidden, grad_weight, grad_bias
-
-
-@dataclass(frozen=True)
-class WeightConfig:
-    """Tile of dW of one program."""
-
-    block_v: int
-    block_d: int
-    num_warps: int
-
-
-def weight_config(hidden_size: int) -> WeightConfig:
-    """16 float32 sums a thread, in rows as wide as fits: what is gathered are rows."""
-    block_d = min(256, triton.next_power_of_2(max(hidden_size, 16)))
-    # Half as wide where that leaves fewer lanes idle: 128 for D = 384.
-    while block_d > 64 and -hidden_size % (block_d // 2) < -hidden_size % block_d:
-        block_d //= 2
-    return WeightConfig(16, block_d, max(1, block_d // 32))
 
 
 def _sum_weight(
     call: PoolingCall,
+    config: WeightConfig,
     grad: Tensor,
     output: Tensor,
     argmax: Tensor,
@@ -80,7 +77,6 @@ def _sum_weight(
 ) -> None:
     batch_size, vocab_size = output.shape
     hidden_size = hidden.shape[1]
-    config = weight_config(hidden_size)
     blocks_d = 1 if grad_weight is None else max(1, triton.cdiv(hidden_size, config.block_d))
     _weight_kernel[(triton.cdiv(vocab_size, config.block_v), blocks_d)](
         grad,
@@ -95,7 +91,7 @@ def _sum_weight(
         hidden_size,
         *grad.stride(),
         *hidden.stride(),
-        DOUBLE_LOG=activation_is_double_log(call),
+        LOGS=call.logs,
         BLOCK_B=BLOCK_B,
         BLOCK_V=config.block_v,
         BLOCK_D=config.block_d,
@@ -120,7 +116,7 @@ def _weight_kernel(
     stride_gv,
     stride_hn,
     stride_hd,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -140,7 +136,7 @@ def _weight_kernel(
         p_output = output_ptr + b[:, None] * vocab_size + o_v[None, :]
         p_grad = grad_ptr + b[:, None] * stride_gb + o_v.to(tl.int64)[None, :] * stride_gv
         # [BLOCK_B, BLOCK_V]
-        g = logit_gradient(p_grad, p_output, m_b, DOUBLE_LOG)
+        g = logit_gradient(p_grad, p_output, m_b, LOGS)
         bias_sum += tl.sum(g, axis=0)
         if grad_weight_ptr is not None:
             active = tl.max((g != 0).to(tl.int32), axis=1)
@@ -152,7 +148,7 @@ def _weight_kernel(
                     o_entry = b_i * vocab_size + o_v
                     p_grad_i = grad_ptr + b_i * stride_gb + o_v.to(tl.int64) * stride_gv
                     # [BLOCK_V]
-                    g_i = logit_gradient(p_grad_i, output_ptr + o_entry, m_v, DOUBLE_LOG)
+                    g_i = logit_gradient(p_grad_i, output_ptr + o_entry, m_v, LOGS)
                     position = tl.load(argmax_ptr + o_entry, mask=m_v, other=0).to(tl.int32)
                     start = tl.load(edge_ptr + b_i)
                     chosen = (g_i != 0) & (position >= 0) & (position < tl.load(edge_ptr + b_i + 1) - start)

@@ -23,10 +23,9 @@ from . import launch
 from .common import (
     GROUP_ROWS,
     activate,
-    activation_is_double_log,
     canonical,
-    dot_precision,
     dots,
+    is_active,
     key_dot,
     key_row,
     maximum,
@@ -41,7 +40,7 @@ from .common import (
 )
 from .pack import find_tokens, pack_sequences, slices
 from .screening.screen import SHARE, quantised, queue_bytes, screen
-from .tuning import MatmulConfig, matmul_config, screening_config
+from .tuning import MatmulConfig, matmul_config
 
 _NOTHING = tl.constexpr(-0x80000000)
 FINALISE_BLOCK = 1024
@@ -49,16 +48,29 @@ FINALISE_BLOCK = 1024
 PARTIAL_FINALISE_BLOCK = 512
 
 
-def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(y [B, V], argmax [B, V])`` of ``pooling_strategy="max"``; see :class:`.Pooling`."""
-    vocab_size, hidden_size = weight.shape
+def max_pool_forward(
+    call: PoolingCall,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: MatmulConfig | None = None,
+    int8_config: MatmulConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y [B, V], argmax [B, V])`` of ``pooling_strategy="max"``; see :class:`.Pooling`.
+
+    Args:
+        config: of the grouped-maximum kernel, by default what :mod:`.tuning` chooses.
+        int8_config: of the screening kernel, likewise.
+    """
+    vocab_size = weight.shape[0]
     output = hidden.new_empty(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size)
     if hidden.shape[0] == 0 or vocab_size == 0:
         return output.zero_(), argmax.zero_()
-    precision = dot_precision(call.compute_dtype)
-    arch = launch.architecture(hidden.device)
-    config = matmul_config(arch, hidden_size, vocab_size, call.compute_dtype, precision)
+    problem = launch.problem(call, weight)
+    arch, *_, precision = problem
+    config = config or matmul_config(*problem)
+    int8_config = int8_config or matmul_config(*problem, kind="int8")
     original, weight = weight, weight.to(call.compute_dtype)
     quantised_weight = quantised(call, original, weight, arch)
     bias = None if bias is None else bias.contiguous()
@@ -82,7 +94,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
         group_sequence, group_count = packed.group_sequence, packed.group_offsets[-1:]
         if quantised_weight is not None:
             group_sequence, group_count = screen(
-                screening_config(arch), SHARE[call.screening], packed, weight, quantised_weight, bias, keys
+                int8_config, SHARE[call.screening], packed, weight, quantised_weight, bias, keys
             )
         _launch_maximum(config, precision, weight, packed.rows, bias, group_sequence, group_count, keys)
         _finalise_kernel[(sequences, triton.cdiv(vocab_size, finalise_block))](
@@ -93,7 +105,7 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
             output[part],
             argmax[part] if call.need_argmax else None,
             vocab_size,
-            DOUBLE_LOG=activation_is_double_log(call),
+            LOGS=call.logs,
             PARTIAL_ROWS=partial_rows,
             BLOCK_V=finalise_block,
             num_warps=4,
@@ -286,8 +298,7 @@ def _combine_runs(
         logit = largest
         if bias_ptr is not None:
             logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
-        # Written so that NaN passes.
-        matters = m_v[:, None] & (sequence >= 0)[None, :] & ((logit > 0) | (logit != logit))
+        matters = m_v[:, None] & (sequence >= 0)[None, :] & is_active(logit)
         p_key = key_ptr + sequence.to(tl.int64)[None, :] * vocab_size + o_v[:, None]
     key = ordered(largest)
     if key_ptr.dtype.element_ty == tl.int64:
@@ -347,7 +358,7 @@ def _finalise_kernel(
     output_ptr,
     argmax_ptr,
     vocab_size,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     PARTIAL_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -370,10 +381,10 @@ def _finalise_kernel(
         logit = unordered(key)
     if bias_ptr is not None:
         logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))
-    y = narrow(tl.where(written, activate(logit, DOUBLE_LOG), 0.0), output_ptr.dtype.element_ty)
+    y = narrow(tl.where(written, activate(logit, LOGS), 0.0), output_ptr.dtype.element_ty)
     tl.store(output_ptr + b * vocab_size + o_v, y, mask=m_v)
     if argmax_ptr is not None:
         packed_row = key_row(key)
-        active = m_v & written & ((widen(y) > 0) | (widen(y) != widen(y)))
+        active = m_v & written & is_active(widen(y))
         position = tl.load(position_ptr + packed_row, mask=active, other=0)
         tl.store(argmax_ptr + b * vocab_size + o_v, position.to(argmax_ptr.dtype.element_ty), mask=m_v)

@@ -19,16 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pooling import PoolingCall
+from ..pooling import Gradients, PoolingCall
 from . import launch
 from .common import (
     GROUP,
     GROUP_ROWS,
     INTERPRETED,
     activate,
-    activation_is_double_log,
-    dot_precision,
     dots,
+    is_active,
     log1p,
     narrow,
     tile_of,
@@ -57,14 +56,16 @@ class Chunk:
     source: Tensor  # [CHUNK_ROWS] int64 row of each real token in the flat hidden states
 
 
-def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def sum_pool_forward(
+    call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, config: MatmulConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """``(y [B, V], argmax [B, V])`` of ``pooling_strategy="sum"``; see :class:`.Pooling`."""
     vocab_size, hidden_size = weight.shape
     output = hidden.new_empty(call.batch_size, vocab_size, dtype=call.out_dtype)
     argmax = call.new_argmax(hidden, vocab_size)
     if hidden.shape[0] == 0 or vocab_size == 0:
         return output.zero_(), argmax
-    config, options = _configure(call, weight, sum_config)
+    config, options = _configure(call, weight, config, sum_config)
     weight = weight.to(call.compute_dtype)
     bias = None if bias is None else bias.contiguous()
     tokens = find_tokens(call, hidden)
@@ -88,8 +89,15 @@ def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
 
 
 def sum_pool_backward(
-    call: PoolingCall, grad: Tensor, output: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    call: PoolingCall,
+    grad: Tensor,
+    output: Tensor,
+    argmax: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: MatmulConfig | None = None,
+) -> Gradients:
     """As :func:`splade_kernels.backends.tiled.packed.sum_pool_backward`."""
     vocab_size, hidden_size = weight.shape
     total_rows = hidden.shape[0]
@@ -97,7 +105,7 @@ def sum_pool_backward(
     grad_hidden = hidden.new_zeros(total_rows + 1, hidden_size) if call.need_hidden else None
     grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if call.need_weight else None
     grad_bias = bias.new_zeros(bias.shape, dtype=torch.float32) if call.need_bias and bias is not None else None
-    config, options = _configure(call, weight, logit_grad_config)
+    config, options = _configure(call, weight, config, logit_grad_config)
     words = weight.to(call.compute_dtype)
     bias = None if bias is None else bias.contiguous()
 
@@ -158,23 +166,12 @@ def _with_short_blocks(config: MatmulConfig, longest: int) -> MatmulConfig:
 
 
 def _configure(
-    call: PoolingCall, weight: Tensor, adapt: Callable[[MatmulConfig], MatmulConfig]
+    call: PoolingCall, weight: Tensor, config: MatmulConfig | None, adapt: Callable[[MatmulConfig], MatmulConfig]
 ) -> tuple[MatmulConfig, dict[str, Any]]:
     """The configuration, and what it and the call make of a kernel's constants and launch options."""
-    vocab_size, hidden_size = weight.shape
-    precision = dot_precision(call.compute_dtype)
-    arch = launch.architecture(weight.device)
-    config = adapt(matmul_config(arch, hidden_size, vocab_size, call.compute_dtype, precision))
-    return config, {
-        "DOUBLE_LOG": activation_is_double_log(call),
-        "BLOCK_V": config.block_v,
-        "BLOCK_T": config.block_t,
-        "BLOCK_K": config.block_k,
-        "GROUP_V": config.group_v,
-        "PRECISION": precision,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    problem = launch.problem(call, weight)
+    config = adapt(config or matmul_config(*problem, kind="sum"))
+    return config, {"LOGS": call.logs, "PRECISION": problem[-1], **launch.tile_options(config)}
 
 
 def _chunks(call: PoolingCall, hidden: Tensor) -> Iterator[Chunk]:
@@ -219,7 +216,7 @@ def _sum_kernel(
     hidden_size,
     stride_wv,
     stride_wd,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -243,7 +240,7 @@ def _sum_kernel(
         )  # fmt: skip
         if bias_ptr is not None:
             logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
-        y += tl.sum(tl.where(m_t[None, :], activate(logit, DOUBLE_LOG), 0.0), axis=1)
+        y += tl.sum(tl.where(m_t[None, :], activate(logit, LOGS), 0.0), axis=1)
     p_y = output_ptr + b.to(tl.int64) * vocab_size + o_v
     tl.store(p_y, narrow(y, output_ptr.dtype.element_ty), mask=m_v)
 
@@ -263,7 +260,7 @@ def _logit_grad_kernel(
     stride_wd,
     stride_gb,
     stride_gv,
-    DOUBLE_LOG: tl.constexpr,
+    LOGS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -273,7 +270,7 @@ def _logit_grad_kernel(
 ):
     """``G[v, t] = where(x <= 0, 0, dy[b, v] · act'(x))``, ``x = W[v] · h[t] + c[v]``; its sums over a tile's tokens.
 
-    ``act' = 1 / (1 + x)``, for DOUBLE_LOG ``1 / ((1 + x) (1 + log1p(x)))``. Either result may be None.
+    ``act' = 1 / (1 + x)``, for two logarithms ``1 / ((1 + x) (1 + log1p(x)))``. Either result may be None.
     """
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
     tiles_v = tl.cdiv(vocab_size, BLOCK_V)
@@ -296,13 +293,13 @@ def _logit_grad_kernel(
     # [BLOCK_V, GROUPS]
     grad = widen(tl.load(p_grad, mask=m_v[:, None] & (b >= 0)[None, :], other=0.0))
     grad = tl.broadcast_to(grad[:, :, None], (BLOCK_V, GROUPS, GROUP_ROWS))
-    # Written so that NaN passes.
-    inactive = logit <= 0
-    x = tl.where(inactive, 0.0, logit)
-    divisor = 1.0 + x
-    if DOUBLE_LOG:
-        divisor *= 1.0 + log1p(x)
-    g = tl.where(inactive | (sequence < 0)[None, :], 0.0, tl.reshape(grad, (BLOCK_V, BLOCK_T)) / divisor)
+    active = is_active(logit)
+    y = tl.where(active, logit, 0.0)
+    divisor = 1.0
+    for _ in tl.static_range(LOGS):
+        divisor *= 1.0 + y
+        y = log1p(y)
+    g = tl.where(active & (sequence >= 0)[None, :], tl.reshape(grad, (BLOCK_V, BLOCK_T)) / divisor, 0.0)
     if logit_grad_ptr is not None:
         p_g = logit_grad_ptr + o_v.to(tl.int64)[:, None] * ROWS + o_t[None, :]
         tl.store(p_g, narrow(g, logit_grad_ptr.dtype.element_ty), mask=m_v[:, None])

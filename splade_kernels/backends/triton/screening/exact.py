@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..common import GROUP, GROUP_ROWS, canonical, ordered, training_key, widen
+from ..common import GROUP, GROUP_ROWS, canonical, is_active, ordered, training_key, widen
 from ..pack import Packed
 
 # Of the 64 bits of an entry: 20 of word, 27 of group, 16 of tokens, never negative.
@@ -118,9 +118,7 @@ def _exact_kernel(
             key = ordered(dot)
             if key_ptr.dtype.element_ty == tl.int64:
                 key = training_key(dot, packed_row)
-            # Written so that NaN passes.
-            matters = m_row & ((logit > 0) | (logit != logit))
-            best = tl.maximum(best, tl.where(matters, key, nothing))
+            best = tl.maximum(best, tl.where(m_row & is_active(logit), key, nothing))
             tokens ^= lowest
         p_key = key_ptr + sequence.to(tl.int64) * vocab_size + v
         tl.atomic_max(p_key, best, mask=best != nothing, sem="relaxed")

@@ -16,15 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import int8_bound
-from ..common import GROUP, GROUP_ROWS, widen
+from ..common import GROUP, GROUP_ROWS, INT8_WIDTH, widen
 from ..pack import TAIL_GROUPS, Packed
 
-# Rows are filled up with zeros to whole blocks of every configuration: nothing is masked along them, and every one is
-# aligned, whatever the hidden size.
-WIDTH_MULTIPLE = 128
-BLOCK_D = WIDTH_MULTIPLE
+BLOCK_D = INT8_WIDTH
 LEVELS = tl.constexpr(float(int8_bound.LEVELS))
 UNIT = tl.constexpr(int8_bound.UNIT)
+NORM_SLACK = tl.constexpr(float(int8_bound.NORM_SLACK))
+DOT_SLACK = tl.constexpr(float(int8_bound.DOT_SLACK))
 # The range of the largest magnitude of a row that is quantised, as the bits of float32.
 _LEAST_BITS, _MOST_BITS = map(tl.constexpr, struct.unpack("2i", struct.pack("2f", int8_bound.TINY, int8_bound.HUGE)))
 
@@ -59,7 +58,7 @@ def quantise_packed(packed: Packed) -> Quantised:
 
 def _empty(source: Tensor, statistics: int) -> Quantised:
     count, hidden_size = source.shape
-    width = triton.cdiv(hidden_size, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    width = triton.cdiv(hidden_size, INT8_WIDTH) * INT8_WIDTH
     return Quantised(
         torch.empty(count, width, device=source.device, dtype=torch.int8),
         torch.empty(statistics, device=source.device, dtype=torch.float32),
@@ -144,8 +143,8 @@ def _quantise_kernel(
         residual_squares += residual * residual
         p_q = quantised_ptr + o_n.to(tl.int64)[:, None] * width + o_d[None, :]
         tl.store(p_q, q.to(tl.int8), mask=m_n[:, None])
-    delta = (hidden_size + 64.0) * UNIT
-    allowance = (hidden_size + 128.0) * UNIT
+    delta = (hidden_size + NORM_SLACK) * UNIT
+    allowance = (hidden_size + DOT_SLACK) * UNIT
     norm = tl.sqrt_rn(tl.sum(squares, axis=1)) * (1.0 + delta)
     radius = (tl.sqrt_rn(tl.sum(residual_squares, axis=1)) + allowance * norm) * (1.0 + delta)
     tl.store(statistics_ptr + o_n, tl.where(plain, scale, float("nan")), mask=m_n)

@@ -27,7 +27,7 @@ from ... import weight_cache
 from ...int8_bound import MAX_HIDDEN_SIZE
 from ...pooling import PoolingCall
 from .. import launch
-from ..common import GROUP, GROUP_ROWS, tile_of, widen
+from ..common import GROUP, GROUP_ROWS, not_at_most, tile_of, widen
 from ..pack import TAIL_GROUPS, Packed
 from ..tuning import MatmulConfig, screening_may_pay
 from .exact import ENTRY_BYTES, GROUP_SHIFT, MAX_VOCAB_SIZE, WORD_SHIFT, compute_exactly
@@ -280,10 +280,10 @@ def _append(
     # (d + B) / s, [BLOCK_V, GROUPS, GROUP_ROWS]
     product = tl.reshape(product, (BLOCK_V, GROUPS, GROUP_ROWS)).to(tl.float32)
     largest = scale_w[:, None, None] * product + bound[:, :, None]
-    inactive = tl.reshape(scale_h, (GROUPS, GROUP_ROWS))[None, :, :] * largest <= threshold[:, None, None]
-    # A bit for every token, written so that NaN has one.
+    logit = tl.reshape(scale_h, (GROUPS, GROUP_ROWS))[None, :, :] * largest
+    # A bit for every token whose logit may be positive.
     bit = 1 << tl.arange(0, GROUP_ROWS)
-    bits = tl.where(inactive, 0, bit[None, None, :])
+    bits = tl.where(not_at_most(logit, threshold[:, None, None]), bit[None, None, :], 0)
 
     # Repeats, which fill a sequence up, are its first token: no later than what precedes them, and left to that one.
     position = tl.load(position_ptr + o_t, mask=m_t, other=0)

@@ -31,13 +31,26 @@ def sparse_case(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.flo
     return case
 
 
-def run(case: Case, mode: str, need_argmax: bool = True, **changes: Any) -> tuple[Tensor, Tensor]:
+def run(
+    case: Case, mode: str, need_argmax: bool = True, tiles: dict[str, Any] | None = None, **changes: Any
+) -> tuple[Tensor, Tensor]:
+    """``tiles``: configurations of the kernels, by default those of the package."""
     batch, length, _ = case.hidden.shape
-    dtype = case.hidden.dtype
-    call = PoolingCall(batch, case.mask, None, length, "max", "relu", dtype, dtype, mode, need_argmax=need_argmax)
+    call = PoolingCall(
+        batch_size=batch,
+        attention_mask=case.mask,
+        cu_seqlens=None,
+        max_seqlen=length,
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=case.hidden.dtype,
+        out_dtype=case.hidden.dtype,
+        screening=mode,
+        need_argmax=need_argmax,
+    )
     bias = None if case.bias is None else case.bias.detach()
     hidden = changes.pop("hidden", case.hidden.detach().flatten(0, 1))
-    return forward.max_pool_forward(replace(call, **changes), hidden, case.weight.detach(), bias)
+    return forward.max_pool_forward(replace(call, **changes), hidden, case.weight.detach(), bias, **tiles or {})
 
 
 def logits(case: Case) -> Tensor:
