@@ -133,6 +133,7 @@ def test_results_are_written(runs: dict[str, Run]) -> None:
         assert written["test"] == pytest.approx([run.summary["metrics"]["test_dot_ndcg@10"]])
 
 
+@pytest.mark.slow
 def test_saved_model_needs_nothing_of_ours(runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs["fused"]
     here = run.model.encode(TEXTS, convert_to_sparse_tensor=False)
