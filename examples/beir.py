@@ -5,7 +5,7 @@
     DIR/qrels/SPLIT.tsv     query-id <tab> corpus-id <tab> score, with a header; a score above 0 means relevant
 
 Layout: Thakur et al. 2021, "BEIR: A Heterogeneous Benchmark for Zero-shot Evaluation of Information Retrieval Models",
-arXiv:2104.08663. Every complaint is an :class:`InputError` that names the file and the line.
+arXiv:2104.08663. Every error is an :class:`InputError` that names the file and the line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QRELS_HEADER = ["query-id", "corpus-id", "score"]
 
 
 class InputError(ValueError):
-    """What the user named cannot be used; the message says what was wanted and what was found."""
+    """A file, folder or name from the user cannot be used; the message says what was expected and what was found."""
 
 
 @dataclass(frozen=True)

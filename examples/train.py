@@ -42,7 +42,7 @@ else:  # run as a file: this folder is on the path, the package around it is not
     from beir import InputError, read_beir  # type: ignore[no-redef]
 
 HELD_OUT_PAIRS = 1000
-# The seed of sentence-transformers' GooAQ examples, so that the held-out questions are the ones they hold out.
+# The seed of sentence-transformers' GooAQ examples, so that the same questions are held out.
 HELD_OUT_SEED = 12
 PACKAGES = ("splade-kernels", "torch", "triton", "sentence-transformers", "transformers", "accelerate", "datasets")
 
@@ -198,7 +198,7 @@ def make_loss(model: SparseEncoder, arguments: argparse.Namespace) -> losses.Spl
 
 
 class StepMeter(TrainerCallback):
-    """Time and peak memory of the training steps alone: evaluation, saving and the first step (compilation) are out."""
+    """Time and peak memory of the training steps, without evaluation, saving and the first step, which compiles."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -218,7 +218,7 @@ class StepMeter(TrainerCallback):
         first = state.global_step == 1
         self.steps += not first
         pause = control.should_evaluate or control.should_save or control.should_training_stop
-        # Steps are queued on a GPU without waiting; only where the clock starts or stops do we wait for them.
+        # A GPU runs steps asynchronously: synchronise only where the clock starts or stops.
         if (first or pause) and self._start is not None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""What sparse CSR embeddings are needed for once they are computed: joined, searched, handed to SciPy.
+"""Sparse CSR embeddings joined, searched and handed to SciPy (docs/search.md).
 
-PyTorch neither concatenates nor slices CSR tensors. These functions work on a CSR tensor's three arrays
-(``crow_indices``, ``col_indices``, ``values``). ``to_scipy`` alone needs another library than PyTorch. docs/search.md.
+PyTorch neither concatenates nor slices CSR tensors, so these functions work on their three arrays: ``crow_indices``,
+``col_indices`` and ``values``.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["join", "search", "to_scipy"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# What is dense at a time: a block of queries over the whole vocabulary, and its scores for a block of documents.
-# 64 columns of float32 are four cache lines a term; with more of them a CPU's cache holds too few terms.
+# Dense at a time are a block of queries over the whole vocabulary and its scores for a block of documents. 64 float32
+# columns are four cache lines for each vocabulary entry; with more columns a CPU's cache holds too few entries.
 QUERIES = 64
 DOCUMENTS = 2**15
 
 
 def join(batches: Iterable[Tensor]) -> Tensor:
-    """The rows of sparse CSR tensors, one batch after the other, as one sparse CSR tensor.
+    """The rows of sparse CSR tensors, one batch after the other, as one sparse CSR tensor, detached.
 
-    All batches are held until the result is complete: the peak memory is that of the batches and the result together.
-    The result is detached.
+    The peak memory is that of all batches and the result together.
 
     Args:
         batches: ``[n_i, V]`` sparse CSR tensors of one ``V``, dtype and device, as ``encode_sparse`` yields them.
@@ -41,8 +40,7 @@ def join(batches: Iterable[Tensor]) -> Tensor:
         ``[Σ n_i, V]`` sparse CSR with int64 indices, in the dtype and on the device of the batches.
 
     Raises:
-        TypeError, ValueError: a batch is none of these, or differs from the first; or there is no batch, so that ``V``
-            is unknown. The message says which, what was expected and what came.
+        TypeError, ValueError: a batch is none of these, or differs from the first, or there is none.
     """
     parts = list(_checked("batches", batches))
     if not parts:
@@ -59,8 +57,8 @@ def search(queries: Tensor, documents: Tensor | Iterable[Tensor], k: int) -> tup
 
     Args:
         queries: ``[Q, V]`` sparse CSR or dense, floating point.
-        documents: ``[N, V]`` sparse CSR, floating point; or an iterable of such batches, of one dtype, which are
-            numbered on from batch to batch and read once, so that a corpus needs neither be joined nor be in memory.
+        documents: ``[N, V]`` sparse CSR, floating point; or an iterable of such batches of one dtype, whose rows are
+            numbered on. It is read once, so the corpus need not be in memory.
         k: documents per query, at least 1; all of them where there are fewer.
 
     Returns:
@@ -70,11 +68,7 @@ def search(queries: Tensor, documents: Tensor | Iterable[Tensor], k: int) -> tup
         term; a query's does not with a document that lacks it.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
-
-    The product is ``torch.nn.functional.embedding_bag``, in which a document is a bag of rows of ``queries.T``. Tried
-    on a CPU and slower: ``documents @ queries.T`` as CSR @ dense, as dense @ CSC and as sparse @ sparse (with and
-    without transposing the documents), and ``embedding_bag`` after dropping the terms that no query has.
+        TypeError, ValueError: an argument is none of these.
     """
     k = check_count("k", k, 1)
     _check("queries", queries, (torch.sparse_csr, torch.strided), _DTYPES)
@@ -90,7 +84,7 @@ def search(queries: Tensor, documents: Tensor | Iterable[Tensor], k: int) -> tup
         found = []
         for first in range(0, count, QUERIES):
             rows = slice(first, min(first + QUERIES, count))
-            products = F.embedding_bag(
+            products = F.embedding_bag(  # a document is a weighted bag of the queries' columns
                 block.col_indices(),
                 _columns(queries, rows, dtype),
                 block.crow_indices(),
@@ -100,15 +94,14 @@ def search(queries: Tensor, documents: Tensor | Iterable[Tensor], k: int) -> tup
             )
             products = products.t().contiguous()
             places = _largest(products, k)
-            # Equal scores are in ascending order of their ids in both parts and across them: a stable sort keeps that.
+            # In both halves, and across them, equal scores are in ascending order of their ids: a stable sort keeps it.
             both = torch.cat([scores[rows].to(dtype), products.gather(1, places)], dim=1)
             best, order = both.sort(dim=1, descending=True, stable=True)
             found.append((best[:, :k], torch.cat([ids[rows], places + searched], dim=1).gather(1, order[:, :k])))
         if found:
             scores, ids = torch.cat([best for best, _ in found]), torch.cat([places for _, places in found])
         searched += block.shape[0]
-    # The shape they have already, unless there is no query.
-    shape = (count, min(k, searched))
+    shape = (count, min(k, searched))  # which they have already, unless there is no query
     return scores.to(dtype).reshape(shape), ids.reshape(shape)
 
 
@@ -116,10 +109,10 @@ def to_scipy(embeddings: Tensor) -> csr_array:
     """The embeddings as a SciPy array that shares their memory: writing to one changes the other.
 
     Args:
-        embeddings: ``[B, V]`` sparse CSR on the CPU, float32 or float64, which are what SciPy's sparse arrays hold.
+        embeddings: ``[B, V]`` sparse CSR on the CPU, float32 or float64, SciPy's own dtypes.
 
     Returns:
-        ``scipy.sparse.csr_array`` with the tensor's own values and indices, of the tensor's dtypes.
+        ``scipy.sparse.csr_array`` with the tensor's own values and indices.
 
     Raises:
         TypeError, ValueError: ``embeddings`` is none of these.
@@ -135,8 +128,7 @@ def to_scipy(embeddings: Tensor) -> csr_array:
     embeddings = embeddings.detach()
     array = csr_array(tuple(embeddings.shape), dtype=embeddings.values().numpy().dtype)
     # Set one by one, since the constructor copies int64 indices to int32 where they fit.
-    array.indptr = embeddings.crow_indices().numpy()
-    array.indices = embeddings.col_indices().numpy()
+    array.indptr, array.indices = embeddings.crow_indices().numpy(), embeddings.col_indices().numpy()
     array.data = embeddings.values().numpy()
     return array
 
@@ -154,7 +146,7 @@ def _check(name: str, value: Any, layouts: tuple[torch.layout, ...], dtypes: tup
 
 
 def _checked(name: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The batches, detached, each as it comes, so that a wrong one is refused before the next is computed."""
+    """The batches, detached. A wrong one is refused before the next is asked for."""
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"{name}: expected an iterable of sparse CSR tensors, got {type(batches).__name__}")
     expected = None
@@ -195,16 +187,13 @@ def _blocks(documents: Tensor | Iterable[Tensor], queries: Tensor) -> Iterator[T
 def _join(parts: list[Tensor]) -> Tensor:
     crow = _join_crow([part.crow_indices() for part in parts], [part.values().shape[0] for part in parts])
     col = torch.cat([part.col_indices() for part in parts]).to(torch.int64)
-    values = torch.cat([part.values() for part in parts])
-    return _csr(crow, col, values, parts[0].shape[1])
+    return _csr(crow, col, torch.cat([part.values() for part in parts]), parts[0].shape[1])
 
 
 def _join_crow(crows: list[Tensor], counts: list[int]) -> Tensor:
     """``crow_indices`` of the whole. ``counts`` are the non-zeros of the parts: their sum may exceed int32."""
-    ends = [
-        crow[1:].to(torch.int64) + before
-        for crow, before in zip(crows, itertools.accumulate([0, *counts[:-1]]), strict=True)
-    ]
+    before = itertools.accumulate([0, *counts[:-1]])
+    ends = [crow[1:].to(torch.int64) + start for crow, start in zip(crows, before, strict=True)]
     return torch.cat([crows[0].new_zeros(1, dtype=torch.int64), *ends])
 
 
@@ -212,9 +201,8 @@ def _rows(embeddings: Tensor, rows: slice) -> Tensor:
     """Some rows of a CSR tensor. The values and column indices are views."""
     crow = embeddings.crow_indices()[rows.start : rows.stop + 1]
     first, last = crow[[0, -1]].tolist()
-    return _csr(
-        crow - first, embeddings.col_indices()[first:last], embeddings.values()[first:last], embeddings.shape[1]
-    )
+    col, values = embeddings.col_indices()[first:last], embeddings.values()[first:last]
+    return _csr(crow - first, col, values, embeddings.shape[1])
 
 
 def _csr(crow: Tensor, col: Tensor, values: Tensor, width: int) -> Tensor:
@@ -235,7 +223,7 @@ def _columns(queries: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
-    """The places of each row's ``k`` largest scores, ascending. Of equal ones the first, and NaN before all others."""
+    """The places of each row's ``k`` largest scores, ascending. Of equal ones the first; NaN counts as the largest."""
     if k >= scores.shape[1]:
         return torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     values, places = scores.topk(k + 1, dim=1)

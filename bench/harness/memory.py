@@ -48,6 +48,14 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
+def return_free_memory() -> None:
+    """To the system: freed memory that glibc keeps would count as part of a baseline, and hide as much of a peak."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def cuda_extra_bytes(step: Callable[[], tuple[Tensor, ...]]) -> int:
     """Peak allocated bytes of one step, without what was there before it and what it returned."""
     step()  # allocates the workspaces of libraries
@@ -60,11 +68,7 @@ def cuda_extra_bytes(step: Callable[[], tuple[Tensor, ...]]) -> int:
 
 def host_extra_bytes(work: Callable[[], int]) -> int:
     """Peak resident bytes of ``work``, without what was there before it and the bytes that it says it keeps, or 0."""
-    gc.collect()
-    # Freed memory that glibc keeps would count as there before, and hide as much of the peak.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    return_free_memory()
     before = reset_peak()
     kept = work()
     # The step may have used pages that were freed after the baseline was read.

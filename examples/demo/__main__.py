@@ -13,11 +13,8 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +79,7 @@ def run(settings: Settings, folder: Path, save_model: Path | None) -> dict[str, 
     _announce(started, f"Building a vocabulary of {settings.vocab_size:,} and a BERT with {settings.hidden_size} units")
     tokenizer, pairs = _build_start(settings, corpus, folder)
 
+    from bench.harness.memory import in_a_process
     from examples.demo.memory import measure_head
     from examples.demo.training import train
 
@@ -116,12 +114,6 @@ def run(settings: Settings, folder: Path, save_model: Path | None) -> dict[str, 
         },
         "training": records,
     }
-
-
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)`` in a new process, so that its time and its peak memory are its alone."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def _build_start(settings: Settings, corpus: Corpus, folder: Path) -> tuple[BertTokenizerFast, dict[str, list[str]]]:

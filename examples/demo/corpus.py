@@ -1,9 +1,9 @@
 """Question-passage pairs from the docstrings of installed packages, read with ``ast`` and never imported.
 
 A docstring splits at its first blank line: the qualified name and the summary are the query, the rest is the passage.
-Documentation repeats itself, so three steps keep the pairs honest. Summaries that are signatures or argument entries
-are dropped; passages that open with the same 20 words are kept once; whole modules, never single docstrings, are held
-out, less the passages that share many 5-grams with training text.
+Documentation repeats itself, so three steps keep held-out text apart from training text. Summaries that are signatures
+or argument entries are dropped; of passages that open with the same 20 words, the first is kept; and whole modules,
+never single docstrings, are held out, without the passages that share many 5-grams with training text.
 """
 
 from __future__ import annotations

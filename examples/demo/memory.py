@@ -21,17 +21,11 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         memory.return_free_memory()
-        if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._baseline = torch.cuda.memory_allocated()
-        else:
-            self._baseline = memory.reset_peak()
+        self._baseline = memory.reset_peak(self._cuda)
 
     def mib(self) -> float:
         """The peak so far, in MiB."""
-        peak = torch.cuda.max_memory_allocated() if self._cuda else memory.peak()
-        return max(0, peak - self._baseline) / 2**20
+        return max(0, memory.peak(self._cuda) - self._baseline) / 2**20
 
 
 def measure_head(settings: Settings, head: str) -> list[float]:

@@ -14,8 +14,8 @@ __all__ = ["build_model"]
 LAYERS = 2
 HEADS = 4
 DECODER_BIAS = -1.0
-# A token's own logit at the start is about hidden_size times the spread of the weights (BERT's 0.02 at a width of 128);
-# at a smaller one the bias would silence every term, and the gradient with them.
+# A token's own logit at the start is about hidden_size times the standard deviation of the weights (BERT's 0.02 at a
+# width of 128). If it were smaller, the bias would make every activation zero, and the gradient with it.
 OWN_LOGIT = 2.56
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,16 @@ def summarize(stock: Result, fused: Result) -> dict[str, float]:
     """
     shared = len(stock["losses"])
     warm_up = min(WARM_UP_STEPS, shared - 1)
-    stock_seconds = _median(stock["seconds"][warm_up:shared])
-    fused_seconds = _median(fused["seconds"][warm_up:shared])
+    stock_seconds = statistics.median(stock["seconds"][warm_up:shared])
+    fused_seconds = statistics.median(fused["seconds"][warm_up:shared])
     return {
         "shared_steps": shared,
         "timed_steps": shared - warm_up,
         "stock_seconds_per_step": stock_seconds,
         "fused_seconds_per_step": fused_seconds,
         "speedup": stock_seconds / fused_seconds,
-        "stock_others": _median(stock["others"][warm_up:shared]),
-        "fused_others": _median(fused["others"][warm_up:shared]),
+        "stock_others": statistics.median(stock["others"][warm_up:shared]),
+        "fused_others": statistics.median(fused["others"][warm_up:shared]),
         "stock_peak_mib": stock["peak_mib"],
         "fused_peak_mib": fused["peak_mib"],
         "peak_ratio": stock["peak_mib"] / fused["peak_mib"],
@@ -139,12 +140,6 @@ def _align(rows: list[list[str]]) -> str:
 
 def _ratio(ratio: float, better: str, worse: str) -> str:
     return f"{ratio:.1f}x {better}" if ratio >= 1 else f"{1 / ratio:.1f}x {worse}"
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Retrieval on the held-out pairs: the model, BM25 under the same metric code, and a few questions answered."""
+"""Retrieval on the held-out pairs: the model and BM25, scored by the same code, and a few questions answered."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUESTIONS = (
     "Which function splits a tensor into chunks?",
 )
 DEPTH = 100
-# Identifiers are split at underscores and English stop words dropped: of the variants tried, BM25's best.
+# Splits identifiers at underscores; English stop words are dropped. The best for BM25 of the variants tried.
 BM25_WORD = r"(?u)[^\W_]+"
 
 

@@ -30,7 +30,7 @@ from splade_kernels.integrations.sentence_transformers import FlopsLoss, fuse
 
 __all__ = ["train"]
 
-# Short, so that most of the steps that stock and fused share move the weights at the full learning rate.
+# Short, so that most of the steps that both runs do use the full learning rate.
 WARM_UP_STEPS = 5
 LOGGED_STEPS = 5
 
@@ -38,11 +38,11 @@ LOGGED_STEPS = 5
 class Stopwatch(TrainerCallback):
     """Seconds of every whole step (data, forward, backward, optimizer) and the peak memory of the shared ones.
 
-    ``others`` holds how many processors the rest of the machine kept busy in each step: on a CPU, steps taken beside
-    other work are not worth comparing.
+    ``others`` holds how many processors other programs kept busy in each step: on a CPU, steps taken beside other work
+    cannot be compared.
 
-    Memory counts from the end of the first step on: by then the optimizer's state exists and the libraries have loaded
-    what they load late, so the peak is what a step needs for itself.
+    Memory is measured from the end of the first step: by then the optimizer's state exists and the libraries have
+    loaded everything, so the peak is what a step itself needs.
     """
 
     def __init__(self, settings: Settings, steps: int) -> None:

@@ -2,7 +2,7 @@
 
 The ``tokenizers`` trainer walks hash maps and gives another vocabulary each time. Here the entries are, in order: the
 special tokens, the characters (as a start and as a continuation ``##c``), the frequent whole words, the most frequent
-beginnings and ends of words, and what rare words still fit. Greedy longest-match-first does the rest.
+beginnings and ends of words, and rare words up to the given size. Words are split by greedy longest match.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def build_vocabulary(counts: Counter[str], size: int) -> dict[str, int]:
 
     words = [word for word in _ranked(counts) if len(word) <= LONGEST_WORD]
     frequent = [word for word in words if counts[word] >= MIN_WORD_COUNT]
-    # Pieces are counted over all words (the beginnings and ends of known words are those of unseen ones) and keep a
-    # part of the room: without them an unseen identifier falls apart into single characters.
+    # Pieces are counted over all words, because unseen words have the beginnings and ends of known ones, and get a
+    # share of the entries: without them an unseen identifier would be split into single characters.
     room_for_words = int(WHOLE_WORD_SHARE * (size - len(entries)))
     for candidate in (*frequent[:room_for_words], *_ranked(_count_pieces(words, counts)), *words):
         if len(entries) == size:

@@ -42,8 +42,8 @@ _REMEDIES = {
 class HandOff(threading.local):
     """Whether the decoder returns its input, in this thread. A copied or unpickled one starts afresh.
 
-    ``torch.compile`` cannot trace a ``ContextVar``, and its graphs guard on which attributes an instance has: one that
-    only the first call adds would invalidate the graph traced in that call.
+    ``torch.compile`` cannot trace a ``ContextVar``. Its graphs guard on the attributes that an instance has, so
+    ``active`` exists from the start: added by the first call, it would invalidate the graph traced in that call.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class DecoderForward:
         if is_partitioned(weight) and weight.numel() == 0:
             raise RuntimeError(
                 "the decoder's weight is partitioned by DeepSpeed ZeRO-3, whose hooks did not gather it for this call: "
-                "call the model inside deepspeed.zero.GatheredParameters(list(model.parameters()))"
+                "use deepspeed.zero.GatheredParameters(list(model.parameters()))"
             )
         if is_sharded(weight) or is_sharded(self.decoder) or weight.numel() == 0:
             raise RuntimeError(

@@ -75,15 +75,14 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
 
     Args:
         model: a ``SparseEncoder``, or a module that contains one (a loss, a wrapper).
-        screening: ``"auto"``, True or False: see :func:`splade_kernels.splade_pool`. On a GPU "auto" does not screen
-            yet.
+        screening: ``"auto"``, True or False: see :func:`splade_kernels.splade_pool`.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: no ``SparseEncoder`` or ``SpladePooling`` in it, or the decoder is not a plain ``nn.Linear``, such as
-            one that carries an adapter or is quantised.
+        TypeError: no ``SparseEncoder`` or ``SpladePooling`` in it, or a decoder that is no plain ``nn.Linear``
+            (quantised, or with an adapter).
         ValueError: the logits are changed, read by hooks or used elsewhere, the backend is not torch, the model has
             been offloaded by accelerate, it is fused in part only, or ``screening`` is none of these.
     """
@@ -123,9 +122,7 @@ class _TransformerForward:
     def __call__(self, features: Features, **kwargs: Any) -> Features:
         inner: Any = self.transformer.model
         if inner.get_output_embeddings() is not self.decoder:
-            raise RuntimeError(
-                f"the model's decoder is no longer the one that was fused (resized or replaced): {UNFUSE_FIRST}"
-            )
+            raise RuntimeError(f"the decoder is not the one that was fused (resized or replaced): {UNFUSE_FIRST}")
         if reason := _read_by_hooks(self.around):
             raise RuntimeError(f"{reason}. They were added after fuse: {UNFUSE_FIRST}")
         check_device("input_ids", features.get("input_ids"), self.decoder)
@@ -174,11 +171,11 @@ _FORWARDS = (DecoderForward, _TransformerForward, _PoolingForward)
 
 @dataclass
 class _Head:
-    """One decoder with the Transformer modules that run it and the poolings that it feeds."""
+    """One decoder, with the Transformer modules that run it and the poolings that it feeds, as ordered sets."""
 
     decoder: nn.Linear
-    transformers: list[Transformer] = field(default_factory=list)
-    poolings: list[SpladePooling] = field(default_factory=list)
+    transformers: dict[Transformer, None] = field(default_factory=dict)
+    poolings: dict[SpladePooling, None] = field(default_factory=dict)
 
     def modules(self) -> list[nn.Module]:
         return [self.decoder, *self.transformers, *self.poolings]
@@ -238,38 +235,30 @@ def _find_heads(model: nn.Module) -> list[_Head]:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     encoders = [module for module in modules if isinstance(module, SparseEncoder)]
     if not encoders:
-        raise TypeError(
-            f"model: expected a SparseEncoder or a module that contains one, got {qualified_name(type(model))}"
-        )
-    feeders: dict[SpladePooling, set[nn.Module | None]] = {}
+        name = qualified_name(type(model))
+        raise TypeError(f"model: expected a SparseEncoder or a module that contains one, got {name}")
+    heads: dict[nn.Module, _Head] = {}
+    fed_by: dict[nn.Module, nn.Linear] = {}
     readers: list[tuple[nn.Module, nn.Module]] = []
     for path in (path for encoder in encoders for path in _paths(encoder.children())):
         source: nn.Module | None = None
         for module in path:
             if isinstance(module, SpladePooling):
-                feeders.setdefault(module, set()).add(source)
+                transformer, decoder = _check_source(source)
+                if fed_by.setdefault(module, decoder) is not decoder:
+                    raise ValueError("one SpladePooling is fed by several decoders: give each decoder one of its own")
+                head = heads.setdefault(decoder, _Head(decoder))
+                head.transformers[transformer] = head.poolings[module] = None
             elif source is None or isinstance(module, Transformer):
                 source = module
             elif not _reads_sentence_embedding(module):
                 readers.append((source, module))
-    if not feeders:
+    if not heads:
         raise TypeError(f"{qualified_name(type(encoders[0]))} has no SpladePooling: there is no SPLADE head to fuse")
-
-    heads: dict[nn.Module, _Head] = {}
-    for pooling, sources in feeders.items():
-        decoders = {_decoder_of(source) for source in sources}
-        if len(decoders) > 1:
-            raise ValueError("one SpladePooling is fed by several decoders: give each decoder one of its own")
-        (decoder,) = decoders
-        head = heads.setdefault(decoder, _Head(decoder))
-        head.poolings.append(pooling)
-        head.transformers.extend(s for s in sources if isinstance(s, Transformer) and s not in head.transformers)
     for source, reader in readers:
         if any(source in head.transformers for head in heads.values()):
-            raise ValueError(
-                f"{qualified_name(type(reader))} may read the decoder's logits (token_embeddings) beside "
-                "SpladePooling: a fused model does not compute them"
-            )
+            name = qualified_name(type(reader))
+            raise ValueError(f"{name} may read the decoder's logits (token_embeddings), which a fused model lacks")
     return list(heads.values())
 
 
@@ -289,8 +278,8 @@ def _reads_sentence_embedding(module: nn.Module) -> bool:
     return reads == "sentence_embedding" or isinstance(module, (Dropout, LayerNorm, SparseAutoEncoder))
 
 
-def _decoder_of(source: nn.Module | None) -> nn.Linear:
-    """The decoder of the Transformer module ``source``, once everything about both is as ``fuse`` needs it."""
+def _check_source(source: nn.Module | None) -> tuple[Transformer, nn.Linear]:
+    """The Transformer module that feeds a pooling, and its decoder, if both are as ``fuse`` needs them."""
     if not isinstance(source, Transformer):
         raise TypeError(f"SpladePooling must be fed by a Transformer module, got {qualified_name(type(source))}")
     for name, expected in (("backend", "torch"), ("transformer_task", "fill-mask")):
@@ -306,7 +295,7 @@ def _decoder_of(source: nn.Module | None) -> nn.Linear:
     decoder = check_decoder(inner.get_output_embeddings())
     if reason := _read_by_hooks(around(inner, decoder)):
         raise ValueError(reason)
-    return decoder
+    return source, decoder
 
 
 def _read_by_hooks(modules: dict[str, nn.Module]) -> str | None:

@@ -18,6 +18,7 @@ pytest.importorskip("bm25s")
 import torch
 from sentence_transformers import SparseEncoder
 
+from bench.harness import memory
 from examples.demo import __main__ as demo
 from examples.demo import corpus, report
 from examples.demo.corpus import Corpus, Pair
@@ -46,7 +47,7 @@ SETTINGS = Settings(
     max_length=32,
     vocab_size=400,
     hidden_size=32,
-    # Adam's steps have one size whatever the gradient: a much larger one would amplify rounding.
+    # The size of Adam's steps does not depend on the gradient's: much larger ones would amplify rounding.
     learning_rate=1e-3,
 )
 
@@ -110,7 +111,7 @@ def test_search_uses_one_metric_code_for_all(folder: Path, records: dict[str, di
 def test_the_whole_demo_on_a_few_pairs(processes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "build_corpus", lambda: Corpus(PAIRS[:80], PAIRS[80:], {"train": 80}, 0.0, "ab" * 32))
     if not processes:
-        monkeypatch.setattr(demo, "in_a_process", lambda function, *arguments: function(*arguments))
+        monkeypatch.setattr(memory, "in_a_process", lambda function, *arguments: function(*arguments))
     settings = replace(SETTINGS, steps=3, stock_steps=2, memory_lengths=(4, 8))
     result = json.loads(json.dumps(demo.run(settings, tmp_path, save_model=tmp_path / "kept")))
     assert [len(result["training"][head]["losses"]) for head in ("stock", "fused")] == [2, 3]

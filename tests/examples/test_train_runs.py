@@ -24,9 +24,9 @@ from sentence_transformers.sparse_encoder import losses  # noqa: E402
 from examples import train as example  # noqa: E402
 from examples.beir import read_beir  # noqa: E402
 
-STEPS, EVAL_STEPS, BATCH_SIZE, MAX_LENGTH = 4, 2, 8, 48
+STEPS, EVAL_STEPS, BATCH_SIZE, MAX_LENGTH = 6, 3, 8, 48
 RUN = [f"--batch-size={BATCH_SIZE}", f"--max-length={MAX_LENGTH}", "--logging-steps=1", "--lr=1e-3"]
-# Large enough that the FLOPS losses are a good part of the total, whose equality then speaks for them too.
+# Large enough that the FLOPS losses contribute much of the total, so that its equality covers them too.
 LAMBDAS = ["--lambda-query=0.5", "--lambda-document=0.3"]
 TEXTS = ["when did the oil crisis begin?", "the rhine is a river", "who?", "a long line of rivers " * 20]
 
@@ -133,6 +133,7 @@ def test_results_are_written(runs: dict[str, Run]) -> None:
         assert written["test"] == pytest.approx([run.summary["metrics"]["test_dot_ndcg@10"]])
 
 
+@pytest.mark.slow
 def test_saved_model_needs_nothing_of_ours(runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs["fused"]
     here = run.model.encode(TEXTS, convert_to_sparse_tensor=False)

@@ -81,7 +81,8 @@ def legacy_folder(folder: Path) -> Path:
     return folder
 
 
-def test_saved_models_load_without_this_package(tmp_path: Path) -> None:
+def save_fused(tmp_path: Path) -> tuple[list[str], list[Tensor]]:
+    """Folders of fused models, whose files are those of stock models, and their embeddings."""
     models = {
         "max": sparse_encoder(),
         "sum": sparse_encoder("bert", pooling_strategy="sum", activation_function="log1p_relu"),
@@ -96,9 +97,18 @@ def test_saved_models_load_without_this_package(tmp_path: Path) -> None:
         torch.testing.assert_close(expected[-1], stock, rtol=1e-5, atol=1e-6)
         model.save_pretrained(str(tmp_path / name))
         assert saved_files(tmp_path / name) == saved_files(tmp_path / "stock" / name)
+    return [str(tmp_path / name) for name in models], expected
 
+
+def test_saved_files_are_those_of_stock_models(tmp_path: Path) -> None:
+    for folder, expected in zip(*save_fused(tmp_path), strict=True):
+        torch.testing.assert_close(encode(SparseEncoder(folder, device="cpu")), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_saved_models_load_without_this_package(tmp_path: Path) -> None:
+    folders, expected = save_fused(tmp_path)
     torch.save(TEXTS, tmp_path / "texts.pt")
-    folders = [str(tmp_path / name) for name in models]
     subprocess.run(
         [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, tmp_path / "texts.pt", tmp_path / "out.pt", *folders],
         check=True,

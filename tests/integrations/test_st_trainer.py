@@ -124,11 +124,11 @@ def test_float32_losses_equal_stock_step_by_step(
 
 
 def test_the_comparison_sees_a_small_error(tmp_path: Path) -> None:
-    stock = train(sparse_encoder(), tmp_path, max_steps=1)
+    stock = train(sparse_encoder(), tmp_path, max_steps=3)
     other = sparse_encoder()
     with torch.no_grad():
         decoder_of(other).bias += 1e-3
-    assert largest_relative_difference(train(other, tmp_path, max_steps=1), stock) > RELATIVE_LOSS_DIFFERENCE
+    assert largest_relative_difference(train(other, tmp_path, max_steps=3), stock) > RELATIVE_LOSS_DIFFERENCE
 
 
 def test_bfloat16_losses_are_near_those_of_float32(tmp_path: Path) -> None:
@@ -221,6 +221,7 @@ def test_router_with_a_static_query_side_trains_as_stock(tmp_path: Path, steps: 
     assert largest_relative_difference(losses_of(fuse(router_model())), stock) <= RELATIVE_LOSS_DIFFERENCE
 
 
+@pytest.mark.slow
 def test_the_trainer_compiles_a_model_that_has_not_run(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 2}
     stock = train(sparse_encoder(), tmp_path, **options)
