@@ -1,6 +1,6 @@
 """Every kernel against float64, each in a process of its own, up to eight side by side: is this GPU computing at all?
 
-    python -m bench.smoke --output RESULT.json [--budget-seconds 40]
+    python -m bench.smoke --output RESULT.json [--budget 40]
     python -m bench.smoke --only NAME          # in this process
 
 A CUDA error stays with its process, so a kernel that faults does not take the others with it. Inputs are small
@@ -289,14 +289,14 @@ def run(names: Sequence[str], result: Result, seconds: float) -> None:
 def main(options: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the result as JSON, rewritten after every row")
-    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    parser.add_argument("--budget", type=float, default=float("inf"))
     parser.add_argument("--only", choices=list(SMOKES), help="run one in this process and print its row")
     args = parser.parse_args(options)
     if args.only:
         print(json.dumps(row(args.only)))
         return
     result = Result("smoke", "bench.smoke", args.output)
-    run(list(SMOKES), result, args.budget_seconds)
+    run(list(SMOKES), result, args.budget)
     bad = [one["smoke"] for one in result.rows if not one["status"].startswith(("passed", "not here"))]
     if bad or result.content["left_out"]:
         raise SystemExit(f"not passed: {bad}; left out: {result.content['left_out']}")

@@ -1,7 +1,7 @@
 """Measure kernel configurations on the GPU at hand and write the table of the best ones.
 
     python -m bench.tune --output RESULT.json [--kind maximum sum] [--dtype bfloat16] [--size 768x30522]
-                         [--budget-seconds 480]
+                         [--budget 480]
     python -m bench.tune --dry-run --arch 86        # no GPU: what the compiler says of every candidate
 
 The package reads the result as it is, from ``SPLADE_KERNELS_CONFIG=RESULT.json`` or where it ships (docs/tuning.md).
@@ -324,7 +324,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument("--size", type=_size, nargs="+", default=[*SIZES], metavar="DxV", help="hidden and vocabulary")
-    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    parser.add_argument("--budget", type=float, default=float("inf"))
     parser.add_argument("--dry-run", action="store_true", help="compile only; needs no GPU")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="for --dry-run; default: the GPU at hand")
     parser.add_argument("--limit", type=int, help="for --dry-run: the first N candidates of each kind")
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arch = args.arch or _architecture()
         return {"architecture": arch, "rows": dry_run(args, arch)}
     arch = _architecture()
-    budget = Budget(args.budget_seconds)
+    budget = Budget(args.budget)
     result = Result("tuning", "bench.tune", args.output, architecture=arch, table=[])
     # The package uses TF32 only where it is allowed.
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -25,10 +25,15 @@ KEY = ("case", "shape", "precision", "job", "variant")
 
 
 def write(path: Path, content: Any) -> None:
-    """Write JSON in one move, so that an end at any time leaves the last whole file."""
+    """Write JSON in one move; see :func:`write_text`."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move, so that an end at any time leaves the last whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.write_text(text)
     os.replace(draft, path)
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
+from bench.jobs.compiled import Row, measure, shared_limit
 from bench.jobs.kernels import Maker, kind_cases
-from bench.resources import Row, measure, shared_limit
 from splade_kernels.backends.triton.common import INT8_WIDTH
 from splade_kernels.backends.triton.sum_pool import MAX_BLOCK_T, logit_grad_config, sum_config
 from splade_kernels.backends.triton.tuning import (

@@ -19,13 +19,14 @@ triton = pytest.importorskip("triton")
 
 from bench import resources  # noqa: E402
 from bench.jobs import candidates as tune_candidates  # noqa: E402
+from bench.jobs import compiled, kernels  # noqa: E402
 from bench.jobs.kernels import Case  # noqa: E402
 from splade_kernels.backends.triton import tuning  # noqa: E402
 from tests.triton import tables  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[resources.Row]:
+def rows() -> list[compiled.Row]:
     return list(resources.report())
 
 
@@ -58,10 +59,10 @@ def shipped(tmp_path, monkeypatch):
 
 def added(arch: int, folder: Path) -> list[Case]:
     """What is compiled with the tables and not without them."""
-    with_tables = list(resources.cases(arch))
+    with_tables = list(kernels.cases(arch))
     tuning.shipped_table.cache_clear()
     (folder / f"sm_{arch}.json").unlink()
-    without = list(resources.cases(arch))
+    without = list(kernels.cases(arch))
     return [case for case in with_tables if case not in without]
 
 
@@ -74,7 +75,7 @@ def test_every_entry_that_ships_is_compiled(arch, shipped):
     assert Counter(case.kernel.__name__ for case in found) == kernels
     assert {case.dtype for case in found} == {"bfloat16"}
     if arch == 86:
-        assert [problem for case in found for problem in resources.measure(case).problems()] == []
+        assert [problem for case in found for problem in compiled.measure(case).problems()] == []
 
 
 def test_an_entry_that_spills_is_seen(shipped):
@@ -82,7 +83,7 @@ def test_an_entry_that_spills_is_seen(shipped):
     entries = [tuning.entry(tuning.Shape("maximum", 86, "bfloat16", 768, 30522), spills)]
     (shipped / "sm_86.json").write_text(json.dumps({"table": entries}))
     case = added(86, shipped)[0]
-    assert any("spills" in problem for problem in resources.measure(case).problems())
+    assert any("spills" in problem for problem in compiled.measure(case).problems())
 
 
 def test_tiles_arrive_asynchronously(rows):
@@ -95,17 +96,17 @@ def test_tiles_arrive_asynchronously(rows):
 
 
 def test_a_problem_would_be_seen():
-    row = resources.Row("k", 86, "bfloat16", {"PRECISION": "ieee"}, 255, 8, 120_000, {}, matmul=True)
+    row = compiled.Row("k", 86, "bfloat16", {"PRECISION": "ieee"}, 255, 8, 120_000, {}, matmul=True)
     assert len(row.problems()) == 5
     config, stores = {"PRECISION": "ieee"}, {"write": 1}
-    exempt = resources.Row("k", 86, "float32", config, 128, 0, 1000, {"STG": 1}, matmul=True, ptx=stores)
+    exempt = compiled.Row("k", 86, "float32", config, 128, 0, 1000, {"STG": 1}, matmul=True, ptx=stores)
     assert exempt.problems() == []
 
 
 @pytest.mark.parametrize("dropped", [("multiply", "has no matrix instruction"), ("write", "writes no result")])
 def test_a_dropped_product_or_result_would_be_seen(dropped):
     name, problem = dropped
-    whole = resources.Row(
+    whole = compiled.Row(
         "k", 90, "bfloat16", {}, 128, 0, 1000, {"HGMMA": 4, "REDG": 1}, matmul=True, ptx={"multiply": 4, "write": 1}
     )
     assert whole.problems() == []
@@ -127,7 +128,7 @@ def test_what_counts_as_a_product_and_as_a_write():
         ld.global.b32 { %r1 }, [ %rd1 + 0 ];
         st.shared.b32 [ %r1 ], %r2;
     """
-    counts = [[len(re.findall(pattern, code)) for pattern in resources.PTX.values()] for code in (products, writes)]
+    counts = [[len(re.findall(pattern, code)) for pattern in compiled.PTX.values()] for code in (products, writes)]
     assert counts == [[3, 0], [0, 3]]
 
 
@@ -144,7 +145,7 @@ def test_the_options_of_the_maximum_kernel_neither_spill_nor_drop_anything(arch,
     rows, problems = tune_candidates.examine(question, config)
     assert problems == []
     written = {row.config["PARTIALS"]: row.instructions for row in rows if row.kernel == "maximum_kernel"}
-    atomic = {partials: any(name in found for name in resources.ATOMIC) for partials, found in written.items()}
+    atomic = {partials: any(name in found for name in compiled.ATOMIC) for partials, found in written.items()}
     assert atomic == {False: True, True: False} if config.partials else {False: True}
     assert ("finalise_kernel" in {row.kernel for row in rows}) == config.partials
 
@@ -191,8 +192,8 @@ def test_every_kernel_of_the_package_is_in_the_report(rows):
 def test_warps_of_the_screening_kernel_never_part_over_a_budget(arch):
     """Budgets change while they are read: what one thread read has to reach all warps before any of them branches."""
     kernel = "_screen_kernel"
-    case = next(case for case in resources.cases(arch) if case.kernel.__name__ == kernel)
-    lines = resources.compile_case(case).asm["ptx"].splitlines()
+    case = next(case for case in kernels.cases(arch) if case.kernel.__name__ == kernel)
+    lines = compiled.compile_case(case).asm["ptx"].splitlines()
     budgets = [i for i, line in enumerate(lines) if "ld.global.cg" in line]
     assert len(budgets) == case.constants["BLOCK_T"] // 16
     branch = next(i for i, line in enumerate(lines) if i > budgets[-1] and re.search(r"\bbra\b", line))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 pytest.importorskip("triton")
 
-from bench import resources  # noqa: E402
+from bench.jobs import compiled, kernels  # noqa: E402
 
 KERNELS = (
     "chunk", "count", "exact", "finalise", "gradient", "hidden", "logit_grad", "maximum", "pack", "quantise", "screen",
@@ -24,10 +24,10 @@ KERNELS = (
 def ptx(request: pytest.FixtureRequest) -> dict[str, str]:
     """Of every kernel that computes with floats, in bfloat16."""
     found: dict[str, str] = {}
-    for case in resources.cases(request.param):
+    for case in kernels.cases(request.param):
         name = case.kernel.__name__.strip("_").removesuffix("_kernel")
         if name in KERNELS and name not in found and case.dtype == "bfloat16":
-            found[name] = resources.compile_case(case).asm["ptx"]
+            found[name] = compiled.compile_case(case).asm["ptx"]
     assert set(found) == set(KERNELS)
     return found
 
