@@ -10,7 +10,10 @@ from torch import Tensor
 
 import splade_kernels as sk
 from splade_kernels import ops
-from splade_kernels.backends.pooling import PoolingCall
+from splade_kernels.backends.pooling import ACTIVATION_FUNCTIONS, PoolingCall
+
+# Whatever is tested for each activation function is tested for these.
+ACTIVATIONS = list(ACTIVATION_FUNCTIONS)
 
 
 @dataclass
@@ -102,9 +105,9 @@ def expected_gradients(
     """dh, dW, dc in float64 of the maximum, given the argmax: one contribution for each active entry, no others."""
     hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
     y = output.double()
-    slope = torch.exp(-y)
-    if activation_function == "log1p_relu":
-        slope = slope * torch.exp(-(torch.exp(y) - 1))
+    slope, inner = torch.ones_like(y), y
+    for _ in range(ACTIVATION_FUNCTIONS[activation_function]):
+        slope, inner = slope * torch.exp(-inner), torch.exp(inner) - 1
     g = torch.where(y <= 0, 0, case.grad.double() * slope)
     sequence, entry = torch.nonzero(g != 0, as_tuple=True)
     token = argmax.long()[sequence, entry]
@@ -127,8 +130,9 @@ def sum_gradient_magnitudes(case: Case, activation: str) -> tuple[Tensor, Tensor
     """The same of the gradients of sum pooling."""
     hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
     logits = hidden @ weight.t() + (0 if case.bias is None else case.bias.detach().double())
-    positive = logits.relu()
-    slope = 1 / (1 + positive) if activation == "relu" else 1 / ((1 + positive) * (1 + positive.log1p()))
+    slope, inner = torch.ones_like(logits), logits.relu()
+    for _ in range(ACTIVATION_FUNCTIONS[activation]):
+        slope, inner = slope / (1 + inner), inner.log1p()
     active = (logits > 0) & (case.mask != 0)[..., None]
     g = torch.where(active, case.grad.double().abs()[:, None] * slope, 0)
     return g @ weight.abs(), torch.einsum("bsv,bsd->vd", g, hidden.abs()), g.sum(dim=(0, 1))
@@ -145,8 +149,8 @@ def reference_in_double(case: Case, **options: str) -> tuple[Tensor, list[Tensor
 def stock(case: Case, pooling_strategy: str, activation_function: str) -> Tensor:
     """What the dense head computes in the case's own dtype: its error is what ours is held against."""
     logits = torch.nn.functional.linear(case.hidden, case.weight, case.bias)
-    values = (logits * case.mask[..., None].to(logits.dtype)).relu().log1p()
-    if activation_function == "log1p_relu":
+    values = (logits * case.mask[..., None].to(logits.dtype)).relu()
+    for _ in range(ACTIVATION_FUNCTIONS[activation_function]):
         values = values.log1p()
     if pooling_strategy == "sum":
         return (values * case.mask[..., None]).sum(dim=1)

@@ -9,7 +9,7 @@ import splade_kernels as sk
 from splade_kernels.backends.tiled import backward as tiled_backward
 from splade_kernels.backends.tiled import packed
 from tests import oracle
-from tests.oracle import Case, make_case
+from tests.oracle import ACTIVATIONS, Case, make_case
 
 PATTERNS = ["ragged", "full", "left", "holes", "one", "empty"]
 SHAPES = [(3, 7, 13, 101), (1, 1, 8, 33), (5, 40, 32, 150), (2, 3, 1, 7), (2, 150, 24, 33), (17, 12, 16, 64)]
@@ -17,7 +17,6 @@ SHAPES = [(3, 7, 13, 101), (1, 1, 8, 33), (5, 40, 32, 150), (2, 3, 1, 7), (2, 15
 SHAPES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ((5, 40, 32, 500), (4, 150, 24, 77))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 POOLINGS = ["max", "sum"]
-ACTIVATIONS = ["relu", "log1p_relu"]
 
 
 def pool(case: Case, backend: str, **options: object) -> torch.Tensor:

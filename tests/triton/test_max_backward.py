@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
-from tests.oracle import Case, make_case
+from tests.oracle import ACTIVATIONS, Case, make_case
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -25,7 +25,6 @@ grad_hidden_module = pytest.importorskip("splade_kernels.backends.triton.grad_hi
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ACTIVATIONS = ["relu", "log1p_relu"]
 EVERYTHING = (True, True, True)
 # Tails of every block; more sequences than are looked up at once; several blocks of the hidden size.
 SHAPES = [(3, 7, 13, 101), (1, 1, 1, 1), (19, 5, 40, 33), (2, 9, 300, 20), (1, 3, 1030, 9)]

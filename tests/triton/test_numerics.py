@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
-from tests.oracle import make_case
+from tests.oracle import ACTIVATIONS, make_case
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -168,7 +168,7 @@ def test_logarithms_of_what_is_not_positive_and_finite(arithmetic):
         assert not ours.signbit()[[0, 1, 2, 3, 7]].any()
 
 
-@pytest.mark.parametrize("activation", ["relu", "log1p_relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("pooling", ["max", "sum"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_outputs_and_gradients_are_rounded_once(dtype, pooling, activation, arithmetic):

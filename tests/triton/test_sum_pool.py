@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
-from tests.oracle import Case, make_case
+from tests.oracle import ACTIVATIONS, Case, make_case
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -79,7 +79,7 @@ def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("activation", ["relu", "log1p_relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 37, 13, 101), (2, 16, 16, 16), (1, 1, 1, 1), (2, 33, 33, 17)], ids=str)
 def test_values_and_gradients_at_every_tail(shape, dtype, activation):
