@@ -53,7 +53,7 @@ def search(queries: Tensor, documents: Tensor | Iterable[Tensor], k: int) -> tup
 
     Every document is scored; no index is built. Products and sums are float32 (float64 if queries or documents are),
     and the same bits from run to run. Dense at a time are 64 queries over the vocabulary, ``[V, 64]``, and their scores
-    for 32,768 documents. Not differentiable. CUDA tensors are searched on their device; not yet run on a GPU.
+    for 32,768 documents. Not differentiable. CUDA tensors are searched on their device.
 
     Args:
         queries: ``[Q, V]`` sparse CSR or dense, floating point.

@@ -26,7 +26,7 @@ from .common import GROUP, INT8_WIDTH, INTERPRETED, LARGEST_BLOCK_T
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_CONFIG"
-# The tables that ship: results of the tuner, one file for each architecture. No GPU has measured one yet.
+# The tables that ship: results of the tuner, one file for each architecture.
 FOLDER = Path(__file__).parent / "configs"
 ORDERS = ("strips", "runs")
 EPILOGUE_SLICES = (1, 2, 4)
@@ -34,7 +34,7 @@ EPILOGUE_SLICES = (1, 2, 4)
 TUNED_DTYPES = ("bfloat16", "float16", "tf32")
 
 # Architectures on which screening="auto" screens: bench/results/ has to hold a result of `python -m bench.measure
-# screening` from a GPU of each that shows what bench.screening_pays demands; a test checks it. No GPU has measured yet.
+# screening` from a GPU of each that shows what bench.screening_pays demands; a test checks it.
 SCREENING_PAYS: frozenset[int] = frozenset()
 
 
