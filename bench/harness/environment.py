@@ -51,7 +51,7 @@ def not_here(reason: str) -> NoReturn:
 
 def _device() -> dict[str, object]:
     if not torch.cuda.is_available():
-        return {"device": _cpu_name(), "gpu": False}
+        return {"device": cpu_name(), "gpu": False}
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,
@@ -69,7 +69,7 @@ def command(module: str) -> str:
     return re.sub(r" --output[ =]\S+| --append", "", line)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 

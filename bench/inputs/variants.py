@@ -95,7 +95,16 @@ def rival(training: bool) -> Head:
         dtype = torch.get_autocast_dtype(hidden.device.type) if cast else hidden.dtype
         vocab_size, hidden_size = weight.shape
         config = matmul_config(architecture(hidden.device), hidden_size, vocab_size, dtype, dot_precision(dtype))
-        call = PoolingCall(batch, mask, None, length, "max", "relu", dtype, torch.float32 if cast else dtype)
+        call = PoolingCall(
+            batch_size=batch,
+            attention_mask=mask,
+            cu_seqlens=None,
+            max_seqlen=length,
+            pooling_strategy="max",
+            activation_function="relu",
+            compute_dtype=dtype,
+            out_dtype=torch.float32 if cast else dtype,
+        )
         return max_pool_forward(call, hidden.flatten(0, 1), weight, bias, config)[0]
 
     return head

@@ -161,8 +161,10 @@ def _describe_corpus(corpus: Corpus, tokenizer: BertTokenizerFast) -> dict[str, 
 def _machine(device: str) -> dict[str, Any]:
     import torch
 
+    from bench.harness.environment import cpu_name
+
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device == "cuda" else None,
@@ -175,15 +177,6 @@ def _versions() -> dict[str, str]:
 
     own = {"python": platform.python_version(), "splade-kernels": splade_kernels.__version__}
     return own | {name: version(name) for name in PACKAGES}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _default_device() -> str:

@@ -40,7 +40,7 @@ def choose(name: str, table: Mapping[str, T], value: str) -> T:
     return table[value]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PoolingCall:
     """One ``splade_pool`` call with the hidden states flattened to ``[N, D]``.
 
