@@ -46,6 +46,7 @@ def own(monkeypatch, *codes: str, seconds: float = 60) -> tuple[gpu.Stage, ...]:
     return tuple(gpu.Stage(f"stage-{number}", seconds, code) for number, code in enumerate(codes))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run in Triton's interpreter here")
 @pytest.mark.parametrize("name", list(gpu.STAGES))
 def test_a_command_runs_end_to_end_on_a_stand_in(name, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 
 
 @cxx
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "kernels", "sanitizers"), [("cpu", 0, "address,undefined"), ("kernels", 1, "thread")])
 def test_algorithms_under_sanitizers(tmp_path, code, kernels, sanitizers):
     """The CPU code for memory errors; the CUDA kernels, a thread of the CPU for each of theirs, for data races."""
@@ -41,6 +42,7 @@ def test_algorithms_under_sanitizers(tmp_path, code, kernels, sanitizers):
 
 
 @cxx
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="no AVX2, on which AVX-512 is emulated")
 def test_screening_kernels_under_sanitizers(tmp_path):
     """Both instruction sets; AVX-512 on emulated intrinsics, so that it is tested on any machine."""
@@ -57,6 +59,7 @@ def test_the_cpu_library_compiles_without_warnings(tmp_path):
     run([*command, "-Werror"])
 
 
+@pytest.mark.slow
 @nvcc
 def test_cuda_compiles_for_every_architecture_without_warnings_or_spills(tmp_path):
     """ptxas on every kernel for every default architecture: no stack, no spills, shared memory for two blocks."""
