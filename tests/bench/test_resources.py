@@ -24,7 +24,6 @@ from bench.jobs.kernels import Case  # noqa: E402
 from splade_kernels.backends.triton import tuning  # noqa: E402
 from tests.triton import tables  # noqa: E402
 
-
 # About a hundred kernels for each: the first target in every run, the others in `make test-all`.
 OTHERS = [arch for arch in tuning.ARCHITECTURES if arch != 86]
 
