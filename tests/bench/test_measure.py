@@ -157,6 +157,12 @@ def test_a_wrong_result_is_red_and_not_timed(wrong, unweighed):
     assert row.median is None
 
 
+def test_an_error_of_nan_is_beyond_every_bound():
+    job = Job(Row("c", "s", "float32", "forward", "ours"), lambda: [lambda: (torch.ones(1),)])
+    job.check, job.bound = (lambda found: {"output": float("nan")}), 1.0
+    assert rows.run([job], CPU, 0.01)[0].status.startswith("red: beyond 1.0")
+
+
 def test_a_gradient_that_went_to_another_token_is_red():
     (job,) = jobs.head(TINY, FLOAT32, "forward_backward", CPU, ["ours"])
     (step,) = job.steps()

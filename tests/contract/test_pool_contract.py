@@ -175,6 +175,14 @@ def cu(*values: int) -> torch.Tensor:
             r"attention_mask: expected shape \[2, 3\].*got \[2, 4\]",
             {"attention_mask": torch.ones(2, 4).bool()},
         ),
+        *(
+            (
+                ValueError,
+                rf"attention_mask: expected shape \[2, 3\].*got \[{batch}, 3\]",
+                {"attention_mask": torch.ones(batch, 3).bool()},
+            )
+            for batch in (1, 3)
+        ),
         (ValueError, "attention_mask: expected on cpu", {"attention_mask": torch.ones(2, 3, device="meta").bool()}),
         (
             ValueError,

@@ -196,3 +196,17 @@ def test_two_processes(model, monkeypatch):
         with pytest.raises(ValueError, match="closed"):
             process.is_alive()
     assert torch.allclose(batches, dense_of(encode_sparse(model, TEXTS[:12])), atol=1e-5)
+
+
+@pytest.mark.parametrize(("texts", "chunk"), [(1, 4), (9, 4), (33, 12), (64, 16)])
+def test_processes_get_two_pieces_of_whole_batches(texts, chunk):
+    """For two processes and batches of four; at most 16 batches are encoded at a time."""
+    chunks = []
+
+    def method(part: list[str], **options: object) -> torch.Tensor:
+        chunks.append(options["chunk_size"])
+        return torch.zeros(len(part), 5)
+
+    options = {"batch_size": 4, "pool": {"processes": [None, None]}}
+    assert sum(len(batch) for batch in _encode._batches(None, method, ["text"] * texts, None, options)) == texts
+    assert chunks[0] == chunk
