@@ -255,8 +255,8 @@ def _logit_grad_kernel(
     m_v = o_v < vocab_size
     # The first row of a group is real unless the group, and every later one, is past the end.
     depth = tl.where(tl.load(sequence_ptr + tile_t * BLOCK_T) >= 0, hidden_size, 0)
-    # [BLOCK_V, BLOCK_T]
     weight = weight_ptr, stride_wv, stride_wd
+    # [BLOCK_V, BLOCK_T]
     logit = dots(weight, row_ptr, o_v, o_t, m_v, o_t < ROWS, depth, hidden_size, BLOCK_K, PRECISION)
     if bias_ptr is not None:
         logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
