@@ -97,6 +97,13 @@ def test_tiles_arrive_asynchronously(rows):
             assert row.instructions.get("LDGSTS"), row
 
 
+def test_two_programs_of_the_logit_gradient_fit_a_multiprocessor_of_sm_90(rows):
+    """65,536 registers, 256 threads a program."""
+    found = [row for row in rows if (row.kernel, row.arch) == ("logit_grad_kernel", 90)]
+    assert [row for row in found if row.registers * row.config["num_warps"] * 32 * 2 > 65536] == []
+    assert len(found) == 4
+
+
 def test_a_problem_would_be_seen():
     row = compiled.Row("k", 86, "bfloat16", {"PRECISION": "ieee"}, 255, 8, 120_000, {}, matmul=True)
     assert len(row.problems()) == 5

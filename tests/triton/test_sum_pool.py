@@ -101,7 +101,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence or two a slice, four groups of rows and a fraction of the vocabulary a chunk."""
     monkeypatch.setattr(pack, "SLICE_BYTES", 1 << 12)
     monkeypatch.setattr(sum_pool, "CHUNK_ROWS", 64 if INTERPRETED else 128)
-    monkeypatch.setattr(sum_pool, "CHUNK_WORDS", 48)
+    monkeypatch.setattr(sum_pool, "CHUNK_VOCAB", 48)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,7 +9,7 @@ import triton.language as tl
 # Rows of a packed group: what one reduction combines, and what sequences are padded to a multiple of.
 GROUP = 16
 GROUP_ROWS = tl.constexpr(GROUP)
-# Most tokens of a tile: so far past the last token packed rows are read, and have to be zeros.
+# Most tokens of a tile. The last tile reads up to so many packed rows past the last token, which have to be zeros.
 LARGEST_BLOCK_T = 256
 # Columns that rows of int8 are padded to a multiple of: whole blocks of every configuration, whatever the hidden size,
 # so that nothing is masked along them and every row is aligned.
@@ -99,7 +99,7 @@ def unordered(o):
 
 @triton.jit
 def training_key(dot, packed_row):
-    """The larger the canonical dot, then the lower its row, the larger the key; never 0."""
+    """The larger the canonical dot, then the lower its row, the larger the key; always above 0."""
     return ((ordered(dot).to(tl.int64) + 0x80000000) << 31) | (0x7FFFFFFF - packed_row).to(tl.int64)
 
 

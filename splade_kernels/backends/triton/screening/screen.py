@@ -198,9 +198,9 @@ def _is_open(group_sequence_ptr, budget_ptr, tile_t, rows, BLOCK_T: tl.constexpr
         # which is safe.
         budget = tl.load(budget_ptr + sequence, mask=sequence >= 0, other=-1, cache_modifier=".cg")
         largest = tl.maximum(largest, budget)
-    # Threads may load different budgets while other programs update them; diverging warps would deadlock at the next
-    # barrier. So one thread's decision is broadcast through shared memory: no element of a
-    # tensor of 1024 is replicated across warps, so that reducing it needs the exchange.
+    # Threads may load different budgets while other programs update them, and diverging warps would deadlock at the
+    # next barrier. So the decision of one thread is broadcast through shared memory: no element of a tensor of 1024 is
+    # replicated across warps, so that reducing it needs the exchange.
     first = tl.arange(0, 1024) == 0
     return tl.max((first & (largest >= 0)).to(tl.int32), axis=0) > 0
 
