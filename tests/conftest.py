@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in cpus.KINDS.items())
     parser.addoption("--cpu", action="append", choices=cpus.KINDS, default=[], help=f"CPU to simulate; {kinds}")
     count = "how many random cases of each kind the compiled screening kernels are tested with; the plain ones: 30%%"
-    parser.addoption("--hostile-cases", type=int, default=1000, help=count)
+    parser.addoption("--hostile-cases", type=int, default=300, help=count)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -45,7 +45,7 @@ def test_gradcheck_of_flops(threshold):
     assert torch.autograd.gradcheck(loss, embeddings, nondet_tol=0.0)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["padded", "packed"])
 @pytest.mark.parametrize(
     ("pooling", "activation"), [pytest.param(*o, marks=[pytest.mark.slow] * ("relu" not in o)) for o in OPTIONS]
 )
@@ -74,8 +74,11 @@ def test_opcheck_of_flops(dtype):
 
 
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("packed", "autocast"),
+    [(False, True), (True, False), *(pytest.param(both, both, marks=pytest.mark.slow) for both in (False, True))],
+    ids=["padded-autocast", "packed-plain", "padded-plain", "packed-autocast"],
+)
 def test_compiled_without_graph_breaks_equals_eager_bit_for_bit(packed, autocast, dynamic, backend):
     case = make_case((4, 21, 16, 200), pattern="ragged")
     hidden, mask, cu_seqlens, bound = case.hidden, case.mask, None, None

@@ -15,7 +15,7 @@ PATTERNS = ["ragged", "full", "left", "holes", "one", "empty"]
 SHAPES = [(3, 7, 13, 101), (1, 1, 8, 33), (5, 40, 32, 150), (2, 3, 1, 7), (2, 150, 24, 33), (17, 12, 16, 64)]
 # Many tiles of the vocabulary, and of long sequences: seconds in the interpreter.
 SHAPES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ((5, 40, 32, 500), (4, 150, 24, 77))]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float64]
 POOLINGS = ["max", "sum"]
 
 
@@ -73,7 +73,7 @@ def test_argmax_attains_the_maximum_and_gradients_follow_it(shape, dtype, activa
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["bias", "no-bias"])
 def test_values_and_gradients_equal_the_dense_definition(pattern, pooling, activation, bias, backend, widest):
     case = make_case((6, 37, 9, 50), widest, pattern=pattern, bias=bias)
     options = {"pooling_strategy": pooling, "activation_function": activation}
@@ -123,7 +123,7 @@ def test_ties_between_repeated_tokens_go_to_the_first(backend):
 def test_padded_packed_and_more_padded_are_the_same_bits(dtype, pooling, backend, packs):
     if not packs:
         pytest.skip("without a host sync nothing is packed: matmuls of other sizes may round differently")
-    case = make_case((7, 45, 24, 400), dtype, pattern="empty")
+    case = make_case((7, 45, 24, 150), dtype, pattern="empty")
     padded = pool(case, backend, pooling_strategy=pooling)
     padded_gradients = torch.autograd.grad(padded, case.parameters(), case.grad)
 
@@ -176,7 +176,9 @@ def test_packed_equals_the_definition(pooling, index_dtype, backend, widest):
 def test_a_sequence_of_more_than_32767_tokens_keeps_its_positions(backend):
     hidden = torch.zeros(1, 40000, 2)
     hidden[0, 39990] = 1.0
-    case = Case(hidden, torch.ones(3, 2), None, torch.ones(1, 40000, dtype=torch.bool), torch.ones(1, 3))
+    # Few real tokens, each of which costs the interpreter time; their positions are the padded ones.
+    case = Case(hidden, torch.ones(3, 2), None, (torch.arange(40000) % 90 == 30)[None], torch.ones(1, 3))
+    assert case.mask[0, 39990]
     _, argmax = oracle.forward_with_argmax(case, backend)
     assert argmax.tolist() == [[39990] * 3]
 
@@ -209,7 +211,7 @@ def test_any_strides_and_offsets(pooling, backend, widest):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_two_runs_are_bitwise_the_same(pooling, backend):
-    case = make_case((16, 60, 64, 300 if backend == "triton" else 3000), pattern="ragged")
+    case = make_case((5, 60, 64, 150) if backend == "triton" else (16, 60, 64, 3000), pattern="ragged")
     runs = []
     for _ in range(2):
         output = pool(case, backend, pooling_strategy=pooling)

@@ -117,7 +117,7 @@ def hostile_case(seed: int) -> tuple[Case, Tensor]:
     return case, dots - below.double()
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 25))])
 def test_no_pair_that_is_positive_by_a_hair_is_lost(seed, seen, keep_all, arithmetic, monkeypatch):
     monkeypatch.setattr(exact, "compute_exactly", lambda *arguments: None)
     case, exact_logits = hostile_case(seed)
@@ -141,7 +141,9 @@ def test_most_pairs_of_ordinary_rows_are_screened_away(tiles, seen, keep_all):
 
 
 @pytest.mark.parametrize("need_argmax", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("shape", [(3, 33, 17, 65), (1, 17, 130, 31), (5, 1, 8, 33)], ids=str)
 def test_values_support_and_argmax(tiles, shape, dtype, need_argmax, keep_all):
     case = sparse_case(shape, dtype, pattern="holes")
