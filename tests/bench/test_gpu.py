@@ -203,7 +203,16 @@ def test_the_summary_has_sixty_lines_and_the_archive_a_size(tmp_path, monkeypatc
         assert "check/SUMMARY.md" in tar.getnames()
 
 
-@pytest.mark.parametrize("name", list(smoke.SMOKES))
+# One of each kind in every run; seconds each in the interpreter.
+QUICK = (
+    "training-float32", "persistent-bf16", "screened-training-bf16", "sum-bf16", "torch-float32", "packed-bf16",
+    "flops-threshold-float32", "compaction", "graph-bf16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in smoke.SMOKES]
+)
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run in Triton's interpreter here")
 def test_every_smoke_passes_and_a_wrong_result_is_seen(name, monkeypatch):
     monkeypatch.undo()

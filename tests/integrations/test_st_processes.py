@@ -113,7 +113,9 @@ def expected() -> list[Tensor]:
     "where",
     ["process", "thread", *(pytest.param(where, marks=pytest.mark.slow) for where in ("forked", "spawned"))],
 )
-@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+@pytest.mark.parametrize(
+    "cell", [pytest.param(cell, id="-".join(cell), marks=[pytest.mark.slow] * (cell[0] == "stock")) for cell in CELLS]
+)
 def test_encoding_and_training_equal_stock(
     cell: Cell, where: str, expected: list[Tensor], request: pytest.FixtureRequest
 ) -> None:
