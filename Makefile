@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 RUN := $(VENV)/bin/python
 OUT ?= outputs/gpu
 
-.PHONY: demo test test-all test-cpus gpu gpu-check gpu-tune gpu-bench lint format types extension clean
+.PHONY: demo test test-all test-cpus report gpu gpu-check gpu-tune gpu-bench lint format types extension clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready extension
@@ -46,6 +46,11 @@ test-cpus: $(VENV)/.ready extension
 			failed="$$failed [$$kind]"; \
 	done; \
 	if [ "$$failed" ]; then echo "make test-cpus: failed with$$failed" >&2; exit 1; fi
+
+# Every document that is made from result files, again.
+report: $(VENV)/.ready
+	$(RUN) -m bench.report bench/results/*.json --readme README.md --screening docs/screening.md --figures docs/bench
+	$(RUN) -m bench.short_sequences --document docs/kernels.md
 
 # On a GPU, into $(OUT): what runs and what it costs (3.5 minutes), the tuner (3), the benchmarks (4), or all. docs/gpu.md.
 # Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.

@@ -11,6 +11,7 @@ for testing.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDE
     squad = read_beir(data / "squad")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
-        start, pairs = Path(name) / "start", Path(name) / "pairs.json"
-        build_model(tokenizer, hidden_size, MAX_LENGTH, SEED).save_pretrained(str(start), create_model_card=False)
+        folder = Path(name)
+        start = build_model(tokenizer, hidden_size, MAX_LENGTH, SEED)
+        start.save_pretrained(str(folder / "start"), create_model_card=False)
         queries, passages = zip(*squad.pairs("train"), strict=True)
-        pairs.write_text(json.dumps({"query": queries, "passage": passages}))
-        losses = _train(start, pairs, output / "model", steps)
+        losses = _train({"query": list(queries), "passage": list(passages)}, folder, steps)
+        shutil.copytree(folder / "trained", output / "model", dirs_exist_ok=True)
     unseen = dict.fromkeys(passage for _, passage in squad.pairs("test"))
     record = {"steps": steps, "seed": SEED, "first_loss": losses[0], "last_loss": losses[-1]}
     record |= _search(squad, output / "model", len(words))
@@ -55,28 +57,23 @@ def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDE
     return record
 
 
-def _train(start: Path, pairs: Path, output: Path, steps: int) -> list[float]:
-    """Losses of the demo's trainer, which writes the model to ``output``."""
-    from examples.demo.training import TrainingJob, train
+def _train(pairs: dict[str, list[str]], folder: Path, steps: int) -> list[float]:
+    """Losses of the demo's trainer, which starts with ``folder/start`` and writes ``folder/trained``."""
+    from examples.demo.settings import Settings
+    from examples.demo.training import train
 
-    job = TrainingJob(
-        head="fused",
-        start=str(start),
-        pairs=str(pairs),
+    settings = Settings(
         steps=steps,
-        shared_steps=steps,
-        schedule_steps=steps,
+        stock_steps=steps,
         batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
-        query_regularizer_weight=QUERY_WEIGHT,
-        document_regularizer_weight=DOCUMENT_WEIGHT,
         seed=SEED,
         device="cpu",
         bf16=False,
-        record="",
-        save=str(output),
+        learning_rate=LEARNING_RATE,
+        query_regularizer_weight=QUERY_WEIGHT,
+        document_regularizer_weight=DOCUMENT_WEIGHT,
     )
-    losses: list[float] = train(job)["losses"]
+    losses: list[float] = train(settings, "fused", pairs, folder)["losses"]
     return losses
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from splade_kernels.backends.pooling import ACTIVATION_FUNCTIONS
 from splade_kernels.backends.triton import flops, grad_hidden, max_backward, pack, sum_pool
 from splade_kernels.backends.triton.launch import tile_options
 from splade_kernels.backends.triton.max_forward import (
@@ -42,6 +43,8 @@ DTYPES = (
 )
 # The backward's tiles follow the hidden size: usual ones, and one whose rows are aligned to nothing.
 HIDDEN_SIZES = (128, 768, 1000)
+# The activation function that takes most registers.
+LOGS = max(ACTIVATION_FUNCTIONS.values())
 # Pointers that are slices of something, and so may be aligned to an element only.
 UNALIGNED = frozenset(
     "group_count_ptr start_ptr length_ptr listed_ptr offset_ptr output_ptr argmax_ptr mask_ptr entry_count_ptr "
@@ -153,7 +156,7 @@ def maximum_cases(make: Maker, config: MatmulConfig, precision: str) -> Iterator
 
 
 def sum_cases(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]:
-    constants = {"PRECISION": precision, "LOGS": 2, "stride_wd": 1}
+    constants = {"PRECISION": precision, "LOGS": LOGS, "stride_wd": 1}
     chosen = sum_pool.sum_config(config)
     yield make(sum_pool._sum_kernel, {}, _tile(chosen) | constants, *_launch(chosen))
     chosen = sum_pool.logit_grad_config(config)
@@ -185,7 +188,7 @@ def _matrices(element: str, config: MatmulConfig, descriptors: bool) -> dict[str
 def finalisers(make: Maker, partial_rows: int = 0) -> Iterator[Case]:
     """For training and for inference; of partial maxima if ``partial_rows`` is not 0."""
     block_v = PARTIAL_FINALISE_BLOCK if partial_rows else FINALISE_BLOCK
-    constants: dict[str, Any] = {"LOGS": 2, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
+    constants: dict[str, Any] = {"LOGS": LOGS, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
     if not partial_rows:
         constants["offset_ptr"] = None
     yield make(_finalise_kernel, {"key_ptr": "*i64", "argmax_ptr": "*i16"}, constants)
@@ -204,7 +207,7 @@ def _others(make: Maker) -> Iterator[Case]:
         sums = {"BLOCK_B": flops.BLOCK_B, "BLOCK_V": flops.BLOCK_V, "stride_ev": 1, **absent}
         yield make(flops._sums_kernel, {"kept_ptr": "*u8", "sum_ptr": "*fp32"}, sums)
     yield from _screening(make)
-    gradient = {"LOGS": 2, "stride_gv": 1, "BLOCK_V": grad_hidden.GRADIENT_BLOCK}
+    gradient = {"LOGS": LOGS, "stride_gv": 1, "BLOCK_V": grad_hidden.GRADIENT_BLOCK}
     yield make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, gradient)
 
 
@@ -226,7 +229,7 @@ def _screening(make: Maker) -> Iterator[Case]:
 
 def weight_case(make: Maker, config: WeightConfig, aligned: bool = True) -> Case:
     tile = {"BLOCK_B": max_backward.BLOCK_B, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
-    constants = {"LOGS": 2, "stride_gv": 1, "stride_hd": 1, **tile}
+    constants = {"LOGS": LOGS, "stride_gv": 1, "stride_hd": 1, **tile}
     limit = max_backward.MAX_REGISTERS
     return make(max_backward._weight_kernel, {"argmax_ptr": "*i16"}, constants, config.num_warps, 3, aligned, limit)
 

@@ -17,8 +17,8 @@ BUSY_PROCESSORS = 0.2
 
 
 def badge(results: Iterable[Result]) -> str:
-    """``NOT_ON_A_GPU``, or nothing once a result of a GPU is there."""
-    runs = (run for result in results for run in result["runs"])
+    """``NOT_ON_A_GPU``, or nothing once a GPU has timed something; the tuner's results compare our own kernels only."""
+    runs = (run for result in results if result["kind"] != "tuning" for run in result["runs"])
     return "" if any(run["environment"].get("gpu") for run in runs) else NOT_ON_A_GPU
 
 
