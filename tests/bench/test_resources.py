@@ -146,7 +146,7 @@ OPTIONS = ({"order": "runs"}, {"epilogue_slices": 2}, {"partials": True}, {"epil
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("arch", [86, 90])
+@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.slow), 90])
 def test_the_options_of_the_maximum_kernel_neither_spill_nor_drop_anything(arch, options):
     config = replace(tuning.default_config(arch, "bfloat16"), **options)
     if config.order == "runs" and not config.tma:
