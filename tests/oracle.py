@@ -178,6 +178,14 @@ def new_call(**options: Any) -> PoolingCall:
     return replace(defaults, **options)
 
 
+def call_of(case: Case, **options: Any) -> PoolingCall:
+    """What a backend is told of a padded case; unless said otherwise, of its maximum."""
+    batch_size, length, _ = case.hidden.shape
+    sizes = {"batch_size": batch_size, "attention_mask": case.mask, "max_seqlen": length}
+    dtypes = dict.fromkeys(("compute_dtype", "out_dtype"), case.hidden.dtype)
+    return new_call(**(sizes | dtypes | options))
+
+
 def forward_with_argmax(case: Case, backend: str, activation_function: str = "relu") -> tuple[Tensor, Tensor]:
     dtype = case.hidden.dtype
     bias = None if case.bias is None else case.bias.detach()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import splade_kernels as sk
-from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
 from tests.oracle import Case, make_case
 
@@ -36,13 +35,10 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """``tiles``: configurations of the kernels, by default those of the package."""
     batch, length, _ = case.hidden.shape
-    call = PoolingCall(
+    call = oracle.new_call(
         batch_size=batch,
         attention_mask=case.mask,
-        cu_seqlens=None,
         max_seqlen=length,
-        pooling_strategy="max",
-        activation_function="relu",
         compute_dtype=case.hidden.dtype,
         out_dtype=case.hidden.dtype,
         screening=mode,

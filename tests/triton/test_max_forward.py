@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import splade_kernels as sk
-from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
 from tests.conftest import ACCELERATOR
 from tests.oracle import Case, make_case
@@ -32,13 +31,10 @@ class Tiles:
         self.launched: list[str] = []
 
     def run(self, case: Case, need_argmax: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        call = PoolingCall(
+        call = oracle.new_call(
             batch_size=len(case.hidden),
             attention_mask=case.mask,
-            cu_seqlens=None,
             max_seqlen=case.hidden.shape[1],
-            pooling_strategy="max",
-            activation_function="relu",
             compute_dtype=case.hidden.dtype,
             out_dtype=case.hidden.dtype,
             need_argmax=need_argmax,
@@ -192,13 +188,9 @@ def test_strides_beyond_two_to_the_31_elements(tiles, need_argmax, strides):
             memory = torch.empty(extent, dtype=torch.float16)
         return memory.as_strided((4, 8), strides).copy_(tensor)
 
-    call = PoolingCall(
-        batch_size=1,
+    call = oracle.new_call(
         attention_mask=case.mask,
-        cu_seqlens=None,
         max_seqlen=4,
-        pooling_strategy="max",
-        activation_function="relu",
         compute_dtype=torch.float16,
         out_dtype=torch.float16,
         need_argmax=need_argmax,
@@ -243,13 +235,10 @@ def test_keys_order_by_dot_then_by_the_lower_row_up_to_the_last_one(row):
 def test_packed_tokens_are_cut_into_few_slices_whatever_bound_on_a_length_is_known(total, batch, bound, expected):
     """A slice packs as many rows as its sequences may have; a bound that says nothing must not multiply that."""
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
-    call = PoolingCall(
+    call = oracle.new_call(
         batch_size=batch,
-        attention_mask=None,
         cu_seqlens=cu_seqlens,
         max_seqlen=bound or total,
-        pooling_strategy="max",
-        activation_function="relu",
         compute_dtype=torch.bfloat16,
         out_dtype=torch.bfloat16,
         need_argmax=True,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from splade_kernels.backends.pooling import ACTIVATION_FUNCTIONS, PoolingCall
+from splade_kernels.backends.pooling import ACTIVATION_FUNCTIONS
 from tests import oracle
 from tests.oracle import ACTIVATIONS, make_case
 
@@ -174,10 +174,9 @@ def test_logarithms_of_what_is_not_positive_and_finite(arithmetic):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_outputs_and_gradients_are_rounded_once(dtype, pooling, activation, arithmetic):
     case = make_case((3, 21, 16, 90), dtype, pattern="holes")
-    call = PoolingCall(
+    call = oracle.new_call(
         batch_size=3,
         attention_mask=case.mask.to(DEVICE),
-        cu_seqlens=None,
         max_seqlen=21,
         pooling_strategy=pooling,
         activation_function=activation,

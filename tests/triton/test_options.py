@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import splade_kernels as sk
-from splade_kernels.backends.pooling import PoolingCall
+from tests import oracle
 from tests.oracle import Case, make_case
 from tests.triton import screening_cases
 
@@ -70,23 +70,9 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def make_call(case: Case, **options: Any) -> PoolingCall:
-    fields = {
-        "batch_size": len(case.hidden),
-        "attention_mask": case.mask,
-        "cu_seqlens": None,
-        "max_seqlen": case.hidden.shape[1],
-        "pooling_strategy": "max",
-        "activation_function": "relu",
-        "compute_dtype": case.hidden.dtype,
-        "out_dtype": case.hidden.dtype,
-    }
-    return PoolingCall(**(fields | options))
-
-
 def run(case: Case, need_argmax: bool, packed: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
     """With the options of the kernel."""
-    hidden, call = case.hidden.detach().flatten(0, 1), make_call(case, need_argmax=need_argmax)
+    hidden, call = case.hidden.detach().flatten(0, 1), oracle.call_of(case, need_argmax=need_argmax)
     if packed:
         hidden, cu_seqlens = case.packed()
         # A bound that says nothing.
@@ -137,7 +123,7 @@ def test_the_gradients(options):
     def results(**options: Any) -> tuple[Tensor, ...]:
         case = ragged()
         output, argmax = run(case, True, **options)
-        call = make_call(case, need_argmax=True, need_hidden=True, need_weight=True, need_bias=True)
+        call = oracle.call_of(case, need_argmax=True, need_hidden=True, need_weight=True, need_bias=True)
         tensors = [tensor.detach() for tensor in (case.hidden.flatten(0, 1), case.weight, case.bias)]
         return output, *max_backward.max_pool_backward(call, case.grad, output, argmax, *tensors)
 
@@ -157,13 +143,9 @@ def test_where_calls_are_screened_partial_maxima_give_way_to_keys():
 @pytest.mark.parametrize("length", [14, 60, 512])
 def test_partial_maxima_of_a_slice_stay_below_its_bytes(length, partial_rows, key_bytes):
     hidden = torch.empty(320 * length, 768, device="meta")
-    call = PoolingCall(
+    call = oracle.new_call(
         batch_size=320,
-        attention_mask=None,
-        cu_seqlens=None,
         max_seqlen=length,
-        pooling_strategy="max",
-        activation_function="relu",
         compute_dtype=torch.bfloat16,
         out_dtype=torch.bfloat16,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import splade_kernels as sk
-from splade_kernels.backends.pooling import PoolingCall
+from tests import oracle
 from tests.conftest import ACCELERATOR
 from tests.triton.screening_cases import REASON, check, run, sparse_case
 
@@ -74,17 +74,7 @@ def test_what_the_last_tile_still_reads_is_quantised_too():
     """Tiles are whole: behind the last group they hold zeros, not what memory happens to hold."""
     case = sparse_case((40, 32, 16, 4), pattern="full")
     case.mask[5:] = False
-    call = PoolingCall(
-        batch_size=40,
-        attention_mask=case.mask,
-        cu_seqlens=None,
-        max_seqlen=32,
-        pooling_strategy="max",
-        activation_function="relu",
-        compute_dtype=torch.float32,
-        out_dtype=torch.float32,
-        screening="on",
-    )
+    call = oracle.new_call(batch_size=40, attention_mask=case.mask, max_seqlen=32, screening="on")
     hidden = case.hidden.detach().flatten(0, 1)
     packed = pack.pack_sequences(call, pack.find_tokens(call, hidden), hidden, slice(0, 40))
     assert packed.group_offsets[-1] == 10

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import splade_kernels as sk
-from splade_kernels.backends.pooling import PoolingCall
+from tests import oracle
 from tests.oracle import make_case
 
 REASON = sk.available_backends()["triton"]
@@ -24,13 +24,10 @@ def test_the_rival_returns_the_same_bits(pattern, dtype, need_argmax):
     case = make_case((5, 45, 24, 70), dtype, pattern=pattern)
     with torch.no_grad():
         case.hidden[-1, 20, 3] = torch.nan
-    call = PoolingCall(
+    call = oracle.new_call(
         batch_size=5,
         attention_mask=case.mask,
-        cu_seqlens=None,
         max_seqlen=45,
-        pooling_strategy="max",
-        activation_function="relu",
         compute_dtype=dtype,
         out_dtype=dtype,
         need_argmax=need_argmax,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import splade_kernels as sk
-from splade_kernels.backends.pooling import PoolingCall
 from tests import oracle
 from tests.conftest import ACCELERATOR
 from tests.oracle import Case, make_case
@@ -360,20 +359,9 @@ def test_sizes_beyond_the_integers_are_not_screened(limit, seen, monkeypatch):
 @pytest.mark.parametrize("arch", [0, 80, 86, 87, 90, 100, 120])
 def test_auto_screens_on_the_architectures_alone_that_were_measured(arch, monkeypatch):
     weight = torch.empty(30522, 768, device="meta")
-    call = PoolingCall(
-        batch_size=1,
-        attention_mask=None,
-        cu_seqlens=None,
-        max_seqlen=1,
-        pooling_strategy="max",
-        activation_function="relu",
-        compute_dtype=torch.float32,
-        out_dtype=torch.float32,
-        screening="auto",
-    )
 
     def screened(mode: str) -> bool:
-        return screening.can_screen(replace(call, screening=mode), weight, arch)
+        return screening.can_screen(oracle.new_call(screening=mode), weight, arch)
 
     for measured in (frozenset(), frozenset({7, 121}), frozenset({arch})):
         monkeypatch.setattr(tuning, "SCREENING_PAYS", measured)

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(
 triton = pytest.importorskip("triton")
 
 import splade_kernels.backends.triton as backend  # noqa: E402
-from splade_kernels.backends.pooling import PoolingCall  # noqa: E402
 from splade_kernels.backends.triton import launch  # noqa: E402
 from splade_kernels.backends.triton import pack as packing  # noqa: E402
+from tests import oracle  # noqa: E402
 
 HIDDEN, VOCAB = 64, 1002
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 1, 16, 32, 33, 1, 48, 9, 2, 64, 6)
@@ -87,13 +87,12 @@ def _run(batch: int, length: int, dtype: torch.dtype, pooling: str, layout: str)
         mask = torch.ones(batch, length, dtype=torch.int64, device=device)
     if layout == "packed":
         cu_seqlens = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
-    call = PoolingCall(
+    call = oracle.new_call(
         batch_size=batch,
         attention_mask=mask,
         cu_seqlens=cu_seqlens,
         max_seqlen=length,
         pooling_strategy=pooling,
-        activation_function="relu",
         compute_dtype=dtype,
         out_dtype=dtype,
         screening="on" if pooling == "max" else "off",

@@ -26,22 +26,14 @@ EVERYTHING = (True, True, True)
 
 
 def make_call(case: Case, need: tuple[bool, bool, bool] = EVERYTHING, **changes: Any) -> PoolingCall:
-    batch, length, _ = case.hidden.shape
-    dtype = case.hidden.dtype
     options: dict[str, Any] = {
-        "batch_size": batch,
         "attention_mask": case.mask.to(DEVICE),
-        "cu_seqlens": None,
-        "max_seqlen": length,
         "pooling_strategy": "sum",
-        "activation_function": "relu",
-        "compute_dtype": dtype,
-        "out_dtype": dtype,
         "need_hidden": need[0],
         "need_weight": need[1],
         "need_bias": need[2] and case.bias is not None,
     }
-    return PoolingCall(**(options | changes))
+    return oracle.call_of(case, **(options | changes))
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -189,7 +189,13 @@ def test_a_file_for_another_gpu_is_an_error(user_file):
         ),
         ({"config": CONFIG | {"partials": 1}}, "table[0].config.partials: expected true or false, got 1"),
         ({"config": CONFIG | {"programs": 3}}, "config.programs: expected 0, since the grid follows the GPU, got 3"),
-        ({"kind": "int8", "config": CONFIG | {"block_k": 256}}, "config.block_k: expected at most 128"),
+        *(
+            (
+                {"kind": "int8", "config": CONFIG | {"block_k": size}},
+                "config.block_k: expected 32, the least of an int8",
+            )
+            for size in (16, 256)
+        ),
         (
             {"kind": "int8", "config": CONFIG | {"partials": True}},
             "config.partials: expected False, since int8 kernels",

@@ -320,7 +320,8 @@ def _check_matmul(where: str, config: MatmulConfig, shape: Shape) -> None:
     expected = f"at most {most}, so that a part of a tile holds a group of {GROUP} tokens"
     check("epilogue_slices", expected, config.epilogue_slices <= most)
     if shape.kind == "int8":
-        check("block_k", f"at most {INT8_WIDTH}, what int8 rows are padded to", config.block_k <= INT8_WIDTH)
+        expected = f"32, the least of an int8 product, to {INT8_WIDTH}, what int8 rows are padded to"
+        check("block_k", expected, 32 <= config.block_k <= INT8_WIDTH)
     default = MatmulConfig(0, 0, 0, 0, 0)
     for name in _UNUSED.get(shape.kind, ()):
         value = getattr(default, name)
