@@ -20,6 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Where there is a GPU, the backends made for one run on its tensors: the same tests on another device.
 ACCELERATOR = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and sk.available_backends()["triton"] == "available"
 
 # Tests that look at the operators from outside, slowly: they are the same for each route inside the torch backend.
 OUTSIDE = ("test_opcheck", "test_compiled_without_graph_breaks_equals_eager_bit_for_bit")
@@ -38,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(patch.undo)
     for kind in config.getoption("cpu"):
         cpus.simulate(kind, patch)
+    if INTERPRETED:
+        interpreter.remember(patch)
 
 
 @pytest.fixture(params=["torch", "torch-device", "torch-other", "triton"])
@@ -120,7 +123,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def no_bfloat16_as_bits() -> Iterator[None]:
     """No kernel leaves a conversion of bfloat16, or an operation on it, to the interpreter, which gets them wrong."""
     with pytest.MonkeyPatch.context() as patch:
-        if os.environ.get("TRITON_INTERPRET") == "1" and sk.available_backends()["triton"] == "available":
+        if INTERPRETED:
             interpreter.forbid_bfloat16(patch)
         yield
 

@@ -1,17 +1,42 @@
-"""Triton's interpreter, watched for what it computes differently from a GPU (docs/kernels.md has the list).
+"""Triton's interpreter: quicker, and watched for what it computes differently from a GPU (docs/kernels.md has the list).
 
 bfloat16 is kept as uint16 there: conversions cut it off, arithmetic and comparisons take its bits for integers.
 :func:`forbid_bfloat16` makes them errors. :func:`approximate` puts a GPU's approximations in the place of NumPy's
-exactly rounded functions.
+exactly rounded functions. :func:`remember` spares it what it does again at every call.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+
+def remember(patch: pytest.MonkeyPatch) -> None:
+    """Functions of ``triton.language`` are replaced once for each kernel and helper, and NumPy's types looked up once.
+
+    The interpreter replaces them at every launch and at every call of a helper, and puts them back after the launch: a
+    third of its time. Nothing is compiled in a process that interprets, so they can stay replaced.
+    """
+    from triton.runtime import interpreter
+
+    replace = functools.cache(interpreter._patch_lang)
+    numpy_dtype = functools.cache(interpreter._get_np_dtype)
+    original = interpreter._get_np_dtype
+
+    def replace_once(function: Any) -> SimpleNamespace:
+        replace(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    def get_np_dtype(dtype: Any) -> Any:
+        return original(dtype) if dtype.scalar.is_ptr() else numpy_dtype(dtype.scalar)
+
+    patch.setattr(interpreter, "_patch_lang", replace_once)
+    patch.setattr(interpreter, "_get_np_dtype", get_np_dtype)
 
 
 def forbid_bfloat16(patch: pytest.MonkeyPatch) -> None:
