@@ -19,8 +19,8 @@ demo: $(VENV)/.ready extension
 # and nothing can be compiled where it is on.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile
-APART := tests/bench/test_resources.py tests/bench/test_resources_ptx.py tests/bench/test_tune.py \
-	tests/triton/test_specialization.py
+APART := $(addprefix tests/,bench/test_resources.py bench/test_compiled.py bench/test_resources_ptx.py bench/test_tune.py \
+	triton/test_specialization.py)
 test: SELECTION := -m "not slow"
 test-all: SELECTION := --hostile-cases 10000
 test test-all: $(VENV)/.ready extension

@@ -1,4 +1,4 @@
-"""Triton's interpreter: quicker, and watched for what it computes differently from a GPU (docs/kernels.md has the list).
+"""Triton's interpreter: quicker, and watched for what it computes differently from a GPU (see docs/kernels.md).
 
 bfloat16 is kept as uint16 there: conversions cut it off, arithmetic and comparisons take its bits for integers.
 :func:`forbid_bfloat16` makes them errors. :func:`approximate` puts a GPU's approximations in the place of NumPy's

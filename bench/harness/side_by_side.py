@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
-
-import torch
 
 Result = TypeVar("Result")
 # A process has a context of CUDA of its own, about half a GiB of the GPU's memory.
@@ -89,7 +88,8 @@ def _try(work: Callable[..., Result], task: tuple[Any, ...]) -> Result | str | N
 
 
 def _device_works() -> bool:
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
         return True
     try:
         torch.ones(1, device="cuda").sum().item()

@@ -11,7 +11,7 @@ import torch
 import splade_kernels as sk
 from bench.harness.memory import peak, reset_peak
 
-BATCH, LENGTH, HIDDEN, VOCAB = 8, 256, 768, 30522
+BATCH, LENGTH, HIDDEN, VOCAB = 8, 256, 64, 30522
 LOGITS_BYTES = BATCH * LENGTH * VOCAB * 4
 
 pytestmark = pytest.mark.skipif(

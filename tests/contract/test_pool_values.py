@@ -17,6 +17,7 @@ SHAPES = [(3, 7, 13, 101), (1, 1, 8, 33), (5, 40, 32, 150), (2, 3, 1, 7), (2, 15
 SHAPES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ((5, 40, 32, 500), (4, 150, 24, 77))]
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float64]
 POOLINGS = ["max", "sum"]
+ONE_ACTIVATION = [ACTIVATIONS[0], *(pytest.param(other, marks=pytest.mark.slow) for other in ACTIVATIONS[1:])]
 
 
 def pool(case: Case, backend: str, **options: object) -> torch.Tensor:
@@ -41,7 +42,7 @@ def test_values_are_no_further_from_float64_than_the_dense_head(shape, dtype, po
         assert oracle.rounded_once(output.detach(), exact, oracle.float32_allowance(case, exact, pooling))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ONE_ACTIVATION)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_argmax_attains_the_maximum_and_gradients_follow_it(shape, dtype, activation, backend):

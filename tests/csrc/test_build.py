@@ -54,6 +54,7 @@ def test_screening_kernels_under_sanitizers(tmp_path):
 
 
 @cxx
+@pytest.mark.slow
 def test_the_cpu_library_compiles_without_warnings(tmp_path):
     command = setup.cpp_command(setup.CPU.sources, str(tmp_path / "_csrc.so"), TORCH)
     run([*command, "-Werror"])

@@ -127,6 +127,7 @@ def test_split_keeps_modules_whole_and_drops_copies() -> None:
     assert split(found[1:]).sha256 != result.sha256
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_read_without_importing_it() -> None:
     loaded = set(sys.modules)
     result = corpus.build_corpus(["stdlib"])

@@ -29,6 +29,8 @@ SECONDS = 240
 
 Cell = tuple[str, str, str]
 CELLS: list[Cell] = list(itertools.product(("stock", "fused"), ("cold", "warm"), ("eager", "compiled")))
+# In every run; what else there is takes seconds each.
+QUICK = ((("fused", "warm", "compiled"), "process"), (("fused", "cold", "compiled"), "thread"))
 
 
 def make_model(head: str, start: str) -> SparseEncoder:
@@ -110,11 +112,11 @@ def expected() -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "where",
-    ["process", "thread", *(pytest.param(where, marks=pytest.mark.slow) for where in ("forked", "spawned"))],
-)
-@pytest.mark.parametrize(
-    "cell", [pytest.param(cell, id="-".join(cell), marks=[pytest.mark.slow] * (cell[0] == "stock")) for cell in CELLS]
+    ("cell", "where"),
+    [
+        pytest.param(cell, where, id="-".join((*cell, where)), marks=[pytest.mark.slow] * ((cell, where) not in QUICK))
+        for cell, where in itertools.product(CELLS, ("process", "thread", "forked", "spawned"))
+    ],
 )
 def test_encoding_and_training_equal_stock(
     cell: Cell, where: str, expected: list[Tensor], request: pytest.FixtureRequest
@@ -131,7 +133,7 @@ def test_encoding_and_training_equal_stock(
     torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dynamic", "most"), [(None, 2), (True, 1)])
+@pytest.mark.parametrize(("dynamic", "most"), [(None, 2), pytest.param(True, 1, marks=pytest.mark.slow)])
 def test_a_model_compiled_cold_needs_as_few_graphs_as_a_warm_one(dynamic: bool | None, most: int) -> None:
     model = fuse(sparse_encoder().eval())
     torch.compiler.reset()
@@ -171,7 +173,7 @@ def thread_count() -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
-@pytest.mark.parametrize("load", ["stock", "fused"])
+@pytest.mark.parametrize("load", [pytest.param("stock", marks=pytest.mark.slow), "fused"])
 def test_fusing_before_a_fork_is_as_harmless_as_loading(load: str, tmp_path: Path) -> None:
     """PyTorch's threads do not survive a fork; a child that finds them started would wait for them for ever."""
     folder = tmp_path / "model"
