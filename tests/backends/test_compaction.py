@@ -68,7 +68,7 @@ CASES = {
 
 
 def definition(argmax: Tensor, grad: Tensor, edges: Tensor, rows: int) -> dict[int, list[tuple[int, float]]]:
-    """Row to its (word, value), by a loop."""
+    """Each row with its (vocabulary entry, value) pairs, by a loop."""
     found: dict[int, list[tuple[int, float]]] = {}
     starts = (edges - edges[0]).tolist()
     for b, (positions, values) in enumerate(zip(argmax.tolist(), grad.tolist(), strict=True)):
@@ -89,7 +89,7 @@ def entries_of(result: tuple[Tensor, Tensor, Tensor]) -> dict[int, list[tuple[in
 
 
 def assert_same_buckets(ours: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Bounds, and every specified word and value, bit for bit."""
+    """Bounds, and every specified vocabulary entry and value, bit for bit."""
     ours, expected = (tuple(tensor.cpu() for tensor in result) for result in (ours, expected))
     assert torch.equal(ours[0], expected[0])
     specified = torch.zeros(len(ours[1]) + 1, dtype=torch.int32)

@@ -175,7 +175,7 @@ def thread_count() -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
 @pytest.mark.parametrize("load", [pytest.param("stock", marks=pytest.mark.slow), "fused"])
 def test_fusing_before_a_fork_is_as_harmless_as_loading(load: str, tmp_path: Path) -> None:
-    """PyTorch's threads do not survive a fork; a child that finds them started would wait for them for ever."""
+    """PyTorch's threads do not survive a fork; a child that inherits a started pool waits for its threads forever."""
     folder = tmp_path / "model"
     model = sparse_encoder()
     # Products and activations of this size are computed by all threads.

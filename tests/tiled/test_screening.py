@@ -272,7 +272,7 @@ def test_compiled_kernels_bound_the_same_rows():
     words[:, 4] = torch.tensor(EDGES)
     case = Case(torch.zeros(1, 1, 9), words, None, torch.ones(1, 1, dtype=torch.int64), torch.zeros(1, len(EDGES)))
     case.hidden[0, 0, 3] = 1.0
-    # A dot of zero is ruled out by relu, and so computed for words without a bound only.
+    # A dot of zero is ruled out by relu, and so computed only for vocabulary entries without a bound.
     computed, _ = survivors(case.hidden, case.weight, torch.full((len(EDGES),), -(2.0**50)), case.mask)
     assert computed == BOUNDED.count(False)
 

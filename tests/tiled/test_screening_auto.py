@@ -161,7 +161,7 @@ torch.save([sk.splade_pool(hidden, weight, bias, screening=s, backend="torch") f
 
 
 def single_tokens(active: Tensor) -> Case:
-    """Sequences of one token, whose dots are computed for exactly the words that ``active`` marks."""
+    """Sequences of one token, whose dots are computed for exactly the vocabulary entries that ``active`` marks."""
     case = make_case((8, 1, 16, len(active)), pattern="full")
     with torch.no_grad():
         case.bias.copy_(torch.where(active, 1e4, -1e4))
@@ -173,7 +173,7 @@ def single_tokens(active: Tensor) -> Case:
     [
         (slice(None, None, 8), False),
         (slice(None, None, 32), True),
-        # In the probe's last run only, and in the vocabulary behind its first words only.
+        # In the probe's last run only, and behind the first vocabulary entries only.
         (slice(-512, None), False),
         (slice(512, None), False),
     ],

@@ -45,7 +45,7 @@ def test_every_size_is_right_with_vnni(tokens, words, hidden_size, monkeypatch):
 
 
 def test_one_hidden_dimension_as_it_is_would_be_wrong_with_vnni():
-    """What the hidden dimension is filled up for; else the tests here would pass without."""
+    """Why the hidden dimension is padded: without this the tests below would pass unpadded."""
     ones = torch.ones(3, 1, dtype=torch.int8)
     assert not torch.equal(int_mm_with_vnni(ones, ones.t()), exact(ones, ones.t()))
 
@@ -75,7 +75,7 @@ def saturating(a: Tensor, b: Tensor) -> Tensor:
 
 
 def wrong_where(condition: Callable[[int, int, int], bool]) -> Callable[[Tensor, Tensor], Tensor]:
-    """One product is off by one at the sizes (tokens, hidden dimensions, words) named."""
+    """One product is off by one at the sizes (tokens, hidden dimensions, vocabulary entries) named."""
 
     def int_mm(a: Tensor, b: Tensor) -> Tensor:
         product = exact(a, b)

@@ -132,7 +132,7 @@ def test_the_last_bag_of_cuda_is_no_longer_than_it_is(monkeypatch):
     case = make_case((4, 6, 3, 400), bias=False, pattern="full")
     with torch.no_grad():
         case.hidden.abs_()
-        case.weight.abs_().neg_()  # no logit is positive, but those of the last words
+        case.weight.abs_().neg_()  # no logit is positive, but those of the last vocabulary entries
         case.weight[0] = -torch.inf
         case.weight[-3:].abs_()
     expected, gradients = oracle.reference_in_double(case)

@@ -19,7 +19,7 @@ if REASON == "available":
 
 
 def sparse_case(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, **options: Any) -> Case:
-    """About one in fifty pairs of a group and a word is active."""
+    """About one in fifty pairs (group, vocabulary entry) is active."""
     case = make_case(shape, dtype, **options)
     with torch.no_grad():
         if case.bias is None:

@@ -17,7 +17,7 @@ flops = pytest.importorskip("splade_kernels.backends.triton.flops")
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# One row; a tail of rows and words; several partial sums and blocks of words.
+# One row; a tail of rows and of vocabulary entries; several partial sums and blocks of entries.
 SHAPES = [(1, 1), (9, 400), (130, 700), (64, 256)]
 
 

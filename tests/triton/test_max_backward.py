@@ -86,7 +86,7 @@ def assert_same_bits(first: Gradients, second: Gradients) -> None:
 
 
 def hot_token(entries: int, length: int = 5, batch: int = 2) -> tuple[Case, Tensor, Tensor]:
-    """All of a vocabulary of ``entries`` words on one token of each sequence, and the last word on another one."""
+    """All of a vocabulary of ``entries`` entries at one token of each sequence, the last one at another token."""
     case = make_case((batch, length, 24, entries + 1), pattern="full")
     argmax = torch.full(case.grad.shape, 3, dtype=torch.int16)
     argmax[:, -1] = 1
@@ -205,7 +205,7 @@ def test_everything_active():
 
 
 def test_a_zero_gradient_drops_the_entry():
-    """Not chosen by anything that has a gradient, the infinite token and word touch nothing."""
+    """Infinite tokens and vocabulary entries that nothing with a gradient chose touch nothing."""
     case = make_case((2, 4, 20, 18), pattern="full")
     with torch.no_grad():
         case.hidden[0, 2] = math.inf

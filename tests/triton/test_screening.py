@@ -31,7 +31,7 @@ class Seen:
     """What one slice's screening left to the exact kernel and to the unscreened one."""
 
     entries: int
-    tokens: dict[tuple[int, int], int]  # (group, word) -> bits of its tokens
+    tokens: dict[tuple[int, int], int]  # (group, vocabulary entry) -> bits of its tokens
     group_sequence: list[int]
     dense_sequence: list[int]
     dense_groups: int
@@ -98,7 +98,7 @@ def hostile_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def hostile_case(seed: int) -> tuple[Case, Tensor]:
-    """Rows of every kind on both sides, with biases that make a pair of every word positive by a hair; exact logits."""
+    """Rows of every kind on both sides, and the exact logits; a bias makes one pair of each entry barely positive."""
     generator = torch.Generator("cpu").manual_seed(seed)
     size = int(torch.randint(1, 70, (), generator=generator, device="cpu"))
     hidden, weight = hostile_rows(40, size, generator), hostile_rows(66, size, generator)
@@ -167,7 +167,8 @@ def test_none_and_all_active(tiles, auto_screens, mode, bias, seen):
 def mixed_case() -> Case:
     """Four sequences of a group or two, all in one tile of tokens; the third one is dense.
 
-    A few words of the first tile are active in it, which are queued, and all of the second one, which are too many.
+    A few vocabulary entries of the first tile are active in it, which are queued, and all of the second tile, which are
+    too many.
     """
     case = sparse_case((4, 20, 200, 45), pattern="full")
     case.mask[[0, 2, 3], 16:] = False

@@ -159,7 +159,7 @@ def test_nan_in_one_real_token_reaches_its_sequence_and_no_other(position):
 
 
 def test_a_gradient_of_an_inactive_logit_is_dropped():
-    """One word is inactive at every token: whatever its incoming gradient is, nothing comes of it."""
+    """One vocabulary entry is inactive at every token: whatever its incoming gradient is, nothing comes of it."""
     case = make_case((2, 5, 4, 6), pattern="full")
     with torch.no_grad():
         case.bias[2] = -1e4
