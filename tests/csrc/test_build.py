@@ -45,7 +45,7 @@ def test_algorithms_under_sanitizers(tmp_path, code, kernels, sanitizers):
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="no AVX2, on which AVX-512 is emulated")
 def test_screening_kernels_under_sanitizers(tmp_path):
-    """Both instruction sets; AVX-512 on emulated intrinsics, so that it is tested on any machine."""
+    """Every instruction set; AVX-512 on emulated intrinsics, so that it is tested on any machine."""
     driver = str(tmp_path / "driver")
     flags = ["-std=c++20", "-O1", "-g1", "-mavx2", "-mfma", "-mf16c", *setup.WARNINGS, "-Werror"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
