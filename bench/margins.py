@@ -90,7 +90,9 @@ def survivors(case: Case) -> list[dict[str, Any]]:
         bound = total / int(every[2]) / (square - mean**2) ** 0.5
         row = {"case": case.name, "shape": case.shape, "real_tokens": int(real.sum()), "levels": levels, "bound": bound}
         for name, count in zip(("active", "relu", "best"), (active, *by_criterion), strict=True):
-            row |= zip((f"{name}_pairs", f"{name}_groups", f"{name}_tokens"), (count.double() / every).tolist(), strict=True)
+            row |= zip(
+                (f"{name}_pairs", f"{name}_groups", f"{name}_tokens"), (count.double() / every).tolist(), strict=True
+            )
             if name != "active":
                 row[f"{name}_tokens_per_active_pair"] = int(count[2]) / int(active[0]) if active[0] else None
         found.append(row)

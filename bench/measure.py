@@ -24,8 +24,7 @@ from bench.harness.rows import Job
 from bench.inputs import cases as shapes
 from bench.inputs import distributions, text_model, variants
 from bench.inputs.cases import Precision
-from bench.jobs import encode, screening
-from bench.jobs import operators as jobs
+from bench.jobs import encode, operators, screening
 
 KINDS = ("head", "backward", "flops", "screening", "encode")
 CURVES = "curves"
@@ -88,10 +87,12 @@ def groups(
         return {job: partial(screening.head, subject, precision, job, device, names) for job in passes}
     if kind == "flops":
         shape: tuple[int, int] = subject
-        return {job: partial(jobs.flops, shape, precision, job, device) for job in roofline.PASSES}
+        return {job: partial(operators.flops, shape, precision, job, device) for job in roofline.PASSES}
     if kind == "backward":
-        return {name: partial(jobs.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS}
-    return {job: partial(jobs.head, subject, precision, job, device, names) for job in roofline.PASSES}
+        return {
+            name: partial(operators.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS
+        }
+    return {job: partial(operators.head, subject, precision, job, device, names) for job in roofline.PASSES}
 
 
 def takes_model(subject: Any) -> bool:
@@ -112,24 +113,32 @@ def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.d
     return measured
 
 
+def measure_jobs(
+    result: Result, budget: Budget, case: str, precision: Precision, jobs: dict[str, Callable[[], list[Job]]],
+    device: torch.device, seconds: float,
+) -> None:  # fmt: skip
+    """Add the rows of one case in one precision; the file is rewritten after each job."""
+    for job, make in jobs.items():
+        what = {"case": case, "precision": precision.name, "job": job}
+        for row in result.attempt(budget, what, measure, make, precision, device, seconds, room=False):
+            print(_line(row), flush=True)
+
+
 def measure_all(result: Result, args: argparse.Namespace, device: torch.device, precisions: Sequence[str]) -> None:
-    """Add the rows of every case in every precision, and what was left out; the file is rewritten after each job."""
+    """Every case in every precision, and what was left out."""
     names = args.case or default_cases(args.kind, device)
     chosen = args.variant or default_variants(args.kind)
     budget = Budget(args.budget)
     for precision in (shapes.PRECISIONS[name] for name in precisions):
         for name, subject in plan(args.kind, names, device):
-            what = {"case": name, "precision": precision.name}
             absent = why_absent(subject) if budget.has_time() else "no time"
             if absent:
-                result.leave_out(absent, what)
+                result.leave_out(absent, {"case": name, "precision": precision.name})
                 continue
             if takes_model(subject):
                 result.run["trained_model"] = text_model.training_record()
-            for job, make in groups(args.kind, subject, precision, device, chosen).items():
-                one = (measure, make, precision, device, args.seconds)
-                for row in result.attempt(budget, what | {"job": job}, *one, room=False):
-                    print(_line(row), flush=True)
+            jobs = groups(args.kind, subject, precision, device, chosen)
+            measure_jobs(result, budget, name, precision, jobs, device, args.seconds)
 
 
 def parse() -> argparse.Namespace:

@@ -43,6 +43,8 @@ class Row:
     survivors: float | None = None
     # Texts that one step encodes.
     texts: int | None = None
+    # What the model of short sequences says that the job takes (:mod:`bench.jobs.short_sequences`).
+    predicted_forwards: float | None = None
 
 
 @dataclass

@@ -21,12 +21,6 @@ CPU = torch.device("cpu")
 TINY = "--device cpu --batch-size 3 --hidden-size 16 --vocab-size 70 --length 3 5 --seconds 0.01".split()
 
 
-@pytest.fixture
-def rates_of_a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(short_sequences.timing, "copy_rate", lambda device: 1e10)
-    monkeypatch.setattr(short_sequences.timing, "matmul_rate", lambda device, dtype: 1e11)
-
-
 def test_rows_that_are_gathered_cost_twice_the_intensity_over_the_length():
     """2 p B V D e bytes against 2 B S D V operations: p e R / (M S) forwards, and what is streamed beside the rows."""
     for length in (14, 60, 256):
@@ -97,7 +91,7 @@ def test_scattered_gradients_are_right_in_one_tile_and_in_many(precision, tile_b
     exact = truth.backward(*drawn, inputs)
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in exact]
     for ours, theirs in zip(found, exact, strict=True):
-        assert truth.relative_distance(ours, theirs) < short_sequences.BOUNDS[precision] / 2
+        assert truth.relative_distance(ours, theirs) < short_sequences.BOUNDS[precision] / 4
     width = short_sequences.tile_width(15, 70, chosen.compute_dtype)
     assert width == (70 if tile_bytes > 1000 else tile_bytes // 15 // chosen.compute_dtype.itemsize)
 
@@ -112,7 +106,7 @@ def test_the_share_of_active_entries_is_the_one_asked_for():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_both_ways_are_checked_and_measured(precision, tmp_path, rates_of_a_small_machine):
+def test_both_ways_are_checked_and_measured(precision, tmp_path, rates):
     path = tmp_path / "result.json"
     shares = ["--share", "0.05", "1.0", "--budget", "300", "--precision", precision]
     result = short_sequences.main(["--output", str(path), *TINY, *shares])
@@ -127,7 +121,10 @@ def test_both_ways_are_checked_and_measured(precision, tmp_path, rates_of_a_smal
         assert row["median"] > 0
         both = row["variant"] in ("gather", "scatter")
         assert set(row["errors"]) == ({"grad_hidden", "grad_weight", "grad_bias"} if both else set())
-        assert all(error <= short_sequences.BOUNDS[precision] for error in row["errors"].values())
+        assert all(
+            error <= short_sequences.BOUNDS[precision] / (1 + (row["variant"] == "gather"))
+            for error in row["errors"].values()
+        )
         assert (row["predicted_forwards"] is not None) == both
     assert [row["variant"] for row in result["rows"][:4]] == list(short_sequences_tables.VARIANTS)
     shape = Shape(3, 3, 16, 70, 4 if precision == "float32" else 2)
@@ -138,7 +135,7 @@ def test_both_ways_are_checked_and_measured(precision, tmp_path, rates_of_a_smal
     assert text.count("| S3 (B3 S3 D16 V70)") == text.count("| S5 (B3 S5 D16 V70)") == 2
 
 
-def test_a_wrong_gradient_is_red_and_not_timed(tmp_path, monkeypatch, rates_of_a_small_machine):
+def test_a_wrong_gradient_is_red_and_not_timed(tmp_path, monkeypatch, rates):
     right = short_sequences.scatter_step
 
     def scaled(*arguments: object) -> object:
@@ -154,7 +151,7 @@ def test_a_wrong_gradient_is_red_and_not_timed(tmp_path, monkeypatch, rates_of_a
     assert "- S3 float32 active-100% scatter: red" in report.render(load([path]))
 
 
-def test_what_there_is_no_time_for_is_named(tmp_path, rates_of_a_small_machine):
+def test_what_there_is_no_time_for_is_named(tmp_path, rates):
     path = tmp_path / "result.json"
     result = short_sequences.main(["--output", str(path), *TINY, "--share", "0.5", "--budget", "0"])
     assert result["rows"] == []
