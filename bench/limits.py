@@ -14,22 +14,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.harness import memory, options
-from bench.harness.result_file import Budget, Result, Row
+from bench.harness.result_file import Budget, Result
 from bench.inputs import encoders
 from bench.jobs.training import Job, load, named, train
 from bench.tables.training import table
 from bench.training import HEADS
 
 TOTAL_GIB, ALLOWANCE_GIB = 24.0, 1.0
+PRECISION = "bf16"
 TRIAL_STEPS = 2
 START = 8
 KEY = ("model", "layers", "hidden_size", "vocab_size", "max_length", "precision", "gradient_checkpointing", "head")
@@ -110,17 +109,12 @@ def search(job: Job, resolution: float, may_go_on: Callable[[], bool]) -> dict[s
     }
 
 
-def _row(described: Row, job: Job, resolution: float, may_go_on: Callable[[], bool]) -> list[Row]:
-    return [described | search(job, resolution, may_go_on)]
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
     parser.add_argument("--max-length", type=int, nargs="+", default=[256, 512], help="tokens of every text")
     parser.add_argument("--start", type=int, default=START, help="pairs that the search begins with")
     parser.add_argument("--no-checkpointing", action="store_true", help="leave gradient checkpointing out")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--resolution", type=float, default=0.03, help="largest gap to a size that failed, relative")
     return parser.parse_args(arguments)
 
@@ -133,30 +127,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "total_gib": TOTAL_GIB,
         "allowance_gib": ALLOWANCE_GIB,
         "share_of_this_gpu": share,
-        "precision": args.precision,
+        "precision": PRECISION,
         "resolution": args.resolution,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
     }
     result = Result("limits", "bench.limits", args.output, append=args.append, key=KEY, run={"limit": limit})
-    with tempfile.TemporaryDirectory() as root:
-        for name in args.model:
-            encoders.build(encoders.SIZES[name], max(args.max_length), Path(root) / name)
-        for max_length, name, checkpointing, head in itertools.product(
-            args.max_length, args.model, (False,) if args.no_checkpointing else (False, True), HEADS
-        ):
-            job = Job(
-                str(Path(root) / name), head, args.start, max_length, "full", args.precision, "cuda",
-                gradient_checkpointing=checkpointing,
-            )  # fmt: skip
-            described = {
-                "model": name,
-                **vars(encoders.SIZES[name]),
-                "head": head,
-                "max_length": max_length,
-                "precision": args.precision,
-                "gradient_checkpointing": checkpointing,
-            }
-            result.attempt(budget, described, _row, described, job, args.resolution, budget.has_time)
+    for max_length, name, checkpointing, head in itertools.product(
+        args.max_length, args.model, (False,) if args.no_checkpointing else (False, True), HEADS
+    ):
+        size = encoders.SIZES[name]
+        job = Job(
+            encoders.build(size, max(args.max_length)), head, args.start, max_length, "full", PRECISION, "cuda",
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        chosen = {"head": head, "max_length": max_length, "precision": PRECISION}
+        described = {"model": name, **vars(size), **chosen, "gradient_checkpointing": checkpointing}
+        result.attempt(budget, described, search, job, args.resolution, budget.has_time)
     print(table(result.by_device()[-1]))
     result.finish()
     return result.content

@@ -11,7 +11,7 @@ so that what was measured survives a killed run; ``--append`` continues it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -114,7 +114,7 @@ def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.d
 
 
 def measure_jobs(
-    result: Result, budget: Budget, case: str, precision: Precision, jobs: dict[str, Callable[[], list[Job]]],
+    result: Result, budget: Budget, case: str, precision: Precision, jobs: Mapping[str, Callable[[], list[Job]]],
     device: torch.device, seconds: float,
 ) -> None:  # fmt: skip
     """Add the rows of one case in one precision; the file is rewritten after each job."""

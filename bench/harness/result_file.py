@@ -124,24 +124,26 @@ class Result:
         self.write()
 
     def attempt(
-        self, budget: Budget, what: Row, work: Callable[..., Sequence[Row]], *arguments: Any, room: bool = True
+        self, budget: Budget, what: Row, work: Callable[..., Sequence[Row] | Row], *arguments: Any, room: bool = True
     ) -> Sequence[Row]:
         """Add the rows of one piece of work and return them, or name it as left out: no time for it, or it failed.
 
         Args:
             what: fields of the rows that it would give.
+            work: returns rows, or what one row holds besides ``what``.
             room: whether the budget has to have room for a piece as long as the longest so far, or only some time.
         """
         if not (budget.has_room() if room else budget.has_time()):
             self.leave_out("no time", what)
             return []
         try:
-            rows: Sequence[Row] = budget.run(work, *arguments)
+            found = budget.run(work, *arguments)
         except Exception as error:  # inputs may not fit; what else there is to measure may
             self.leave_out(reason(error), what)
             if is_wrong(reason(error)):
                 self._failed.append(left_out_text(self.content["left_out"][-1]))
             return []
+        rows: Sequence[Row] = [what | found] if isinstance(found, dict) else found
         self.add(*rows)
         return rows
 

@@ -8,8 +8,9 @@ ids of random texts spread over the whole vocabulary.
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,8 +45,14 @@ SIZES = {
 }
 
 
-def build(size: Size, max_length: int, folder: Path) -> None:
-    """Write a masked language model with random weights, and its tokenizer, to ``folder``."""
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="bench-encoders-")
+
+
+@functools.cache
+def build(size: Size, max_length: int) -> str:
+    """The folder of a masked language model with random weights and its tokenizer; this process removes it."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     tokenizer, width = _tokenizer(size.vocab_size, max_length), 4 * size.hidden_size
@@ -64,9 +71,10 @@ def build(size: Size, max_length: int, folder: Path) -> None:
         **names,
     )
     make: Any = AutoModelForMaskedLM.from_config
-    model = make(config)
-    model.save_pretrained(folder)
+    folder = tempfile.mkdtemp(dir=_root().name)
+    make(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
 
 
 def load(folder: str, max_length: int, device: str, active_terms: int | None) -> SparseEncoder:

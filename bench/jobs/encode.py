@@ -8,12 +8,9 @@ model with random weights of which about ``ACTIVE_TERMS`` vocabulary entries are
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +58,7 @@ class Corpus:
         """The stock model."""
         if self.size is None:
             return text_model.load(device)
-        return encoders.load(str(_built(self.size, self.length)), self.length, str(device), ACTIVE_TERMS)
+        return encoders.load(encoders.build(self.size, self.length), self.length, str(device), ACTIVE_TERMS)
 
 
 SQUAD = Corpus("encode-squad", 48, 16)
@@ -73,18 +70,6 @@ CORPORA = {
         Corpus("encode-distilbert", 16, 16, encoders.SIZES["distilbert"]),
     )
 }
-
-
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="bench-encode-")
-
-
-@functools.cache
-def _built(size: encoders.Size, length: int) -> Path:
-    folder = Path(_folder().name, f"{size.architecture}-{size.layers}-{size.hidden_size}-{size.vocab_size}")
-    encoders.build(size, length, folder)
-    return folder
 
 
 def jobs(corpus: Corpus, precision: Precision, device: torch.device, names: Sequence[str]) -> list[Job]:

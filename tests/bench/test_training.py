@@ -34,14 +34,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+def jobs() -> dict[str, Job]:
     """A job for each architecture, on a CPU."""
     made = {}
     for name, size in encoders.SIZES.items():
-        folder = tmp_path_factory.mktemp(name)
-        encoders.build(replace(size, layers=1, hidden_size=64, vocab_size=VOCAB_SIZE), MAX_LENGTH, folder)
+        folder = encoders.build(replace(size, layers=1, hidden_size=64, vocab_size=VOCAB_SIZE), MAX_LENGTH)
         made[name] = Job(
-            str(folder), "fused", 4, MAX_LENGTH, "full", "fp32", "cpu",
+            folder, "fused", 4, MAX_LENGTH, "full", "fp32", "cpu",
             active_terms=20, warm_up_steps=1, timed_steps=3, profiled_steps=0,
         )  # fmt: skip
     return made
@@ -88,9 +87,8 @@ def test_texts_have_the_lengths_and_ids_they_should(jobs: dict[str, Job]) -> Non
 def test_a_run_writes_a_file_and_a_table_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(training, "_run", lambda work, job: work(job))
-    monkeypatch.setattr(training, "cases", lambda job, _: [replace(job, lengths="full", gradient_checkpointing=True)])
     path = tmp_path / "result.json"
-    result = training.main(["--output", str(path), "--model", "distilbert", *TINY])
+    result = training.main(["--output", str(path), "--model", "distilbert", *TINY, "--case", "full-checkpointing"])
     assert json.loads(path.read_text()) == result
     assert result["kind"] == "training"
     (run,) = result["provenance"]
@@ -98,24 +96,18 @@ def test_a_run_writes_a_file_and_a_table_of_it(tmp_path: Path, monkeypatch: pyte
     check = run["checks"]["distilbert"]["fp32"]
     assert len(check["stock_losses"]) == training.CHECK_STEPS
     assert check["largest_relative_difference"] <= check["tolerance"] == 1e-4
-    assert [(row["head"], row["lengths"], row["gradient_checkpointing"]) for row in result["rows"]] == [
-        ("stock", "full", True),
-        ("fused", "full", True),
+    columns = ("head", "lengths", "active_terms", "gradient_checkpointing")
+    assert [tuple(row[name] for name in columns) for row in result["rows"]] == [
+        ("stock", "full", None, True),
+        ("fused", "full", None, True),
     ]
     assert result["left_out"] == []
     (shown,) = map(table, by_device(result, path.name))
     assert shown.count("distilbert, 1 layers, 64 wide, V 300") == 1
     assert "RTX 3090" not in shown
-
-
-def test_the_cases_begin_with_the_seeds_and_cover_both_lengths_and_checkpointing(jobs: dict[str, Job]) -> None:
-    found = [(job.lengths, job.active_terms, job.gradient_checkpointing) for job in training.cases(jobs["distilbert"])]
-    assert found == [
-        ("gooaq", training.SPARSE_TERMS, False),
-        ("full", None, False),
-        ("gooaq", None, False),
-        ("full", None, True),
-    ]
+    # The first case is the seed's.
+    asked = [tuple(map(case.get, ("lengths", "active_terms"))) for case in training.CASES.values()]
+    assert asked == [("gooaq", training.SPARSE_TERMS), ("full", None), ("gooaq", None), ("full", None)]
 
 
 def test_heads_that_disagree_are_not_timed(jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +260,7 @@ def test_limits_are_written_for_both_heads_of_every_case(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(limits, "hold_memory", lambda: 0.3)
     monkeypatch.setattr(limits, "search", search)
-    monkeypatch.setattr(encoders, "build", lambda size, max_length, folder: None)
+    monkeypatch.setattr(encoders, "build", lambda size, max_length: "")
     path = tmp_path / "limits.json"
     result = limits.main(["--output", str(path), "--max-length", "64", "256"])
     assert json.loads(path.read_text()) == result
