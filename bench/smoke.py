@@ -13,6 +13,7 @@ runs in Triton's interpreter (``TRITON_INTERPRET=1``).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -28,10 +29,11 @@ import torch
 from torch import Tensor
 
 import splade_kernels as sk
+from bench.compaction import compare
 from bench.harness.result_file import Result, reason
 from bench.harness.truth import relative_distance
-from splade_kernels.backends import compaction, compiled
-from splade_kernels.backends.pooling import PoolingCall
+from bench.inputs import variants
+from splade_kernels.backends import compiled
 from splade_kernels.backends.triton import launch
 from splade_kernels.backends.triton.max_forward import max_pool_forward
 from splade_kernels.backends.triton.tuning import matmul_config
@@ -93,17 +95,7 @@ def persistent(dtype: str) -> Found:
     """The forward in a grid of so few programs that each walks many tiles, as one for a real vocabulary does."""
     inputs = draw(DTYPES[dtype])
     hidden, weight, bias, mask = inputs.values()
-    call = PoolingCall(
-        batch_size=len(hidden),
-        attention_mask=mask,
-        cu_seqlens=None,
-        max_seqlen=hidden.shape[1],
-        pooling_strategy="max",
-        activation_function="relu",
-        compute_dtype=hidden.dtype,
-        out_dtype=hidden.dtype,
-        need_argmax=True,
-    )
+    call = variants.padded_call(mask, hidden.dtype, need_argmax=True)
     config = matmul_config(*launch.problem(call, weight))
     run = partial(max_pool_forward, call, hidden.flatten(0, 1), weight, bias)
     (output, argmax), expected = run(replace(config, programs=3)), run(config)
@@ -145,30 +137,17 @@ def compacted() -> Found:
     if not compiled.serves(DEVICE):
         raise NotImplementedError(str(compiled.why_not()))
     embeddings = pooled(draw(torch.float32), False, sk.reference.splade_pool)[0]
-    found, csr = sk.sparsify(embeddings), embeddings.to_sparse_csr()
-    largest = sk.sparsify(embeddings, max_active_dims=7).to_dense()
-    # Of equal ones those with the lowest vocabulary ids.
-    best = embeddings.sort(dim=1, descending=True, stable=True)
     argmax = torch.arange(embeddings.numel(), device=DEVICE).view_as(embeddings).remainder(13).short()
     edges = torch.arange(len(embeddings) + 1, device=DEVICE) * 13
-    _, words, values = compaction.bucket_by_token(argmax, embeddings, edges, 13 * len(embeddings))
-    sequence, word = embeddings.nonzero(as_tuple=True)
-    order = torch.sort(edges[sequence] + argmax[sequence, word], stable=True).indices
-    place = torch.arange(VOCAB_SIZE, device=DEVICE)
-    specified = (place < (embeddings != 0).sum(dim=1, keepdim=True)).view(-1)
-    mine = [found.crow_indices(), found.col_indices(), found.values(), largest, words[specified], values[specified]]
-    largest = torch.zeros_like(largest).scatter(1, best.indices[:, :7], best.values[:, :7])
-    theirs = [csr.crow_indices(), csr.col_indices(), csr.values(), largest]
-    return _same_bits(mine, [*theirs, word[order], embeddings[sequence, word][order]])
+    mine, theirs = zip(*compare(embeddings, argmax, edges, 13 * len(embeddings), k=7), strict=True)
+    return _same_bits([*itertools.chain(*mine)], [*itertools.chain(*theirs)])
 
 
 def rival(dtype: str) -> Found:
     """The rival forward of the benchmarks (:mod:`bench.inputs.rival`) against the definition."""
-    from bench.inputs.variants import rival as make
-
     inputs = draw(DTYPES[dtype])
     exact = pooled(widened(inputs), False, sk.reference.splade_pool)
-    return _twice(lambda: [make(False)(*inputs.values())], exact)
+    return _twice(lambda: [variants.rival(False)(*inputs.values())], exact)
 
 
 def captured(dtype: str) -> Found:

@@ -15,10 +15,9 @@ from bench.harness import roofline, truth
 from bench.harness.rows import Job
 from bench.harness.steps import Tensors
 from bench.inputs.cases import Case, Inputs, Precision
-from bench.inputs.variants import OURS, VARIANTS
+from bench.inputs.variants import OURS, VARIANTS, padded_call
 from bench.jobs.operators import Head
 from splade_kernels.backends import int8_bound
-from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.tiled.screening import new_target, screen
 
 FLOOR = "matmul-real"
@@ -72,18 +71,7 @@ def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mas
     real = attention_mask != 0
     rows = hidden.detach()[real]
     offsets = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0))
-    call = PoolingCall(
-        batch_size=real.shape[0],
-        attention_mask=attention_mask,
-        cu_seqlens=None,
-        max_seqlen=real.shape[1],
-        pooling_strategy="max",
-        activation_function="relu",
-        compute_dtype=hidden.dtype,
-        out_dtype=hidden.dtype,
-        screening="on",
-        need_argmax=True,
-    )
+    call = padded_call(attention_mask, hidden.dtype, screening="on", need_argmax=True)
     chosen = screen(call, weight.detach(), bias, native_half=False)
     if chosen is None:
         most = int8_bound.MAX_HIDDEN_SIZE
