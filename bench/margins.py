@@ -103,11 +103,10 @@ def main() -> None:
     args = options.parser(__doc__).parse_args()
     result = Result("margins", "bench.margins", args.output, append=args.append, key=("case", "levels"))
     for case in cases.shown_in("margins"):
-        if reason := cases.why_absent(case):
+        if reason := text_model.why_absent(case):
             result.leave_out(reason, {"case": case.name})
             continue
-        if case.from_text:
-            result.run["trained_model"] = text_model.training_record()
+        text_model.note(case, result.run)
         result.add(*survivors(cases.for_device(case, CPU)))
     result.write()
     print(margins_tables.tables(result.by_device()[-1]))

@@ -95,16 +95,6 @@ def groups(
     return {job: partial(operators.head, subject, precision, job, device, names) for job in roofline.PASSES}
 
 
-def takes_model(subject: Any) -> bool:
-    """Whether a case or corpus is measured on the model on text."""
-    return getattr(subject, "from_text", False)
-
-
-def why_absent(subject: Any) -> str | None:
-    """Why there is nothing to measure a subject on here, or None."""
-    return text_model.why_not() if takes_model(subject) else None
-
-
 def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.device, seconds: float) -> list[Row]:
     """Rows of one group."""
     with precision.settings():
@@ -131,12 +121,11 @@ def measure_all(result: Result, args: argparse.Namespace, device: torch.device, 
     budget = Budget(args.budget)
     for precision in (shapes.PRECISIONS[name] for name in precisions):
         for name, subject in plan(args.kind, names, device):
-            absent = why_absent(subject) if budget.has_time() else "no time"
+            absent = text_model.why_absent(subject) if budget.has_time() else "no time"
             if absent:
                 result.leave_out(absent, {"case": name, "precision": precision.name})
                 continue
-            if takes_model(subject):
-                result.run["trained_model"] = text_model.training_record()
+            text_model.note(subject, result.run)
             jobs = groups(args.kind, subject, precision, device, chosen)
             measure_jobs(result, budget, name, precision, jobs, device, args.seconds)
 

@@ -95,9 +95,9 @@ def main() -> None:
     results = load(args.results)
     figures: list[Path] = []
     if args.figures:
-        from bench.tables.figures import plot_curves, plot_shares
+        from bench.tables.figures import plot
 
-        figures = sorted([*plot_curves(results, args.figures), *plot_shares(results, args.figures)])
+        figures = plot(results, args.figures)
 
     def links(document: Path) -> list[str]:
         return [os.path.relpath(path, document.parent) for path in figures]

@@ -260,7 +260,8 @@ def run(names: Sequence[str], result: Result, seconds: float) -> None:
             if not added["status"].startswith(("passed", "not here")):
                 print(output, flush=True)
         if late:
-            result.content["left_out"] += waiting
+            for name in waiting:
+                result.leave_out("no time", {"smoke": name})
             waiting = []
     result.write()
 

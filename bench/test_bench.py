@@ -22,6 +22,7 @@ from bench.harness import rows
 from bench.harness.environment import describe
 from bench.harness.result_file import is_wrong
 from bench.harness.rows import Job, Row
+from bench.inputs import text_model
 from bench.inputs.cases import PRECISIONS
 from bench.inputs.variants import HEADS, MATMULS, SCREENING
 from bench.jobs.screening import FLOOR
@@ -58,7 +59,7 @@ def cases() -> Iterator[Any]:
     for kind, names in VARIANTS.items():
         for precision in measure.default_precisions(DEVICE):
             for case, subject in measure.plan(kind, measure.default_cases(kind, DEVICE), DEVICE):
-                if measure.why_absent(subject):
+                if text_model.why_absent(subject):
                     continue
                 measured = kind, subject, PRECISIONS[precision], DEVICE, measure.default_variants(kind)
                 for job, make in measure.groups(*measured).items():

@@ -356,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for shape in shapes(args, arch):
         # The first shape started the processes and compiled what the next ones find.
         if not budget.has_time():
-            result.content["left_out"].append(shape._asdict())
+            result.leave_out("no time", shape._asdict())
             continue
         before = len(result.rows), len(result.content["table"])
 

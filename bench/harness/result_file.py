@@ -117,9 +117,7 @@ class Result:
     def leave_out(self, why: str, what: Row) -> None:
         """Name what is not measured, by the fields of the rows that it would have given."""
         left = self.content["left_out"]
-        left[:] = [
-            entry for entry in left if not (isinstance(entry, dict) and entry | {"reason": ""} == what | {"reason": ""})
-        ]
+        left[:] = [entry for entry in left if entry | {"reason": ""} != what | {"reason": ""}]
         left.append(what | {"reason": why})
         self.write()
 
@@ -203,12 +201,10 @@ def by_device(content: dict[str, Any], file: str) -> list[dict[str, Any]]:
     ]
 
 
-def left_out_text(entry: str | dict[str, Any]) -> str:
+def left_out_text(entry: Row) -> str:
     """What was left out, as text."""
-    if isinstance(entry, str):
-        return entry
     words = [str(value) if name in KEY else f"{name} {value}" for name, value in entry.items() if name != "reason"]
-    return " ".join(words) + (f": {entry['reason']}" if "reason" in entry else "")
+    return f"{' '.join(words)}: {entry['reason']}"
 
 
 def reason(error: Exception) -> str:
@@ -223,6 +219,6 @@ def is_wrong(status: str) -> bool:
     return status.startswith(("red", "failed"))
 
 
-def _settles(row: Row, entry: str | dict[str, Any]) -> bool:
+def _settles(row: Row, entry: Row) -> bool:
     """Whether a row is what had been left out."""
-    return isinstance(entry, dict) and all(row.get(key) == value for key, value in entry.items() if key != "reason")
+    return all(row.get(key) == value for key, value in entry.items() if key != "reason")

@@ -262,11 +262,6 @@ def make_inputs(case: Case, precision: Precision, device: torch.device, seed: in
     return Inputs(hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), mask, grad)
 
 
-def why_absent(case: Case) -> str | None:
-    """Why a case has no inputs here, or None."""
-    return text_model.why_not() if case.from_text else None
-
-
 def _threshold(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, share: float) -> Tensor:
     """The number that this share of the pairs' largest logits exceeds."""
     columns = weight.float().t()

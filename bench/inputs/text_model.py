@@ -17,11 +17,17 @@ from torch import Tensor
 FOLDER = Path(__file__).parents[2] / "outputs" / "screening-model"
 
 
-def why_not() -> str | None:
-    """Why there is no trained model to take inputs from, or None."""
-    if (FOLDER / "passages.json").is_file():
+def why_absent(subject: Any) -> str | None:
+    """Why a case or corpus has no inputs here, or None."""
+    if not getattr(subject, "from_text", False) or (FOLDER / "passages.json").is_file():
         return None
     return "no trained model here: python -m bench.screening_model --data DIR makes it"
+
+
+def note(subject: Any, run: dict[str, Any]) -> None:
+    """Put what is known of the model into a run that measures on it."""
+    if getattr(subject, "from_text", False):
+        run["trained_model"] = training_record()
 
 
 def training_record() -> dict[str, Any]:

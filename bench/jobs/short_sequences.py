@@ -21,7 +21,7 @@ SORTED_BYTES = 2 * (4 + 8)
 LENGTHS = (8, 14, 32, 60, 128, 256, 512)
 SHARES = (0.005, 0.01, 0.05, 0.2, 0.5, 1.0)
 # Operations for each byte of memory: the RTX 3090's datasheet, and two rounder numbers above it. Parameters, all three.
-INTENSITIES = (RTX_3090["bf16"].operations_per_second / RTX_3090["bf16"].bytes_per_second, 150.0, 300.0)
+INTENSITIES = (RTX_3090.operations_per_second / RTX_3090.bytes_per_second, 150.0, 300.0)
 # How many times memory's rate rows of h are gathered at from L2, where they are.
 L2_FACTOR = 3.0
 

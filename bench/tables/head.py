@@ -75,7 +75,7 @@ def total(rows: Sequence[Row]) -> Row:
 
 def floors_section() -> str:
     """Computed, not measured: the RTX 3090's datasheet against the forward of the cases that ask for it."""
-    machine = roofline.RTX_3090["bf16"]
+    machine = roofline.RTX_3090
     rates = f"{machine.bytes_per_second / 1e9:.0f} GB/s and {machine.operations_per_second / 1e12:.0f} TFLOP/s"
     note = f"Floors of the forward in bfloat16 from the datasheet's {rates} (dense, float32 accumulation)."
     rows = [["case", "shape", "forward, all tokens real, ms", "forward, real tokens, ms", "binds"]]
@@ -108,8 +108,7 @@ def _times(found: Sequence[tuple[str, dict[str, Row]]]) -> list[list[str]]:
 def _roofline(row: Row) -> str:
     if not row.get("operations") or not row.get("median"):
         return "-"
-    rates = row["run"]["machine"][row["precision"]]
-    machine = Machine("", rates["bytes_per_second"], rates["operations_per_second"])
+    machine = Machine(**row["run"]["machine"][row["precision"]])
     return f"{machine.seconds(Work(row['operations'], row['bytes'])) / row['median']:.0%}"
 
 

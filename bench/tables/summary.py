@@ -75,15 +75,13 @@ def stages(folder: Path) -> Iterator[str]:
 
 
 def _of_log(text: str) -> str:
+    """What pytest said, with or without xdist, or the sanitizer."""
     found = re.findall(
         r"\b(PASSED|FAILED|ERROR|SKIPPED)\b(?: +\[ *\d+%\])?(?: +(tests/\S+))?|(tests/\S+) (FAILED|ERROR)", text
     )
-    verdicts = [first or last for first, _, _, last in found]
-    failed = [
-        name
-        for first, after, before, last in found
-        if (first or last) in ("FAILED", "ERROR") and (name := after or before)
-    ]
+    tests = [(first or last, after or before) for first, after, before, last in found]
+    verdicts = [verdict for verdict, _ in tests]
+    failed = [name for verdict, name in tests if verdict in ("FAILED", "ERROR") and name]
     counts = ", ".join(f"{verdicts.count(one)} {one.lower()}" for one in dict.fromkeys(verdicts))
     errors = re.findall(r"=+ ERROR SUMMARY: (\d+ errors?)", text)
     shown = f" ({', '.join(dict.fromkeys(failed[:SHOWN]))})" if failed else ""
@@ -134,23 +132,19 @@ def _variant(row: Result, first: float | None) -> str:
 
 
 def _tuning(result: Result) -> Iterator[str]:
+    def about(row: Result) -> list[Any]:
+        return [row[key] for key in ("kind", "dtype", "hidden_size", "vocab_size")]
+
     for row in result["rows"]:
         if row.get("chosen"):
-            question = f"{row['kind']} {row['dtype']} D{row['hidden_size']} V{row['vocab_size']}"
-            mine = [
-                one
-                for one in result["rows"]
-                if all(one[key] == row[key] for key in ("kind", "dtype", "hidden_size", "vocab_size"))
-            ]
-            ratios = [
-                one["time_over_shipped"]
-                for one in mine
-                if one["config"] == row["config"] and "time_over_shipped" in one
-            ]
+            mine = [one for one in result["rows"] if about(one) == about(row)]
+            ratios = [one.get("time_over_shipped") for one in mine if one["config"] == row["config"]]
+            ratio = next((value for value in reversed(ratios) if value is not None), 1)
             dropped = sum("dropped" in one for one in mine)
             times = ", ".join(f"{name}: {value:.3f} ms" for name, value in row["shipped_milliseconds"].items())
-            ratio = f"{ratios[-1] if ratios else 1:.3f} of the shipped time ({times})"
-            yield f"- {question}: {ratio}; {dropped} candidates dropped; {row['configuration']}"
+            compared = f"{ratio:.3f} of the shipped time ({times}); {dropped} candidates dropped"
+            question = "{} {} D{} V{}".format(*about(row))
+            yield f"- {question}: {compared}; {row['configuration']}"
 
 
 def _tables(result: Result) -> Iterator[str]:
@@ -158,20 +152,17 @@ def _tables(result: Result) -> Iterator[str]:
 
 
 def _compaction(result: Result) -> Iterator[str]:
-    rates = [run for run in result["runs"] if "bucket_bytes_per_second" in run][-1:]
-    shares = [run["bucket_bytes_per_second"] / run["copy_bytes_per_second"] for run in rates]
-    share = "".join(f", {share:.0%} of the copy bandwidth" for share in shares)
-    milliseconds = {row["operation"]: row["milliseconds"] for row in result["rows"]}
-    times = ", ".join(f"{operation} {value:.2f} ms" for operation, value in milliseconds.items())
+    runs = [run for run in result["runs"] if "bucket_bytes_per_second" in run]
+    shares = [run["bucket_bytes_per_second"] / run["copy_bytes_per_second"] for run in runs]
+    share = "".join(f", {share:.0%} of the copy bandwidth" for share in shares[-1:])
+    times = ", ".join(dict.fromkeys(f"{row['operation']} {row['milliseconds']:.2f} ms" for row in result["rows"]))
     yield f"- compaction: {times}{share}"
 
 
 def _plain(result: Result) -> Iterator[str]:
     for row in result["rows"]:
-        shown = {
-            key: value for key, value in row.items() if not isinstance(value, (list, dict)) and key != "provenance"
-        }
-        yield f"- {result['kind']}: " + " ".join(f"{key} {value}" for key, value in shown.items())
+        shown = (f"{key} {value}" for key, value in row.items() if not isinstance(value, (list, dict)))
+        yield f"- {result['kind']}: " + " ".join(word for word in shown if not word.startswith("provenance "))
 
 
 SECTIONS: dict[str, Callable[[Result], Iterator[str]]] = {

@@ -57,5 +57,5 @@ def test_the_logits_of_a_batch_are_in_the_memory_of_stock_and_not_in_ours() -> N
 def test_what_is_measured_by_default() -> None:
     assert [name for name, _ in measure.plan("encode", measure.default_cases("encode", CPU), CPU)] == [*encode.CORPORA]
     assert measure.default_variants("encode") == ["stock", "ours"]
-    assert not any(measure.takes_model(corpus) for corpus in encode.CORPORA.values())
-    assert measure.takes_model(encode.SQUAD)
+    assert not any(corpus.from_text for corpus in encode.CORPORA.values())
+    assert encode.SQUAD.from_text

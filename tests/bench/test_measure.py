@@ -77,8 +77,7 @@ def test_floors_by_hand():
     # Two gathers of 4 for each of 7 active entries; y, dy and a of 20 entries; h of 16 tokens, dh, W, dW, dc.
     assert roofline.backward(case, BFLOAT16, 7, 16) == Work(4 * 7 * 4, 20 * 6 + (16 + 16 + 20) * 4 * 2 + 20)
     assert roofline.flops(3, 5, 4) == Work(15, 60)
-    assert roofline.logits_bytes(case, BFLOAT16) == 2 * 8 * 10 * 2
-    machine = Machine("m", bytes_per_second=100, operations_per_second=1000)
+    machine = Machine(bytes_per_second=100, operations_per_second=1000)
     assert machine.seconds(Work(2000, 100)) == 2
     assert machine.seconds(Work(1000, 300)) == 3
 
@@ -106,7 +105,7 @@ def test_memory_is_measured_in_a_process_of_its_own(monkeypatch):
     case = Case("memory", 8, 64, hidden_size=16, vocab_size=20000)
     # The step at hand is not called, and what this process holds does not count.
     extra = steps.weigher(case, FLOAT32, "unscreened", True, CPU)(lambda: pytest.fail("not this step"))
-    assert 0 < extra < roofline.logits_bytes(case, FLOAT32)
+    assert 0 < extra < 8 * 64 * 20000 * 4, "less than the logits"
 
 
 @LINUX
@@ -123,7 +122,7 @@ def test_extra_memory_of_stock_is_in_logits_whatever_was_freed_before(monkeypatc
 
     monkeypatch.setattr(steps, "make_inputs", leaving_freed_memory)
     extra = steps.host_extra_bytes(case, "float32", "stock", True)
-    assert 0.5 < extra / roofline.logits_bytes(case, FLOAT32) < 8
+    assert 0.5 < extra / (8 * 64 * 500 * 4) < 8
 
 
 def test_extra_memory_is_never_negative(monkeypatch):

@@ -246,8 +246,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_inputs_from_text_are_what_the_decoder_gets(trained):
-    assert text_model.why_not() is None
     case = Case("text", 3, 8, hidden_size=16, vocab_size=65, lengths="ragged", from_text=True)
+    assert text_model.why_absent(case) is None
     inputs = cases.make_inputs(case, FLOAT32, CPU)
     assert (inputs.hidden.shape, inputs.weight.shape, inputs.bias.shape) == ((3, 8, 16), (65, 16), (65,))
     assert inputs.mask.sum(1).tolist() == case.draw_lengths().tolist()
