@@ -12,24 +12,24 @@ runs in Triton's interpreter (``TRITON_INTERPRET=1``).
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import splade_kernels as sk
 from bench.compaction import compare
+from bench.harness.options import plain
 from bench.harness.result_file import Result, reason
 from bench.harness.truth import relative_distance
 from bench.inputs import variants
@@ -231,45 +231,40 @@ def row(name: str) -> dict[str, Any]:
 
 def run(names: Sequence[str], result: Result, seconds: float) -> None:
     """Each in a process of its own; a row is written when its process ends."""
-    waiting, running = list(names), dict[str, tuple[subprocess.Popen[str], IO[str]]]()
     end = time.monotonic() + seconds
-    while waiting or running:
-        while waiting and len(running) < PROCESSES:
-            name = waiting.pop(0)
-            command = [sys.executable, "-m", "bench.smoke", "--only", name]
-            # A file: a compiler that fails prints more than a pipe holds.
-            written = tempfile.TemporaryFile("w+")
-            running[name] = subprocess.Popen(command, stdout=written, stderr=written, text=True), written
-        time.sleep(0.05)
-        late = time.monotonic() > end
-        for name, (process, log) in list(running.items()):
-            if late:
-                process.kill()
-            elif process.poll() is None:
+
+    def one(name: str) -> tuple[str | None, str]:
+        """The status of a process that gave no row, or None, and its output; nothing where no time is left."""
+        left = end - time.monotonic()
+        if left <= 0:
+            return None, ""
+        command = [sys.executable, "-m", "bench.smoke", "--only", name]
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=left)
+        except subprocess.TimeoutExpired as late:
+            return f"no answer after {seconds:.0f} s", str(late.output or "")
+        return f"failed: exit {done.returncode}", done.stdout
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        futures = {pool.submit(one, name): name for name in names}
+        for future in as_completed(futures):
+            name, (status, output) = futures[future], future.result()
+            if status is None:
+                result.leave_out("no time", {"smoke": name})
                 continue
-            code = process.wait()
-            log.seek(0)
-            output = log.read()
-            log.close()
-            del running[name]
             lines = [line for line in output.splitlines() if line.startswith('{"smoke"')]
-            status = f"no answer after {seconds:.0f} s" if late else f"failed: exit {code}"
             added = json.loads(lines[-1]) if lines else {"smoke": name, "status": status}
             result.add(added)
             print(f"{name:24} {added['status']}", flush=True)
             if not added["status"].startswith(("passed", "not here")):
                 print(output, flush=True)
-        if late:
-            for name in waiting:
-                result.leave_out("no time", {"smoke": name})
-            waiting = []
     result.write()
 
 
 def main(options: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain(__doc__)
     parser.add_argument("--output", type=Path, help="write the result as JSON, rewritten after every row")
-    parser.add_argument("--budget", type=float, default=float("inf"))
+    parser.add_argument("--budget", type=float, default=600.0)
     parser.add_argument("--only", choices=list(SMOKES), help="run one in this process and print its row")
     args = parser.parse_args(options)
     if args.only:

@@ -27,6 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from bench.harness.options import plain
 from bench.harness.result_file import Budget, Result
 from bench.harness.side_by_side import side_by_side
 from bench.jobs.candidates import DTYPES, candidates, examine, refinements, shipped
@@ -319,7 +320,7 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain(__doc__)
     parser.add_argument("--output", type=Path, help="write the result as JSON, rewritten after every shape")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
