@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import pkgutil
 from typing import Any
 
 Row = dict[str, Any]
@@ -29,6 +32,15 @@ def result(kind: str, rows: list[Row], gpu: bool = True, **more: object) -> dict
     made = run(gpu, **more)
     rows = [{"run": made} | row for row in rows]
     return {"kind": kind, "file": f"{kind}.json", "rows": rows, "runs": [made], "left_out": []}
+
+
+def kernels(kind: type) -> set[str]:
+    """The names of the package's Triton kernels, which are of this kind."""
+    import splade_kernels.backends.triton as package
+
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    members = itertools.chain.from_iterable(vars(module).items() for module in modules)
+    return {name for name, value in members if isinstance(value, kind) and name.endswith("_kernel")}
 
 
 def cells(text: str, start: str) -> list[list[str]]:

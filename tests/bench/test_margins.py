@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -76,35 +77,30 @@ def test_the_shares_are_those_of_the_definitions():
     rows, offsets, weight, bias = (x.double() if x.is_floating_point() else x for x in packed(SMALL))
     found = {row["levels"]: row for row in margins.survivors(SMALL)}
     assert list(found) == [127, 63]
+    sequences = [slice(*edges) for edges in itertools.pairwise(offsets.tolist())]
     for levels, row in found.items():
-        near = []
-        for x in (rows, weight):
-            step = x.abs().amax(1, keepdim=True) / levels
-            near.append((x / step).round().mul(step))
+        steps = [x.abs().amax(1, keepdim=True) / levels for x in (rows, weight)]
+        near = [(x / step).round() * step for x, step in zip((rows, weight), steps, strict=True)]
         allowed = (64 + 128) * 2**-23
         radius, word_radius = (
             (x - y).norm(dim=1) + allowed * x.norm(dim=1) for x, y in zip((rows, weight), near, strict=True)
         )
         far = radius[:, None] * (weight.norm(dim=1) + word_radius) + rows.norm(dim=1)[:, None] * word_radius
-        stands = near[0] @ near[1].t()
-        assert row["bound"] == pytest.approx((far.mean() / (rows @ weight.t()).std(correction=0)).item(), rel=1e-4)
-        totals = dict.fromkeys(("active", "relu", "best"), 0)
-        pairs, groups, tokens = dict(totals), dict(totals), dict(totals)
-        for first, last in zip(offsets.tolist(), offsets[1:].tolist(), strict=False):
-            some = slice(first, last)
-            relu = stands[some] + far[some] > -bias
-            reached = stands[some] + far[some] >= (stands - far)[some].amax(0)
-            alive = {"active": rows[some] @ weight.t() > -bias, "relu": relu, "best": relu & reached}
-            for name, left in alive.items():
-                pairs[name] += int(left.any(0).sum())
-                groups[name] += sum(int(part.any(0).sum()) for part in left.split(16))
-                tokens[name] += int(left.sum())
-        # 12, 24 and 35 tokens are 1, 2 and 3 groups.
-        for what, counts, every in (("pairs", pairs, 3), ("groups", groups, 6), ("tokens", tokens, len(rows))):
-            for name, count in counts.items():
+        stands, dots = near[0] @ near[1].t(), rows @ weight.t()
+        assert row["bound"] == pytest.approx((far.mean() / dots.std(correction=0)).item(), rel=1e-4)
+        relu = stands + far > -bias
+        reached = torch.cat([(stands + far)[some] >= (stands - far)[some].amax(0) for some in sequences])
+        active = sum(int((dots > -bias)[some].any(0).sum()) for some in sequences)
+        for name, alive in (("active", dots > -bias), ("relu", relu), ("best", relu & reached)):
+            groups = [group for some in sequences for group in alive[some].split(16)]
+            # 12, 24 and 35 tokens are 1, 2 and 3 groups.
+            for what, parts, every in (
+                ("pairs", [alive[some] for some in sequences], 3), ("groups", groups, 6), ("tokens", alive, len(rows))
+            ):  # fmt: skip
+                count = sum(int((part.any(0) if part.dim() == 2 else part).sum()) for part in parts)
                 assert row[f"{name}_{what}"] * every * 300 == pytest.approx(count, abs=0.01), (name, what)
         assert row["best_pairs"] == row["relu_pairs"]
-        assert row["relu_tokens_per_active_pair"] == pytest.approx(tokens["relu"] / pairs["active"])
+        assert row["relu_tokens_per_active_pair"] == pytest.approx(int(relu.sum()) / active)
     assert found[63]["relu_tokens"] > found[127]["relu_tokens"]
 
 

@@ -22,6 +22,7 @@ from bench.jobs import candidates as tune_candidates  # noqa: E402
 from bench.jobs import compiled, kernels  # noqa: E402
 from bench.jobs.kernels import Case  # noqa: E402
 from splade_kernels.backends.triton import tuning  # noqa: E402
+from tests.bench import synthetic  # noqa: E402
 from tests.triton import tables  # noqa: E402
 
 # About a hundred kernels for each: the first target in every run, the others in `make test-all`.
@@ -105,23 +106,25 @@ def test_two_programs_of_the_logit_gradient_fit_a_multiprocessor_of_sm_90():
     assert len(found) == 4
 
 
-def test_a_problem_would_be_seen():
-    row = compiled.Row("k", 86, "bfloat16", {"PRECISION": "ieee"}, 255, 8, 120_000, {}, matmul=True)
-    assert len(row.problems()) == 5
-    config, stores = {"PRECISION": "ieee"}, {"write": 1}
-    exempt = compiled.Row("k", 86, "float32", config, 128, 0, 1000, {"STG": 1}, matmul=True, ptx=stores)
-    assert exempt.problems() == []
+WHOLE = compiled.Row(
+    "k", 86, "bfloat16", {}, 128, 0, 1000, {"HMMA": 4, "STG": 1}, matmul=True, ptx={"multiply": 4, "write": 1}
+)
 
 
-@pytest.mark.parametrize("dropped", [("multiply", "has no matrix instruction"), ("write", "writes no result")])
-def test_a_dropped_product_or_result_would_be_seen(dropped):
-    name, problem = dropped
-    whole = compiled.Row(
-        "k", 90, "bfloat16", {}, 128, 0, 1000, {"HGMMA": 4, "REDG": 1}, matmul=True, ptx={"multiply": 4, "write": 1}
-    )
-    assert whole.problems() == []
-    (found,) = replace(whole, ptx=whole.ptx | {name: 0}).problems()
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"spill_bytes": 8}, "spills 8 bytes"),
+    ({"shared_bytes": 120_000}, "needs 120000 bytes of shared memory"),
+    ({"ptx": {"write": 1}}, "has no matrix instruction"),
+    ({"instructions": {"STG": 1}}, "multiplies without tensor cores"),
+    ({"ptx": {"multiply": 4}}, "writes no result"),
+    ({"instructions": {"HMMA": 4}}, "writes no result"),
+], ids=str)  # fmt: skip
+def test_a_problem_would_be_seen(change, problem):
+    assert WHOLE.problems() == []
+    (found,) = replace(WHOLE, **change).problems()
     assert problem in found
+    exempt = {"dtype": "float32", "config": {"PRECISION": "ieee"}, "instructions": {"STG": 1}, "ptx": {"write": 1}}
+    assert replace(WHOLE, **exempt).problems() == []
 
 
 def test_what_counts_as_a_product_and_as_a_write():
@@ -160,11 +163,7 @@ def test_the_options_of_the_maximum_kernel_neither_spill_nor_drop_anything(arch,
     assert ("finalise_kernel" in {row.kernel for row in rows}) == config.partials
 
 
-@pytest.mark.parametrize(
-    ("arch", "tile"),
-    [(86, (256, 128, 32, 8, 3)), (90, (256, 128, 64, 8, 4))],
-    ids=str,
-)
+@pytest.mark.parametrize(("arch", "tile"), [(86, (256, 128, 32, 8, 3)), (90, (256, 128, 64, 8, 4))], ids=str)
 def test_a_wide_tile_that_wins_for_the_maximum_does_not_spill_in_sum_pooling(arch, tile):
     question = tuning.Shape("sum", arch, "bfloat16", 768, 30522)
     assert tune_candidates.examine(question, tuning.MatmulConfig(*tile, tma=arch == 90))[1] == []
@@ -185,24 +184,13 @@ def test_no_device_function_has_a_plain_string_for_a_default():
 
 
 def test_every_kernel_of_the_package_is_in_the_report(rows):
-    import importlib
-    import pkgutil
-
-    import splade_kernels.backends.triton as package
-
-    launched = set()
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        members = vars(importlib.import_module(module.name))
-        launched |= {name for name, value in members.items() if isinstance(value, triton.JITFunction)}
-    kernels = {name.strip("_") for name in launched if name.endswith("_kernel")}
-    assert kernels == {row.kernel for row in rows}
+    assert {name.strip("_") for name in synthetic.kernels(triton.JITFunction)} == {row.kernel for row in rows}
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 120])
 def test_warps_of_the_screening_kernel_never_part_over_a_budget(arch):
     """Budgets change while they are read: what one thread read has to reach all warps before any of them branches."""
-    kernel = "_screen_kernel"
-    case = next(case for case in kernels.cases(arch) if case.kernel.__name__ == kernel)
+    case = next(case for case in kernels.cases(arch) if case.kernel.__name__ == "_screen_kernel")
     lines = compiled.compile_case(case).asm["ptx"].splitlines()
     budgets = [i for i, line in enumerate(lines) if "ld.global.cg" in line]
     assert len(budgets) == case.constants["BLOCK_T"] // 16

@@ -174,15 +174,14 @@ def test_the_band_by_hand():
 
 def test_survivors_are_the_dots_that_the_backend_computes():
     """As many as ``maximise`` counts: everything where all bounds reach, none where relu cuts all."""
-    hidden, weight, bias = (leaf.detach() for leaf in cases.make_inputs(TINY, FLOAT32, CPU).leaves)
-    mask = cases.make_inputs(TINY, FLOAT32, CPU).mask
+    inputs = cases.make_inputs(TINY, FLOAT32, CPU)
+    (hidden, weight, bias), mask = (leaf.detach() for leaf in inputs.leaves), inputs.mask
     pairs = int(mask.sum()) * 300
     assert screening.survivors(hidden, weight, bias - 1000, mask) == (0, pairs)
     assert screening.survivors(hidden * 0 + 1, weight, None, mask)[1] == pairs
     computed, _ = screening.survivors(hidden, weight, bias, mask)
     active = (sk.splade_pool(hidden, weight, bias, mask) > 0).sum()
     assert active <= computed < pairs
-    inputs = cases.make_inputs(TINY, FLOAT32, CPU)
     assert screening.surviving_share(inputs, FLOAT32) == computed / pairs
 
 
@@ -252,22 +251,15 @@ def test_inputs_from_text_are_what_the_decoder_gets(trained):
     assert (inputs.hidden.shape, inputs.weight.shape, inputs.bias.shape) == ((3, 8, 16), (65, 16), (65,))
     assert inputs.mask.sum(1).tolist() == case.draw_lengths().tolist()
     model = text_model.load()
+    tokens = iter(model.tokenizer(text_model.passages(), truncation=True, max_length=case.length)["input_ids"])
     for sequence, length in enumerate(case.draw_lengths().tolist()):
-        # Of a passage that is long enough, the first words; the separator ends the text.
-        ids = next_passage(model, case, sequence)[:length]
+        # Of the next passage that is long enough, the first words; the separator ends the text.
+        ids = next(ids for ids in tokens if len(ids) >= length)[:length]
         ids[-1] = model.tokenizer.sep_token_id
         with torch.no_grad():
             expected = model.transformers_model(input_ids=torch.tensor([ids])).logits[0]
         found = inputs.hidden[sequence, :length] @ inputs.weight.t() + inputs.bias
         assert (found.detach() - expected).abs().max() < 1e-5
-
-
-def next_passage(model: object, case: Case, sequence: int) -> list[int]:
-    """The passage that a sequence is cut from: every sequence takes the next one that has its length."""
-    tokens = iter(model.tokenizer(text_model.passages(), truncation=True, max_length=case.length)["input_ids"])
-    for wanted in case.draw_lengths().tolist()[: sequence + 1]:
-        found = next(ids for ids in tokens if len(ids) >= wanted)
-    return found
 
 
 def test_what_is_known_of_the_model_is_in_the_results_and_documents(trained, measured):
