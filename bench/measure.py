@@ -40,11 +40,12 @@ def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tupl
             if name in names and (limit is None or rows * columns <= limit):
                 yield name, (rows, columns)
         return
-    curves = [case for axis in shapes.CURVES for case in shapes.curve_points(axis, device)] if CURVES in names else []
+    # A CPU leaves out the points that it would have to scale.
+    points = [case for axis in shapes.CURVES.values() for case in axis if shapes.for_device(case, device) == case]
     known = shapes.CASES | shapes.SCREENING
     chosen = [known[name] for name in names if name in known]
     seen: set[shapes.Case] = set()
-    for case in [*chosen, *curves]:
+    for case in [*chosen, *(points if CURVES in names else [])]:
         scaled = shapes.for_device(case, device)
         key = replace(scaled, name="", scaled_from=None, shown_in=())
         if scaled.scaled_from is None or key not in seen:
@@ -114,22 +115,6 @@ def measure_jobs(
             print(_line(row), flush=True)
 
 
-def measure_all(result: Result, args: argparse.Namespace, device: torch.device, precisions: Sequence[str]) -> None:
-    """Every case in every precision, and what was left out."""
-    names = args.case or default_cases(args.kind, device)
-    chosen = args.variant or default_variants(args.kind)
-    budget = Budget(args.budget)
-    for precision in (shapes.PRECISIONS[name] for name in precisions):
-        for name, subject in plan(args.kind, names, device):
-            absent = text_model.why_absent(subject) if budget.has_time() else "no time"
-            if absent:
-                result.leave_out(absent, {"case": name, "precision": precision.name})
-                continue
-            text_model.note(subject, result.run)
-            jobs = groups(args.kind, subject, precision, device, chosen)
-            measure_jobs(result, budget, name, precision, jobs, device, args.seconds)
-
-
 def parse() -> argparse.Namespace:
     parser = options.parser(__doc__, required=True, seconds=2.0)
     options.add_device(parser)
@@ -147,7 +132,17 @@ def main() -> None:
     precisions = args.precision or default_precisions(device)
     machine = timing.machine(device, [shapes.PRECISIONS[name] for name in precisions])
     result = Result(args.kind, "bench.measure", args.output, append=args.append, run={"machine": machine})
-    measure_all(result, args, device, precisions)
+    names = args.case or default_cases(args.kind, device)
+    chosen = args.variant or default_variants(args.kind)
+    budget = Budget(args.budget)
+    for precision in (shapes.PRECISIONS[name] for name in precisions):
+        for name, subject in plan(args.kind, names, device):
+            if absent := text_model.why_absent(subject) if budget.has_time() else "no time":
+                result.leave_out(absent, {"case": name, "precision": precision.name})
+                continue
+            text_model.note(subject, result.run)
+            jobs = groups(args.kind, subject, precision, device, chosen)
+            measure_jobs(result, budget, name, precision, jobs, device, args.seconds)
     result.finish(*variants.OURS)
 
 

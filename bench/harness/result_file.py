@@ -83,13 +83,8 @@ class Result:
         earlier = json.loads(path.read_text()) if append and path and path.exists() else {"kind": kind}
         if earlier["kind"] != kind:
             raise SystemExit(f"--append: expected a result of kind {kind!r} in {path}, got {earlier['kind']!r}")
-        environment = describe()
-        self.run: dict[str, Any] = {
-            "command": command(module),
-            "environment": environment,
-            "load_average": os.getloadavg()[0],
-        }
-        self.run |= run or {}
+        described = {"command": command(module), "environment": describe(), "load_average": os.getloadavg()[0]}
+        self.run: dict[str, Any] = described | (run or {})
         self.content: dict[str, Any] = {
             "kind": kind,
             **more,
@@ -153,11 +148,7 @@ class Result:
             write(self.path, self.content)
 
     def finish(self, *held: str) -> None:
-        """Write the file, and end with an error if a piece of work failed, or a row of one of these variants is wrong.
-
-        Raises:
-            SystemExit: with what failed and is wrong.
-        """
+        """Write the file; ``SystemExit`` with what failed and the wrong rows of the variants ``held``."""
         self.write()
         for row in self.rows:
             if row["provenance"] == self._number and row.get("variant") in held and is_wrong(row["status"]):

@@ -57,19 +57,10 @@ class Case:
     def shape(self) -> str:
         return f"B{self.batch_size} S{self.length} D{self.hidden_size} V{self.vocab_size}"
 
-    @property
-    def multiply_adds(self) -> int:
-        return self.batch_size * self.length * self.hidden_size * self.vocab_size
-
     def draw_lengths(self) -> Tensor:
         """``[B]`` real tokens of each sequence; the same on every call."""
         generator = torch.Generator().manual_seed(self.batch_size * 1_000_003 + self.length)
         return LENGTHS[self.lengths](self.batch_size, self.length, generator)
-
-
-def full_lengths(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
-    """Nothing is padded."""
-    return torch.full((batch_size,), length)
 
 
 def ragged_lengths(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
@@ -91,7 +82,7 @@ def gamma_lengths(mean: float, deviation: float) -> LengthGenerator:
 
 
 LENGTHS: dict[str, LengthGenerator] = {
-    "full": full_lengths,
+    "full": lambda batch_size, length, _: torch.full((batch_size,), length),
     "ragged": ragged_lengths,
     **{f"gooaq-{name}": gamma_lengths(*moments) for name, moments in GOOAQ_LENGTHS.items()},
 }
@@ -117,14 +108,6 @@ def _named() -> Iterator[Case]:
         yield replace(case, name=f"{case.name}-ragged", lengths="ragged", shown_in=ragged)
 
 
-def _curves() -> dict[str, list[Case]]:
-    return {
-        "S": [Case(f"curve-S-{length}", 8, length) for length in (32, 64, 128, 256, 512, 1024, 2048, 8192)],
-        "V": [Case(f"curve-V-{size}", 8, 64, vocab_size=size) for size in (8192, 30522, 50368, 151936, 250002)],
-        "B": [Case(f"curve-B-{batch}", batch, 10) for batch in (1, 4, 16, 64, 256, 1024, 4096)],
-    }
-
-
 def _screening() -> Iterator[Case]:
     shape = Case("", 32, 256, lengths="ragged", on_cpu=(16, 128))
     margins = replace(shape, shown_in=("margins",))
@@ -138,7 +121,11 @@ def _screening() -> Iterator[Case]:
 CASES: dict[str, Case] = {case.name: case for case in _named()}
 # The share of active pairs decides how much exact screening leaves to do: on random numbers and on text.
 SCREENING: dict[str, Case] = {case.name: case for case in _screening()}
-CURVES: dict[str, list[Case]] = _curves()
+CURVES = {
+    "S": [Case(f"curve-S-{length}", 8, length) for length in (32, 64, 128, 256, 512, 1024, 2048, 8192)],
+    "V": [Case(f"curve-V-{size}", 8, 64, vocab_size=size) for size in (8192, 30522, 50368, 151936, 250002)],
+    "B": [Case(f"curve-B-{batch}", batch, 10) for batch in (1, 4, 16, 64, 256, 1024, 4096)],
+}
 # Rows and columns of the FLOPS regulariser's cases.
 FLOPS_SHAPES = ((32, 30522), (512, 30522), (4096, 30522), (420, 250002), (4096, 250002))
 CPU_FLOPS_ELEMENTS = 1 << 27
@@ -166,11 +153,6 @@ def for_device(case: Case, device: torch.device) -> Case:
     if (batch_size, length) == (case.batch_size, case.length):
         return case
     return replace(case, batch_size=batch_size, length=length, scaled_from=case.shape)
-
-
-def curve_points(axis: str, device: torch.device) -> list[Case]:
-    """Points of one curve; a CPU leaves out what it would have to scale."""
-    return [case for case in CURVES[axis] if for_device(case, device) == case]
 
 
 @dataclass(frozen=True)

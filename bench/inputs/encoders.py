@@ -142,14 +142,7 @@ def pairs(count: int, lengths: str, max_length: int, vocab_size: int, seed: int 
 
 
 def _embed(model: SparseEncoder, texts: list[str]) -> Tensor:
-    from sentence_transformers.util import batch_to_device
-
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        features = batch_to_device(model.preprocess(list(texts)), model.device)
-        embeddings: Tensor = model(features)["sentence_embedding"]
-    model.train(was_training)
+    embeddings: Tensor = model.encode(list(texts), convert_to_sparse_tensor=False, show_progress_bar=False)
     return embeddings
 
 

@@ -65,16 +65,6 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
     return [*map(group.variant, names), *map(group.floor, floors)]
 
 
-def training_forward(precision: Precision, inputs: Inputs, screening: str | bool = "auto") -> Step:
-    """The forward that keeps what the backward needs."""
-
-    def step() -> Tensors:
-        with precision.forward(inputs.hidden.device):
-            return (sk.splade_pool(*inputs.leaves, inputs.mask, screening=screening).detach(),)
-
-    return step
-
-
 class Backward:
     """The backward alone on one distribution of winners: its inputs, their exact gradients, and jobs of variants."""
 
@@ -113,10 +103,14 @@ class Backward:
         return job
 
     def beside(self, screening: str | bool = "auto") -> Job:
-        """The training forward of the same shape."""
+        """The training forward of the same shape, which keeps what the backward needs."""
 
         def make(inputs: Inputs, _: distributions.Draw) -> Step:
-            return training_forward(self.precision, inputs, screening)
+            def step() -> Tensors:
+                with self.precision.forward(self.device):
+                    return (sk.splade_pool(*inputs.leaves, inputs.mask, screening=screening).detach(),)
+
+            return step
 
         return self.variant("training-forward", make, **self.forward._asdict())
 

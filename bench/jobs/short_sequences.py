@@ -115,13 +115,8 @@ def crossing_share(shape: Shape, rates: Rates) -> float | None:
 
 def crossing_length(share: float, rates: Rates, lengths: Sequence[int] = range(1, 1025)) -> int | None:
     """The longest of these lengths, in the default shape, at which scattering costs less."""
-    cheaper = [length for length in lengths if _scatters(Shape(length), share, rates)]
-    return max(cheaper, default=None)
-
-
-def _scatters(shape: Shape, share: float, rates: Rates) -> bool:
-    found = costs(shape, share, rates)
-    return found.scatter < found.gather
+    found = {length: costs(Shape(length), share, rates) for length in lengths}
+    return max((length for length, cost in found.items() if cost.scatter < cost.gather), default=None)
 
 
 def _product_seconds(shape: Shape, rates: Rates, moved: int) -> float:
@@ -139,7 +134,8 @@ def length_rows() -> list[list[str]]:
             shape = Shape(length)
             everything, few = costs(shape, 1.0, memory), costs(shape, 0.05, memory)
             found = [everything.gather, costs(shape, 1.0, cached).gather, few.gather, everything.scatter, few.scatter]
-            crossings = [_percent(crossing_share(shape, rates)) for rates in (memory, cached)]
+            shares = [crossing_share(shape, rates) for rates in (memory, cached)]
+            crossings = ["-" if share is None else f"{share:.1%}" for share in shares]
             rows.append([f"{intensity:.0f}", str(length), *(f"{value:.2f}" for value in found), *crossings])
     return rows
 
@@ -152,7 +148,3 @@ def share_rows() -> list[list[str]]:
             longest = [crossing_length(share, Rates.of(intensity, factor)) for share in SHARES]
             rows.append([f"{intensity:.0f}", source, *("-" if length is None else str(length) for length in longest)])
     return rows
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"

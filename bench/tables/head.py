@@ -36,9 +36,11 @@ def head_section(result: Result) -> str:
 def readme_part(result: Result) -> list[str]:
     """Forward and backward of the cases that are shown in the README, stock against ours, and where they are from."""
     rows = [["forward and backward", "stock", "fused", "", f"{EXTRA_MEMORY}, stock", "fused"]]
+    # Of the batches of one step their sum.
+    shown = {case.part_of or case.name for case in cases.shown_in("readme")}
     for case, variants in measured(result, precisions(result)[0], "forward_backward"):
         stock, ours = variants.get("stock"), variants.get("ours")
-        if _in_readme(case.split(" ")[0]) and stock and ours:
+        if case.split(" ")[0] in shown and stock and ours:
             times = [f"{cell(row)} ms" if row.get("median") else cell(row) for row in (stock, ours)]
             rows.append([case, *times, speedup(stock, ours), mebibytes(stock), mebibytes(ours)])
     return [table(rows), f"{ratios.NOTE} {caption(result)}"] if rows[1:] else []
@@ -52,7 +54,8 @@ def measured(result: Result, precision: str, job: str) -> list[tuple[str, dict[s
         if (mode, passes) == (precision, job) and not case.startswith("curve")
     ]
     sums = []
-    for whole, names in _sums().items():
+    for whole in dict.fromkeys(case.part_of for case in CASES.values() if case.part_of):
+        names = [case.name for case in CASES.values() if case.part_of == whole]
         parts = [variants for case, variants in found if case in names]
         if len(parts) == len(names):
             both = {name: total([part[name] for part in parts]) for name in parts[0] if all(name in p for p in parts)}
@@ -121,18 +124,3 @@ def _memory(result: Result, precision: str) -> list[str]:
         if any(cell != "-" for cell in cells):
             rows.append([case, *cells])
     return [f"### {EXTRA_MEMORY.capitalize()}, {precision}, MiB", table(rows)] if rows[1:] else []
-
-
-def _sums() -> dict[str, list[str]]:
-    """The cases that are batches of one step, by the name of their sum."""
-    sums: dict[str, list[str]] = {}
-    for case in CASES.values():
-        if case.part_of:
-            sums.setdefault(case.part_of, []).append(case.name)
-    return sums
-
-
-def _in_readme(name: str) -> bool:
-    """A case that is shown there, but of the batches of one step their sum."""
-    shown = cases.shown_in("readme")
-    return name in {case.part_of or case.name for case in shown}

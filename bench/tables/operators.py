@@ -71,9 +71,9 @@ def plain_section(result: Result) -> str:
     skipped = ("run", "provenance")
     names = list(dict.fromkeys(k for row in result["rows"] for k, v in row.items() if not isinstance(v, (dict, list))))
     names = [name for name in names if name not in skipped]
-    rows = [names, *([_scalar(row.get(name)) for name in names] for row in result["rows"])]
+
+    def scalar(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+    rows = [names, *([scalar(row.get(name)) for name in names] for row in result["rows"])]
     return section(result["kind"], result, table(rows) if names else "No rows.")
-
-
-def _scalar(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)

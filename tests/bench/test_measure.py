@@ -45,7 +45,7 @@ def test_gooaq_lengths_have_the_means_they_stand_in_for():
 def test_a_cpu_gets_the_batch_halved_then_the_length_and_says_so():
     scaled = cases.for_device(cases.CASES["splade-v3"], CPU)
     assert (scaled.batch_size, scaled.length, scaled.scaled_from) == (2, 256, "B320 S512 D768 V30522")
-    assert scaled.multiply_adds <= cases.CPU_MULTIPLY_ADDS
+    assert 2 * 256 * 768 * 30522 <= cases.CPU_MULTIPLY_ADDS < 2 * 512 * 768 * 30522
     assert cases.for_device(cases.CASES["query"], CPU) is cases.CASES["query"]
     assert cases.for_device(cases.CASES["splade-v3"], torch.device("cuda")) is cases.CASES["splade-v3"]
 
@@ -289,4 +289,4 @@ def test_a_job_begun_too_late_is_left_out(measured, monkeypatch):
 
 
 def test_what_the_sanitizer_runs_computes():
-    assert sanitize.exercise(CPU, (torch.float32,)) == 18
+    assert sanitize.exercise(CPU, torch.float32) == 18

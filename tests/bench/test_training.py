@@ -178,19 +178,16 @@ def seed_rows(**changes: object) -> list[dict[str, object]]:
 
 
 def test_predicted_hours_are_steps_times_the_wall_clock() -> None:
-    (found,) = predictions(seed_rows())
-    assert found["stock_hours"] == pytest.approx(94_110 * 0.120 / 3600)
-    assert found["fused_hours"] == pytest.approx(94_110 * 0.060 / 3600)
     text = table({"kind": "training", "rows": seed_rows()})
     assert "Predicted for GPU X, not run: 94,110 steps" in text
-    assert "3.14 h stock and 1.57 h fused (2.00x)" in text
+    assert "with every term active take 3.14 h stock and 1.57 h fused (2.00x)" in text
 
 
 @pytest.mark.parametrize(
     "change", [{"layers": 2}, {"device": "cpu"}, {"pairs_per_batch": 4}, {"lengths": "full"}, {"out_of_memory": True}]
 )
 def test_other_steps_predict_nothing(change: dict[str, object]) -> None:
-    assert predictions(seed_rows(**change)) == []
+    assert [*predictions(seed_rows(**change))] == []
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 8, 9, 100, 421])
@@ -272,7 +269,7 @@ def test_limits_are_written_for_both_heads_of_every_case(tmp_path: Path, monkeyp
 def test_the_checked_in_result_is_a_cpus_and_forecasts_nothing() -> None:
     (result,) = load([Path(__file__).parents[2] / "bench/results/training-cpu.json"])
     assert {row["device"] for row in result["rows"]} == {"cpu"}
-    assert predictions(result["rows"]) == result["left_out"] == []
+    assert [*predictions(result["rows"])] == result["left_out"] == []
     assert len(table(result).splitlines()) == 2 + len(result["rows"]) // 2
     (run,) = result["runs"]
     assert run["command"].startswith("python -m bench.training")
