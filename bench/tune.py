@@ -32,19 +32,11 @@ from bench.harness.result_file import Budget, Result
 from bench.harness.side_by_side import side_by_side
 from bench.jobs.candidates import DTYPES, candidates, examine, refinements, shipped
 from splade_kernels.backends.pooling import PoolingCall
+from splade_kernels.backends.triton import tuning
 from splade_kernels.backends.triton.max_backward import max_pool_backward
 from splade_kernels.backends.triton.max_forward import max_pool_forward
 from splade_kernels.backends.triton.sum_pool import sum_pool_backward, sum_pool_forward
-from splade_kernels.backends.triton.tuning import (
-    ARCHITECTURES,
-    KINDS,
-    Config,
-    HiddenConfig,
-    MatmulConfig,
-    Shape,
-    WeightConfig,
-    entry,
-)
+from splade_kernels.backends.triton.tuning import Config, HiddenConfig, MatmulConfig, Shape, WeightConfig
 
 SIZES = ((768, 30522), (768, 250002), (1024, 30522), (1024, 250002))
 ROUNDS = ((3, 12), (9, 4), (25, 1))
@@ -322,12 +314,12 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = plain(__doc__)
     parser.add_argument("--output", type=Path, help="write the result as JSON, rewritten after every shape")
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--kind", nargs="+", choices=tuning.KINDS, default=[*tuning.KINDS])
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument("--size", type=_size, nargs="+", default=[*SIZES], metavar="DxV", help="hidden and vocabulary")
     parser.add_argument("--budget", type=float, default=float("inf"))
     parser.add_argument("--dry-run", action="store_true", help="compile only; needs no GPU")
-    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="for --dry-run; default: the GPU at hand")
+    parser.add_argument("--arch", type=int, choices=tuning.ARCHITECTURES, help="for --dry-run; default: this GPU's")
     parser.add_argument("--limit", type=int, help="for --dry-run: the first N candidates of each kind")
     args = parser.parse_args(arguments)
     if args.arch is None and not torch.cuda.is_available():
@@ -363,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
         def keep(best: Config, rows: list[dict[str, Any]], shape: Shape = shape, before: Any = before) -> None:
             result.rows[before[0] :] = rows
-            result.content["table"][before[1] :] = [entry(shape, best)]
+            result.content["table"][before[1] :] = [tuning.entry(shape, best)]
             result.write()
 
         best, _ = measure(shape, "cuda", keep)

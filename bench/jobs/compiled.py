@@ -73,10 +73,7 @@ def compile_case(case: Case) -> Any:
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
     source = ASTSource(case.kernel, signature, case.constants, attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    if case.maxnreg is not None:
-        options["maxnreg"] = case.maxnreg
-    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=case.launch)
 
 
 def measure(case: Case) -> Row:
@@ -90,15 +87,13 @@ def measure(case: Case) -> Row:
     names = (*TENSOR_CORE, *ASYNCHRONOUS_COPY, *ATOMIC, *STORE)
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in names}
     counts["total"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE))
+    constants = case.constants.items()
     return Row(
         kernel=case.kernel.__name__.strip("_"),
         arch=case.arch,
         dtype=case.dtype,
-        config={
-            name: value for name, value in case.constants.items() if isinstance(value, (int, str)) and name.isupper()
-        }
-        | {"num_warps": case.num_warps, "num_stages": case.num_stages}
-        | ({} if case.maxnreg is None else {"maxnreg": case.maxnreg}),
+        config={name: value for name, value in constants if name.isupper() and isinstance(value, (int, str))}
+        | case.launch,
         registers=registers,
         spill_bytes=stack,
         shared_bytes=compiled.metadata.shared + static_shared,
