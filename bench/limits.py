@@ -41,7 +41,6 @@ class Largest:
 
     fits: int
     fails: int | None
-    trials: int
 
     def complete(self, resolution: float) -> bool:
         return self.fails is not None and self.fails - self.fits <= max(1, resolution * self.fits)
@@ -49,22 +48,15 @@ class Largest:
 
 def largest(fits: Callable[[int], bool], start: int, resolution: float, may_go_on: Callable[[], bool]) -> Largest:
     """Doubling from ``start`` until a size does not fit, then bisection until the gap is within ``resolution``."""
-    found, size = Largest(0, None, 0), start
+    found, size = Largest(0, None), start
     while may_go_on() and not found.complete(resolution):
-        if fits(size):
-            found = Largest(size, found.fails, found.trials + 1)
-        else:
-            found = Largest(found.fits, size, found.trials + 1)
+        found = Largest(size, found.fails) if fits(size) else Largest(found.fits, size)
         size = 2 * found.fits if found.fails is None else (found.fits + found.fails) // 2
     return found
 
 
 def hold_memory() -> float:
-    """Limit PyTorch's allocator to what an RTX 3090 has for it; returns the share of this GPU's memory.
-
-    Raises:
-        SystemExit: no CUDA device, or one with less memory.
-    """
+    """Limit PyTorch's allocator to what an RTX 3090 has for it; returns the share of this GPU's memory."""
     if not torch.cuda.is_available():
         raise SystemExit("bench.limits needs a CUDA device: a CPU has no limit of its own to find")
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -104,7 +96,6 @@ def search(job: Job, resolution: float, may_go_on: Callable[[], bool]) -> dict[s
         "largest_pairs": found.fits,
         "smallest_pairs_that_failed": found.fails,
         "complete": found.complete(resolution),
-        "trials": found.trials,
         "held_by_weights_alone_mib": torch.cuda.memory_allocated() / 2**20,
     }
 

@@ -17,7 +17,7 @@ from bench.harness import options
 from bench.harness.result_file import Result
 from bench.inputs import cases, text_model
 from bench.inputs.cases import PRECISIONS, Case
-from bench.tables import margins as margins_tables
+from bench.tables.screening import margins_table
 from splade_kernels.backends import int8_bound
 
 # int8's own, and those of the AVX2 kernel.
@@ -60,11 +60,8 @@ def criteria(near: Tensor, far: Tensor, bias: Tensor, real: Tensor) -> tuple[Ten
 
 
 def survivors(case: Case) -> list[dict[str, Any]]:
-    """A row for each number of levels; ``..._pairs``, ``..._groups`` and ``..._tokens`` are shares.
-
-    Raises:
-        ArithmeticError: a dot is outside its bound.
-    """
+    """A row for each number of levels; ``..._pairs``, ``..._groups`` and ``..._tokens`` are shares. A dot outside its
+    bound is an error."""
     inputs = cases.make_inputs(case, PRECISIONS["float32"], CPU)
     hidden, weight, bias = (leaf.detach() for leaf in inputs.leaves)
     rows, shape, real = hidden.flatten(0, 1), inputs.mask.shape, inputs.mask[..., None] != 0
@@ -109,7 +106,7 @@ def main() -> None:
         text_model.note(case, result.run)
         result.add(*survivors(cases.for_device(case, CPU)))
     result.write()
-    print(margins_tables.tables(result.by_device()[-1]))
+    print(margins_table(result.by_device()[-1]))
 
 
 if __name__ == "__main__":

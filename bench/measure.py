@@ -11,7 +11,7 @@ so that what was measured survives a killed run; ``--append`` continues it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -35,9 +35,8 @@ CORPORA = {encode.SQUAD.name: encode.SQUAD, **encode.CORPORA}
 def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tuple[str, Any]]:
     """``(name, case or arguments)`` of a kind on this device; scaled shapes that coincide are measured once."""
     if kind == "flops":
-        limit = shapes.CPU_FLOPS_ELEMENTS if device.type == "cpu" else None
         for name, (rows, columns) in FLOPS_CASES.items():
-            if name in names and (limit is None or rows * columns <= limit):
+            if name in names and (device.type != "cpu" or rows * columns <= shapes.CPU_FLOPS_ELEMENTS):
                 yield name, (rows, columns)
         return
     # A CPU leaves out the points that it would have to scale.
@@ -67,10 +66,8 @@ def default_cases(kind: str, device: torch.device) -> list[str]:
     return [*shapes.CASES, CURVES] if gpu else [case.name for case in shapes.shown_in("cpu")]
 
 
-def default_variants(kind: str) -> list[str]:
-    if kind == "encode":
-        return ["stock", "ours"]
-    return list(variants.SCREENING if kind == "screening" else variants.HEADS)
+def default_variants(kind: str) -> Sequence[str]:
+    return {"encode": ("stock", "ours"), "screening": variants.SCREENING}.get(kind, variants.HEADS)
 
 
 def default_precisions(device: torch.device) -> list[str]:
@@ -83,17 +80,16 @@ def groups(
     """By name, functions that make the jobs to be interleaved with each other."""
     if isinstance(subject, encode.Corpus):
         return {"encode": partial(encode.jobs, subject, precision, device, names)}
+    makers: dict[str, tuple[Callable[..., list[Job]], Iterable[str]]] = {
+        "head": (partial(operators.head, names=names), roofline.PASSES),
+        "backward": (operators.backward, distributions.DISTRIBUTIONS),
+        "flops": (operators.flops, roofline.PASSES),
+        "screening": (partial(screening.head, names=names), roofline.PASSES),
+    }
+    make, found = makers[kind]
     if kind == "screening":
-        passes = screening.passes(subject)
-        return {job: partial(screening.head, subject, precision, job, device, names) for job in passes}
-    if kind == "flops":
-        shape: tuple[int, int] = subject
-        return {job: partial(operators.flops, shape, precision, job, device) for job in roofline.PASSES}
-    if kind == "backward":
-        return {
-            name: partial(operators.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS
-        }
-    return {job: partial(operators.head, subject, precision, job, device, names) for job in roofline.PASSES}
+        found = screening.passes(subject)
+    return {job: partial(make, subject, precision, job, device) for job in found}
 
 
 def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.device, seconds: float) -> list[Row]:

@@ -17,7 +17,6 @@ from bench.harness import options
 from bench.harness.result_file import load
 from bench.tables import ratios
 from bench.tables.head import floors_section, head_section, readme_part
-from bench.tables.margins import margins_block, margins_section
 from bench.tables.markdown import Result, badge, joined, replace_block
 from bench.tables.operators import (
     backward_section,
@@ -28,7 +27,7 @@ from bench.tables.operators import (
     resources_section,
     training_section,
 )
-from bench.tables.screening import screening_section
+from bench.tables.screening import margins_block, margins_section, screening_section
 from bench.tables.short_sequences import short_sequences_section
 
 BEGIN, END = "<!-- bench: python -m bench.report bench/results/*.json -->", "<!-- bench end -->"

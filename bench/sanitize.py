@@ -73,12 +73,8 @@ def exercise_unwatched() -> None:
 
 
 def sanitize(tool: str) -> None:
-    """This module under the sanitizer, its output as it comes.
-
-    Raises:
-        SystemExit: 77 where the sanitizer is not installed or is refused by the device; its own status, or
-            ``ERRORS_FOUND``, where it found something.
-    """
+    """This module under the sanitizer, its output as it comes; ends with the sanitizer's status, which is
+    ``ERRORS_FOUND`` where it found something, or with 77 where it is not installed or the device refuses it."""
     places = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
     found = shutil.which("compute-sanitizer") or (str(places[-1]) if places else None)
     if found is None:

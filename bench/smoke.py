@@ -129,11 +129,7 @@ def flops(dtype: str, threshold: int | None) -> Found:
 
 
 def compacted() -> Found:
-    """The compiled operators against PyTorch's, bit for bit.
-
-    Raises:
-        NotImplementedError: they are not compiled for this device.
-    """
+    """The compiled operators against PyTorch's, bit for bit."""
     if not compiled.serves(DEVICE):
         raise NotImplementedError(str(compiled.why_not()))
     embeddings = pooled(draw(torch.float32), False, sk.reference.splade_pool)[0]
@@ -151,11 +147,7 @@ def rival(dtype: str) -> Found:
 
 
 def captured(dtype: str) -> Found:
-    """A CUDA graph of an inference call gives the bits of the call.
-
-    Raises:
-        NotImplementedError: no CUDA device.
-    """
+    """A CUDA graph of an inference call gives the bits of the call."""
     if DEVICE.type != "cuda":
         raise NotImplementedError("CUDA graphs need a CUDA device")
     inputs = draw(DTYPES[dtype])

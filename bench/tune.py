@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from splade_kernels.backends.triton import tuning
 from splade_kernels.backends.triton.max_backward import max_pool_backward
 from splade_kernels.backends.triton.max_forward import max_pool_forward
 from splade_kernels.backends.triton.sum_pool import sum_pool_backward, sum_pool_forward
-from splade_kernels.backends.triton.tuning import Config, HiddenConfig, MatmulConfig, Shape, WeightConfig
+from splade_kernels.backends.triton.tuning import Config, MatmulConfig, Shape
 
 SIZES = ((768, 30522), (768, 250002), (1024, 30522), (1024, 250002))
 ROUNDS = ((3, 12), (9, 4), (25, 1))
@@ -71,7 +71,7 @@ def loads(shape: Shape) -> dict[str, Load]:
     return BACKWARD_LOADS if shape.kind.startswith("backward") else FORWARD_LOADS
 
 
-def step(shape: Shape, load: Load, device: str, exact: bool = False) -> Callable[[Config], Results]:
+def step(shape: Shape, load: Load, device: str, exact: bool = False) -> Callable[[Any], Results]:
     """What runs the kernels of the shape's kind as the package does, with a given configuration.
 
     ``exact``: small integers, whose products and sums no order of addition changes.
@@ -111,24 +111,23 @@ def step(shape: Shape, load: Load, device: str, exact: bool = False) -> Callable
     inputs = hidden, weight, bias
     if kind == "sum":
 
-        def both(config: Config) -> Results:
-            tiles = cast(MatmulConfig, config)
-            output, argmax = sum_pool_forward(call, *inputs, tiles)
-            return output, *sum_pool_backward(call, grad, output, argmax, *inputs, tiles)
+        def both(config: MatmulConfig) -> Results:
+            output, argmax = sum_pool_forward(call, *inputs, config)
+            return output, *sum_pool_backward(call, grad, output, argmax, *inputs, config)
 
         return both
     if kind == "int8":
-        return lambda config: max_pool_forward(call, *inputs, int8_config=cast(MatmulConfig, config))[:1]
+        return lambda config: max_pool_forward(call, *inputs, int8_config=config)[:1]
     if kind == "maximum":
-        return lambda config: max_pool_forward(call, *inputs, cast(MatmulConfig, config))
+        return lambda config: max_pool_forward(call, *inputs, config)
     output, argmax = max_pool_forward(call, *inputs)
     if load.active_terms is not None:
         least = output.topk(min(load.active_terms, shape.vocab_size), dim=1).values[:, -1:]
         output = torch.where(output >= least, output, 0)
     backward = partial(max_pool_backward, call, grad, output, argmax, *inputs)
     if kind == "backward-weight":
-        return lambda config: backward(weight_config=cast(WeightConfig, config))
-    return lambda config: backward(hidden_config=cast(HiddenConfig, config))
+        return lambda config: backward(weight_config=config)
+    return lambda config: backward(hidden_config=config)
 
 
 def disagreement(shape: Shape, config: Config, device: str) -> str | None:
@@ -157,12 +156,8 @@ def disagreement(shape: Shape, config: Config, device: str) -> str | None:
 def tournament(
     entrants: Sequence[Config], first: Config, time_once: Callable[[Config], float], rounds: Iterable[tuple[int, int]]
 ) -> dict[Config, list[float]]:
-    """Times of all entrants, in interleaved rounds that fewer and fewer survive; ``first`` always does.
-
-    Args:
-        time_once: seconds (any unit) of one run; the score of a configuration is its median.
-        rounds: ``(rounds, how many survive them)``.
-    """
+    """Times of all entrants in interleaved rounds, ``(rounds, how many survive them)``, that ``first`` always survives.
+    ``time_once`` gives the time of one run in any unit; the score of a configuration is its median."""
     times: dict[Config, list[float]] = {config: [] for config in entrants}
     alive = list(entrants)
     for count, survivors in rounds:

@@ -9,13 +9,7 @@ import torch
 
 
 def parser(doc: str | None, *, required: bool = False, seconds: float | None = None) -> argparse.ArgumentParser:
-    """``--output``, ``--append``, ``--budget`` and, with a default for it, ``--seconds``.
-
-    Args:
-        doc: the module's docstring.
-        required: whether ``--output`` is.
-        seconds: default of the time for the rounds of one group; None where a command has no such time.
-    """
+    """``--output``, which may be ``required``, ``--append``, ``--budget`` and, with a default for it, ``--seconds``."""
     made = plain(doc)
     made.add_argument("--output", type=Path, required=required, help="the result file, rewritten after every row")
     made.add_argument(

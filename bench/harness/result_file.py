@@ -65,13 +65,10 @@ class Result:
     Args:
         module: the command, as ``python -m`` takes it.
         path: None to keep the result in memory.
-        append: whether to keep what the file holds already.
+        append: whether to keep what the file holds already, which has to be a result of the same kind.
         key: what makes two rows of different runs the same measurement.
         run: what the provenance of this run's rows holds besides command, environment and load average.
         more: what the file holds besides.
-
-    Raises:
-        SystemExit: ``append`` to a result of another kind.
     """
 
     def __init__(

@@ -54,8 +54,3 @@ def forward_backward(case: Case, precision: Precision, active: int, tokens: int)
     """Both, one after the other; the argmax is written and read once."""
     first, second = forward(case, precision, tokens), backward(case, precision, active, tokens)
     return Work(first.operations + second.operations, first.bytes + second.bytes)
-
-
-def flops(rows: int, columns: int, itemsize: int) -> Work:
-    """Read every embedding once."""
-    return Work(rows * columns, rows * columns * itemsize)

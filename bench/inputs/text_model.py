@@ -62,10 +62,7 @@ def decoder_inputs(lengths: Tensor, length: int, vocab_size: int) -> tuple[Tenso
     """The decoder's input for unseen passages, and its parameters: ``(hidden [B, S, D], weight [V, D], bias [V])``.
 
     The b-th text is the next passage of at least ``lengths[b]`` tokens, cut to that many; the vocabulary is cut to its
-    first ``vocab_size`` entries.
-
-    Raises:
-        ValueError: there are too few such passages.
+    first ``vocab_size`` entries. Too few such passages are an error.
     """
     model = load()
     tokens = iter(model.tokenizer(passages(), truncation=True, max_length=length)["input_ids"])

@@ -93,17 +93,14 @@ def padded_call(mask: Tensor, dtype: torch.dtype, **options: Any) -> pooling.Poo
 def rival(training: bool) -> Head:
     """One program per sequence (:mod:`.rival`), with the tiles of ours, fetched by pointers; forward only."""
     from bench.inputs.rival import max_pool_forward
-    from splade_kernels.backends.triton.common import dot_precision
-    from splade_kernels.backends.triton.launch import architecture
+    from splade_kernels.backends.triton.launch import problem
     from splade_kernels.backends.triton.tuning import matmul_config
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
         cast = torch.is_autocast_enabled(hidden.device.type)
         dtype = torch.get_autocast_dtype(hidden.device.type) if cast else hidden.dtype
-        vocab_size, hidden_size = weight.shape
-        config = matmul_config(architecture(hidden.device), hidden_size, vocab_size, dtype, dot_precision(dtype))
         call = padded_call(mask, dtype, out_dtype=torch.float32 if cast else dtype)
-        return max_pool_forward(call, hidden.flatten(0, 1), weight, bias, config)[0]
+        return max_pool_forward(call, hidden.flatten(0, 1), weight, bias, matmul_config(*problem(call, weight)))[0]
 
     return head
 

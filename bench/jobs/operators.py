@@ -147,23 +147,18 @@ def flops(shape: tuple[int, int], precision: Precision, job: str, device: torch.
     tensors = [torch.rand(rows, columns, device=device).sub_(0.9).relu_().to(dtype) for _ in range(count)]
     mean = torch.cat([part.sum(0, dtype=torch.float64)[None] for part in tensors[0].split(64)]).sum(0) / rows
     exact = (mean.square().sum(), (2 / rows * mean).expand(rows, -1))
-    work = roofline.flops(rows, columns, dtype.itemsize)
-    row = Row("flops", f"B{rows} V{columns}", precision.name, job, "", operations=work.operations, bytes=work.bytes)
+    read = rows * columns * dtype.itemsize  # every embedding once
+    row = Row("flops", f"B{rows} V{columns}", precision.name, job, "", operations=rows * columns, bytes=read)
 
     def stock(embeddings: Tensor) -> Tensor:
         return torch.sum(torch.mean(embeddings, dim=0) ** 2)
 
-    def make(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Step:
-        leaf = tensor.requires_grad_(training)
-
-        def one() -> Tensors:
-            value = function(leaf)
-            return (value.detach(), *torch.autograd.grad(value, leaf)) if training else (value,)
-
-        return one
+    def one(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensors:
+        value = function(leaf)
+        return (value.detach(), *torch.autograd.grad(value, leaf)) if training else (value,)
 
     def steps(function: Callable[[Tensor], Tensor]) -> list[Step]:
-        return [make(function, tensor) for tensor in tensors]
+        return [partial(one, function, tensor.requires_grad_(training)) for tensor in tensors]
 
     def check(found: Tensors) -> dict[str, float]:
         errors = {"value": truth.relative_distance(found[0], exact[0])}

@@ -229,11 +229,8 @@ class StepMeter(TrainerCallback):
 
 
 def kernel_milliseconds(events: Any, wall_milliseconds: float) -> float:
-    """Sum of the time of everything that ran on the device: kernels, copies, fills.
-
-    Raises:
-        RuntimeError: the profiler saw nothing on the device, or more than fits the wall clock.
-    """
+    """Sum of the time of everything that ran on the device: kernels, copies, fills. Nothing, or more than fits the wall
+    clock, is a ``RuntimeError``."""
     ran = [event for event in events if event.device_type.name != "CPU" and not event.is_user_annotation]
     total = sum(float(event.time_range.elapsed_us()) for event in ran) / 1e3
     if not 0 < total <= _CLOCK_TOLERANCE * wall_milliseconds:

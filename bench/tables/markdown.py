@@ -75,11 +75,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def replace_block(text: str, block: str) -> str:
-    """The text with what lies between the markers, first and last line of the block, replaced by the block.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
+    """The text with what lies between the markers, first and last line of the block, replaced by the block."""
     begin, *_, end = block.split("\n")
     if begin not in text or end not in text:
         raise ValueError(f"expected the markers {begin!r} and {end!r}")

@@ -99,6 +99,7 @@ def test_budgets_add_up_and_thirty_rows_are_named():
     assert gpu.SECONDS == {"check": 210, "tune": 180, "bench": 240}
     named = [row for stage in gpu.STAGES["bench"] for row in stage.rows.split()]
     assert len(named) == len(set(named)) <= 30
+    assert all((gpu.ROOT / "tests" / name).exists() for name in gpu.KERNEL_TESTS)
 
 
 def test_what_a_machine_without_network_may_lack_is_not_imported():
@@ -111,10 +112,6 @@ def test_what_a_machine_without_network_may_lack_is_not_imported():
     )
     assert "bench.measure" in modules
     subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
-
-
-def test_the_kernels_tests_are_there():
-    assert all((gpu.ROOT / "tests" / name).exists() for name in gpu.KERNEL_TESTS)
 
 
 def test_the_plan_says_what_fits_and_what_is_missing():

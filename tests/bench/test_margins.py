@@ -14,8 +14,8 @@ from bench import margins, report
 from bench.harness.result_file import load
 from bench.inputs import cases, text_model
 from bench.inputs.cases import PRECISIONS, SCREENING, Case
-from bench.tables import margins as margins_tables
 from bench.tables.markdown import replace_block
+from bench.tables.screening import margins_table
 from splade_kernels.backends import int8_bound
 from splade_kernels.backends.tiled.screening import PLAIN, new_target
 from tests.bench.synthetic import cells
@@ -44,32 +44,6 @@ def test_both_criteria_leave_what_the_backend_computes(share, monkeypatch):
     assert (row["levels"], row["real_tokens"]) == (127, len(rows))
     assert round(row["best_tokens"] * len(rows) * len(weight), 6) == computed
     assert row["best_tokens_per_active_pair"] == pytest.approx(computed / (share * 3 * 300), rel=1e-3)
-
-
-@pytest.mark.parametrize("levels", margins.LEVELS)
-def test_bounds_hold_and_are_no_wider_than_rounding(levels):
-    rows, _, weight, _ = packed(SMALL)
-    tokens, entries = (margins.quantise(x, levels) for x in (rows, weight))
-    step = rows.abs().amax(dim=1) / levels
-    near = tokens[0] / step[:, None]
-    assert (near - near.round()).abs().max() < 1e-4
-    assert near.abs().amax(dim=1).round().eq(levels).all()
-    if levels == int8_bound.LEVELS:
-        near, scale, radius, _ = int8_bound.quantise(rows)
-        assert torch.allclose(tokens[0], near * scale[:, None], atol=1e-6)
-        assert torch.allclose(tokens[1], radius, rtol=1e-4)
-    found, far = margins.bounds(tokens, entries, slice(100, 200))
-    exact = rows.double() @ weight[100:200].double().t()
-    assert ((found - exact).abs() <= far).all()
-    # Residuals of rounding are uniform in half a step to either side; the largest element of a row has none.
-    assert (tokens[1] / (step * (63 / 12) ** 0.5)).mean().item() == pytest.approx(1, abs=0.03)
-
-
-def test_counts_by_hand():
-    alive = torch.zeros(3, 17, 2, dtype=torch.bool)
-    alive[0, [3, 15], 0] = True  # one group of the first sequence
-    alive[[0, 0, 1, 2], [15, 16, 0, 15], 1] = True  # both groups of the first sequence, the second, the third
-    assert margins.counts(alive).tolist() == [1 + 3, 1 + 4, 2 + 4]
 
 
 def test_the_shares_are_those_of_the_definitions():
@@ -135,7 +109,7 @@ def test_the_file_and_its_tables(monkeypatch, tmp_path, capsys):
     assert absent["case"] == "trained-squad"
     assert absent["reason"].startswith("no trained model here")
     results = load([path])
-    assert margins_tables.tables(results[0]) in capsys.readouterr().out
+    assert margins_table(results[0]) in capsys.readouterr().out
     document = replace_block(f"a\n{report.BEGIN}\n{report.END}\nb\n", report.screening_block(results))
     (line, _) = cells(document, "small")
     first = content["rows"][0]
@@ -144,5 +118,5 @@ def test_the_file_and_its_tables(monkeypatch, tmp_path, capsys):
     assert line[-2:] == [f"{first['best_tokens']:.3%}", f"{first['best_tokens_per_active_pair']:.2f}"]
     assert f"Left out: trained-squad: {absent['reason']}." in document
     assert "`bench/results/margins.json`" in document
-    assert margins_tables.tables(results[0]) in report.render(results)
+    assert margins_table(results[0]) in report.render(results)
     assert "Not measured." in report.screening_block([])

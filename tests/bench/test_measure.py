@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from pathlib import Path
 
@@ -82,7 +83,6 @@ def test_floors_by_hand():
     assert roofline.forward(case, BFLOAT16, 16) == Work(1280, (64 + 40 + 10 + 20) * 2)
     # Two gathers of 4 for each of 7 active entries; y, dy and a of 20 entries; h of 16 tokens, dh, W, dW, dc.
     assert roofline.backward(case, BFLOAT16, 7, 16) == Work(4 * 7 * 4, 20 * 6 + (16 + 16 + 20) * 4 * 2 + 20)
-    assert roofline.flops(3, 5, 4) == Work(15, 60)
     machine = Machine(bytes_per_second=100, operations_per_second=1000)
     assert machine.seconds(Work(2000, 100)) == 2
     assert machine.seconds(Work(1000, 300)) == 3
@@ -96,7 +96,7 @@ def test_every_variant_is_checked_timed_and_repeats(unweighed):
         row = by_name[name]
         assert (row.status, row.repeatable, row.clock) == ("measured", True, "perf_counter")
         assert row.rounds == len(row.samples) >= 9
-        assert row.spread[0] <= row.median <= row.spread[1]
+        assert row.median == statistics.median(row.samples)
         assert set(row.errors) == {"output", "grad_bias", "grad_hidden_sum", "grad_hidden_dot", "grad_weight_dot"}
         assert max(row.errors.values()) < 1e-5
     assert by_name["ours"].real_tokens == int(TINY.draw_lengths().sum())
@@ -210,6 +210,7 @@ def test_the_backward_alone_is_held_against_its_definition(distribution):
 
 def test_flops_are_held_against_float64():
     for job in jobs.flops((30, 50), FLOAT32, "forward_backward", CPU):
+        assert (job.row.operations, job.row.bytes) == (30 * 50, 30 * 50 * 4)
         value, gradient = job.steps()[0]()
         assert max(job.check((value, gradient)).values()) < 1e-6
         assert job.check((value * 1.01, gradient))["value"] == pytest.approx(0.01, rel=1e-3)
