@@ -24,11 +24,7 @@ Tensors = tuple[Tensor, ...]
 # Embeddings [B, V], the winning token of each entry, where the tokens of each sequence begin, and how many there are.
 Inputs = tuple[Tensor, Tensor, Tensor, int]
 # What the compiled operators are compared with. The sort of all keys is what the sparse backward does without them.
-RIVALS = {
-    "sparsify": ("to_sparse_csr",),
-    "sparsify_k": ("topk",),
-    "bucket": ("bucket_sort", "bucket_nonzero_sort"),
-}
+RIVALS = {"sparsify": ("to_sparse_csr",), "sparsify_k": ("topk",), "bucket": ("bucket_sort", "bucket_nonzero_sort")}
 KEY = ("operation", "against", "case")
 
 
@@ -90,7 +86,6 @@ def compare(embeddings: Tensor, argmax: Tensor, edges: Tensor, tokens: int, k: i
 
 def main() -> None:
     parser = options.parser(__doc__, seconds=2.0)
-    options.add_device(parser)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--vocab-size", type=int, default=30522)
     parser.add_argument("--active", type=int, default=200, help="entries of a row")

@@ -24,7 +24,7 @@ from bench.harness import memory, options
 from bench.harness.result_file import Budget, Result
 from bench.inputs import encoders
 from bench.jobs.training import Job, load, named, train
-from bench.tables.training import table
+from bench.tables.training import limits_table
 from bench.training import HEADS
 
 TOTAL_GIB, ALLOWANCE_GIB = 24.0, 1.0
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         chosen = {"head": head, "max_length": max_length, "precision": PRECISION}
         described = {"model": name, **vars(size), **chosen, "gradient_checkpointing": checkpointing}
         result.attempt(budget, described, search, job, args.resolution, budget.has_time)
-    print(table(result.by_device()[-1]))
+    print(limits_table(result.by_device()[-1]))
     result.finish()
     return result.content
 

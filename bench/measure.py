@@ -113,7 +113,6 @@ def measure_jobs(
 
 def parse() -> argparse.Namespace:
     parser = options.parser(__doc__, required=True, seconds=2.0)
-    options.add_device(parser)
     parser.add_argument("kind", choices=KINDS)
     known = [*shapes.CASES, CURVES, *shapes.SCREENING, *FLOPS_CASES, *CORPORA]
     parser.add_argument("--case", nargs="+", choices=known, help="default: all of the kind; 'curves': S, V and B")

@@ -23,6 +23,7 @@ from bench.tables.operators import (
     encode_part,
     encode_section,
     flops_section,
+    limits_section,
     plain_section,
     resources_section,
     training_section,
@@ -40,7 +41,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "short-sequences": short_sequences_section,
     "flops": flops_section,
     "training": training_section,
-    "limits": training_section,
+    "limits": limits_section,
     "compaction": plain_section,
     "resources": resources_section,
 }

@@ -125,7 +125,6 @@ def _job(share: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser = options.parser(__doc__, seconds=0.4)
-    options.add_device(parser)
     parser.add_argument("--document", type=Path, help="replace the model's tables between their markers")
     parser.add_argument("--precision", choices=list(BOUNDS), help="default: bf16 on a GPU, float32 on a CPU")
     parser.add_argument("--length", type=int, nargs="+", default=list(LENGTHS))

@@ -23,7 +23,7 @@ from bench.harness import memory, options
 from bench.harness.result_file import Budget, Result
 from bench.inputs import encoders
 from bench.jobs.training import Job, measure, step_losses
-from bench.tables.training import table
+from bench.tables.training import training_table
 
 HEADS = ("stock", "fused")
 # Losses of one run, stock against fused, from the same seed. In bf16 stock rounds its logits, and fused does not.
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 lambda job: _run(measure, job),
                 replace(job, **changed),
             )
-    print(table(result.by_device()[-1]))
+    print(training_table(result.by_device()[-1]))
     result.finish()
     return result.content
 

@@ -48,9 +48,3 @@ def backward(case: Case, precision: Precision, active: int, tokens: int) -> Work
     moved = entries * (2 * precision.out_dtype.itemsize + index)
     matrices = (tokens + case.batch_size * case.length + 2 * case.vocab_size) * case.hidden_size * size
     return Work(4 * active * case.hidden_size, moved + matrices + case.vocab_size * size)
-
-
-def forward_backward(case: Case, precision: Precision, active: int, tokens: int) -> Work:
-    """Both, one after the other; the argmax is written and read once."""
-    first, second = forward(case, precision, tokens), backward(case, precision, active, tokens)
-    return Work(first.operations + second.operations, first.bytes + second.bytes)

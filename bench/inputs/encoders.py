@@ -39,10 +39,7 @@ class Size:
     vocab_size: int
 
 
-SIZES = {
-    "distilbert": Size("distilbert", 6, 768, 30522),
-    "xlm-roberta": Size("xlm-roberta", 12, 768, 250002),
-}
+SIZES = {"distilbert": Size("distilbert", 6, 768, 30522), "xlm-roberta": Size("xlm-roberta", 12, 768, 250002)}
 
 
 @functools.cache
@@ -133,10 +130,8 @@ def pairs(count: int, lengths: str, max_length: int, vocab_size: int, seed: int 
             tokens = torch.full((count,), max_length)
         else:
             tokens = gamma_lengths(mean, deviation)(count, max_length, generator).clamp(min=_SPECIAL_PER_TEXT + 1)
-        words = [
-            torch.randint(len(_SPECIAL), vocab_size, (int(n) - _SPECIAL_PER_TEXT,), generator=generator).tolist()
-            for n in tokens
-        ]
+        sizes = (tokens - _SPECIAL_PER_TEXT).tolist()
+        words = [torch.randint(len(_SPECIAL), vocab_size, (n,), generator=generator).tolist() for n in sizes]
         columns[name] = [" ".join(f"w{word}" for word in text) for text in words]
     return Dataset.from_dict(columns)
 

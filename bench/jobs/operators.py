@@ -29,12 +29,13 @@ class Head:
         self.exact = truth.compute(self.sets[0], precision)
         real = variants.tokens(case, padded=False)
         active = int((self.exact.output > 0).sum())
-        work = roofline.forward(case, precision, real)
-        if self.training:
-            work = roofline.forward_backward(case, precision, active, real)
+        works = [roofline.forward(case, precision, real)]
+        if self.training:  # the argmax is written and read once
+            works.append(roofline.backward(case, precision, active, real))
+        operations, moved = map(sum, zip(*works, strict=True))
         row = Row(case.name, case.shape, precision.name, job, "", scaled_from=case.scaled_from, real_tokens=real)
         share = active / self.exact.output.numel()
-        self.row = replace(row, operations=work.operations, bytes=work.bytes, active_share=share)
+        self.row = replace(row, operations=operations, bytes=moved, active_share=share)
 
     def steps(self, name: str) -> list[Step]:
         function = variants.VARIANTS[name].make(self.training)

@@ -81,9 +81,8 @@ def _plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     machine = Machine(**rows[0]["run"]["machine"][precision])
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
-        points = [
-            row | {"x": int(row["case"].split("-")[2])} for row in rows if row["case"].startswith(f"curve-{axis}-")
-        ]
+        mine = [row for row in rows if row["case"].startswith(f"curve-{axis}-")]
+        points = [row | {"x": int(row["case"].split("-")[2])} for row in mine]
         for name, color in COLORS.items():
             line = sorted((point["x"], point["median"] * 1e3) for point in points if point["variant"] == name)
             if line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from bench.harness import roofline
@@ -93,18 +94,14 @@ def floors_section() -> str:
 
 
 def _times(found: Sequence[tuple[str, dict[str, Row]]]) -> list[list[str]]:
-    present = [row for _, variants in found for row in variants.items()]
+    present = itertools.chain.from_iterable(variants.items() for _, variants in found)
     here = {name for name, row in present if not row["status"].startswith("not here")}
     names = [name for name in COLUMNS if name in here]
     rows = [["case", *names, "ours against stock", "against matmul", "roofline / ours"]]
     for case, variants in found:
-        ours = variants.get("ours", {})
-        cells = [
-            speedup(variants.get("stock"), ours),
-            against(ours, variants.get("matmul-padded", {})),
-            _roofline(ours),
-        ]
-        rows.append([case, *(cell(variants.get(name)) for name in names), *cells])
+        stock, ours, matmul = (variants.get(name, {}) for name in ("stock", "ours", "matmul-padded"))
+        compared = [speedup(stock, ours), against(ours, matmul), _roofline(ours)]
+        rows.append([case, *(cell(variants.get(name)) for name in names), *compared])
     return rows
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.tables import training as training_tables
 from bench.tables.markdown import Result, caption, cell, checks, grouped, mebibytes, section, table
 from bench.tables.ratios import against, speedup
+from bench.tables.training import limits_table, training_table
 
 
 def backward_section(result: Result) -> str:
@@ -51,8 +51,11 @@ def encodes(result: Result) -> str:
 
 
 def training_section(result: Result) -> str:
-    """Whole training steps, or the largest batches."""
-    return section(result["kind"].capitalize(), result, training_tables.table(result))
+    return section("Training", result, training_table(result))
+
+
+def limits_section(result: Result) -> str:
+    return section("Limits", result, limits_table(result))
 
 
 def resources_section(result: Result) -> str:

@@ -8,12 +8,14 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.harness.environment import describe
 from bench.harness.result_file import left_out_text, load
-from bench.tables import training as training_tables
+from bench.tables import markdown
+from bench.tables.training import limits_table, training_table
 
 MAX_LINES = 60
 MAX_ARCHIVE_BYTES = 16 << 20
@@ -25,12 +27,9 @@ Result = dict[str, Any]
 
 
 def machine() -> str:
-    """Device, architecture, driver and versions in one line."""
+    """Device, driver, versions and commit in one line."""
     found = describe()
-    packages: Any = found["packages"]
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-    gpu = f", sm_{found['arch']}, driver {found['driver']}" if found["gpu"] else ""
-    return f"{found['device']}{gpu}; python {found['python']}, {versions}; commit {found['commit']}"
+    return f"{markdown.machine(found)}; commit {found['commit']}"
 
 
 def write(name: str, folder: Path) -> None:
@@ -147,8 +146,8 @@ def _tuning(result: Result) -> Iterator[str]:
             yield f"- {question}: {compared}; {row['configuration']}"
 
 
-def _tables(result: Result) -> Iterator[str]:
-    yield from (f"  {line}" for line in training_tables.table(result).splitlines() if line)
+def _table(make: Callable[[Result], str], result: Result) -> Iterator[str]:
+    yield from (f"  {line}" for line in make(result).splitlines() if line)
 
 
 def _compaction(result: Result) -> Iterator[str]:
@@ -169,7 +168,7 @@ SECTIONS: dict[str, Callable[[Result], Iterator[str]]] = {
     "smoke": _smoke,
     **dict.fromkeys(("head", "backward", "flops", "screening", "short-sequences"), _measured),
     "tuning": _tuning,
-    "training": _tables,
-    "limits": _tables,
+    "training": partial(_table, training_table),
+    "limits": partial(_table, limits_table),
     "compaction": _compaction,
 }

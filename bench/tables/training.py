@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bench.inputs import encoders
-from bench.tables.markdown import Result, Row, joined
-from bench.tables.markdown import table as markdown
+from bench.tables.markdown import Result, Row, joined, table
 
 # The run of the model card tomaarsen/splade-distilbert-base-uncased-gooaq on one RTX 3090.
 SEED_RUN = {"steps": 94_110, "pairs_per_batch": 32, "max_length": 256, "hours_on_its_rtx_3090": 3.894}
 
 
-def table(result: Result) -> str:
-    """The tables of one result, by its ``kind``: "training" or "limits"."""
-    makers: dict[str, Callable[[Result], str]] = {"training": _training, "limits": _limits}
-    if result.get("kind") not in makers:
-        raise ValueError(f"kind: expected one of {sorted(makers)}, got {result.get('kind')!r}")
-    return makers[result["kind"]](result)
-
-
-def _training(result: Result) -> str:
+def training_table(result: Result) -> str:
     # The ratio is that of the device's own time: the wall clock includes the host and, on a CPU, all other programs.
     on_gpu = any(row.get("gpu_ms_per_step") for row in result["rows"])
     time = "gpu_ms_per_step" if on_gpu else "cpu_ms_per_step"
@@ -43,7 +34,7 @@ def _training(result: Result) -> str:
                 *(_cell(row, "peak_memory_mib", 0) for row in (stock, fused)),
             ]
         )
-    return joined(markdown(rows), *predictions(result["rows"]))
+    return joined(table(rows), *predictions(result["rows"]))
 
 
 def predictions(rows: Sequence[Row]) -> Iterator[str]:
@@ -72,7 +63,7 @@ def predictions(rows: Sequence[Row]) -> Iterator[str]:
             )
 
 
-def _limits(result: Result) -> str:
+def limits_table(result: Result) -> str:
     rows = [["model", "tokens", "checkpointing", "attention, optimizer", "pairs: stock", "fused", "fused / stock"]]
     for stock, fused in _pairs(result["rows"], ("model", "vocab_size", "max_length", "gradient_checkpointing")):
         rows.append(
@@ -92,7 +83,7 @@ def _limits(result: Result) -> str:
         f"less {limit['allowance_gib']} GiB for the context, {limit['precision']}, found to within "
         f"{limit['resolution']:.0%}; the GPU was {run['environment']['device']}, held to that share of its memory."
     )
-    return joined(markdown(rows), note)
+    return joined(table(rows), note)
 
 
 def _pairs(rows: Iterable[Row], keys: Sequence[str]) -> Iterable[tuple[Row | None, Row]]:

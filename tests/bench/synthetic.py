@@ -5,7 +5,13 @@ from __future__ import annotations
 import importlib
 import itertools
 import pkgutil
+from collections.abc import Callable
 from typing import Any
+
+import torch
+
+from bench.harness import rows as bench_rows
+from bench.harness.rows import Job
 
 Row = dict[str, Any]
 PRECISION = "bf16"
@@ -32,6 +38,14 @@ def result(kind: str, rows: list[Row], gpu: bool = True, **more: object) -> dict
     made = run(gpu, **more)
     rows = [{"run": made} | row for row in rows]
     return {"kind": kind, "file": f"{kind}.json", "rows": rows, "runs": [made], "left_out": []}
+
+
+def changed(job: Job, change: Callable[..., Any]) -> bench_rows.Row:
+    """The row of a job with one step, whose results are changed."""
+    (step,) = job.steps()
+    job.steps = lambda: [lambda: change(*step())]
+    (found,) = bench_rows.run([job], torch.device("cpu"), 0.01)
+    return found
 
 
 def kernels(kind: type) -> set[str]:

@@ -17,6 +17,7 @@ from bench.harness.rows import Job, Row
 from bench.inputs import cases, distributions, variants
 from bench.inputs.cases import PRECISIONS, Case
 from bench.jobs import operators as jobs
+from tests.bench.synthetic import changed
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 4, 24, hidden_size=16, vocab_size=300, lengths="ragged")
@@ -149,15 +150,7 @@ def test_floors_are_timed_beside_the_forward():
 def test_a_wrong_result_is_red_and_not_timed(wrong, unweighed):
     """The output, then each gradient, is off by a rotation of its rows: of the right size, at the wrong place."""
     (job,) = jobs.head(TINY, FLOAT32, "forward_backward", CPU, ["ours"])
-    (step,) = job.steps()
-
-    def broken() -> tuple[torch.Tensor, ...]:
-        found = list(step())
-        found[wrong] = found[wrong].roll(1, 0)
-        return tuple(found)
-
-    job.steps = lambda: [broken]
-    (row,) = rows.run([job], CPU, 0.01)
+    row = changed(job, lambda *found: [one.roll(1, 0) if i == wrong else one for i, one in enumerate(found)])
     assert row.status.startswith("red: beyond 0.001")
     assert row.median is None
 

@@ -18,6 +18,7 @@ from bench.inputs import cases, text_model, variants
 from bench.inputs.cases import PRECISIONS, SCREENING, Case
 from bench.jobs import encode, screening
 from splade_kernels.backends.tiled import screening as screening_backend
+from tests.bench.synthetic import changed
 
 CPU = torch.device("cpu")
 FLOAT32 = PRECISIONS["float32"]
@@ -92,20 +93,14 @@ def test_one_lost_pair_is_red_however_small(unweighed):
     """The smallest active entry goes: the norm of the difference is far within the bound for norms."""
     case = replace(TINY, active_share=0.5)
     (job, _) = screening.head(case, FLOAT32, "forward", CPU, ["screened"])
-    (step,) = job.steps()
 
-    def lossy() -> tuple[torch.Tensor, ...]:
-        (output,) = step()
-        output = output.clone()
-        smallest = output.masked_fill(output == 0, torch.inf).flatten().argmin()
-        output.view(-1)[smallest] = 0
-        return (output,)
+    def lossy(output: torch.Tensor) -> tuple[torch.Tensor]:
+        smallest = output.masked_fill(output == 0, torch.inf).amin()
+        return (output.masked_fill(output == smallest, 0),)
 
-    errors = job.check(lossy())
-    assert errors["output"] < truth.BOUNDS["float32"]
-    assert errors["bands_from_unscreened"] > 1
-    job.steps = lambda: [lossy]
-    (row,) = rows.run([job], CPU, 0.01)
+    row = changed(job, lossy)
+    assert row.errors["output"] < truth.BOUNDS["float32"]
+    assert row.errors["bands_from_unscreened"] > 1
     assert row.status.startswith("red: beyond {'bands_from_unscreened': 1.0, 'bands_from_truth': 1.0}")
 
 
@@ -303,12 +298,11 @@ def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):
 def test_a_pair_that_encode_loses_is_red_however_small(trained):
     """Of the values beyond what summation orders explain, the smallest goes."""
     (job,) = encode.jobs(encode.Corpus("encode-squad", 6, 4), FLOAT32, CPU, ["screened"])
-    (step,) = job.steps()
-    indices, values = step()
-    assert job.check((indices, values))["bands_from_unscreened"] < 1
-    smallest = values.argsort()
-    lost = smallest[values[smallest] > 1e-4][0]
-    kept = torch.arange(len(values)) != lost
-    job.steps = lambda: [lambda: (indices[:, kept], values[kept])]
-    (row,) = rows.run([job], CPU, 0)
+
+    def lossy(indices: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert job.check((indices, values))["bands_from_unscreened"] < 1
+        kept = values != values[values > 1e-4].min()
+        return indices[:, kept], values[kept]
+
+    row = changed(job, lossy)
     assert row.status.startswith("red: beyond {'bands_from_unscreened': 1.0}")

@@ -16,7 +16,7 @@ from bench.harness.result_file import by_device, load
 from bench.inputs import encoders
 from bench.jobs import training as training_run
 from bench.jobs.training import Job
-from bench.tables.training import predictions, table
+from bench.tables.training import limits_table, predictions, training_table
 from tests.bench.synthetic import cells
 
 VOCAB_SIZE, MAX_LENGTH = 300, 24
@@ -102,7 +102,7 @@ def test_a_run_writes_a_file_and_a_table_of_it(tmp_path: Path, monkeypatch: pyte
         ("fused", "full", None, True),
     ]
     assert result["left_out"] == []
-    (shown,) = map(table, by_device(result, path.name))
+    (shown,) = map(training_table, by_device(result, path.name))
     assert shown.count("distilbert, 1 layers, 64 wide, V 300") == 1
     assert "RTX 3090" not in shown
     # The first case is the seed's.
@@ -177,7 +177,7 @@ def seed_rows(**changes: object) -> list[dict[str, object]]:
 
 
 def test_predicted_hours_are_steps_times_the_wall_clock() -> None:
-    text = table({"kind": "training", "rows": seed_rows()})
+    text = training_table({"rows": seed_rows()})
     assert "Predicted for GPU X, not run: 94,110 steps" in text
     assert "with every term active take 3.14 h stock and 1.57 h fused (2.00x)" in text
 
@@ -222,12 +222,10 @@ def test_the_table_of_limits() -> None:
     }  # fmt: skip
     limit = {"total_gib": 24.0, "allowance_gib": 1.0, "precision": "bf16", "resolution": 0.03}
     rows = [row | {"head": "stock", "largest_pairs": 16}, row | {"head": "fused", "largest_pairs": 400}]
-    text = table({"kind": "limits", "rows": rows, "runs": [{"limit": limit, "environment": {"device": "GPU X"}}]})
+    text = limits_table({"rows": rows, "runs": [{"limit": limit, "environment": {"device": "GPU X"}}]})
     (line,) = cells(text, "xlm-roberta, 12 layers, V 250002")
     assert line[1:] == ["256", "on", "sdpa, adamw_torch_fused", "16", "400", "25.00x"]
     assert "24.0 GiB less 1.0 GiB" in text
-    with pytest.raises(ValueError, match="kind: expected one of"):
-        table({"kind": "head"})
 
 
 def test_a_search_on_a_gpu_trains_until_memory_runs_out(jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,14 +259,16 @@ def test_limits_are_written_for_both_heads_of_every_case(tmp_path: Path, monkeyp
     assert json.loads(path.read_text()) == result
     assert len(result["rows"]) == 2 * 2 * 2 * 2
     (shown,) = by_device(result, path.name)
-    assert [line[-3:] for name in encoders.SIZES for line in cells(table(shown), name)] == [["20", "60", "3.00x"]] * 8
+    assert [line[-3:] for name in encoders.SIZES for line in cells(limits_table(shown), name)] == [
+        ["20", "60", "3.00x"]
+    ] * 8
 
 
 def test_the_checked_in_result_is_a_cpus_and_forecasts_nothing() -> None:
     (result,) = load([Path(__file__).parents[2] / "bench/results/training-cpu.json"])
     assert {row["device"] for row in result["rows"]} == {"cpu"}
     assert [*predictions(result["rows"])] == result["left_out"] == []
-    assert len(table(result).splitlines()) == 2 + len(result["rows"]) // 2
+    assert len(training_table(result).splitlines()) == 2 + len(result["rows"]) // 2
     (run,) = result["runs"]
     assert run["command"].startswith("python -m bench.training")
     for check in run["checks"].values():
