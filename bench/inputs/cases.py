@@ -143,13 +143,11 @@ def for_device(case: Case, device: torch.device) -> Case:
         return case
     batch_size, length = case.on_cpu or (case.batch_size, case.length)
     scales, entries = case.on_cpu is None, case.hidden_size * case.vocab_size
-    while scales and batch_size * length * entries > CPU_MULTIPLY_ADDS:
+    while scales and batch_size * length * entries > CPU_MULTIPLY_ADDS and (batch_size > MIN_BATCH or length > 1):
         if batch_size > MIN_BATCH:
             batch_size = max(MIN_BATCH, batch_size // 2)
-        elif length > 1:
-            length //= 2
         else:
-            break
+            length //= 2
     if (batch_size, length) == (case.batch_size, case.length):
         return case
     return replace(case, batch_size=batch_size, length=length, scaled_from=case.shape)

@@ -1,4 +1,4 @@
-"""Sections that are one table: backward, FLOPS, whole encodes, training, compiled kernels, and all others."""
+"""Sections that are one table: backward, FLOPS, whole encodes, compiled kernels, and all others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 from bench.tables.markdown import Result, caption, cell, checks, grouped, mebibytes, section, table
 from bench.tables.ratios import against, speedup
-from bench.tables.training import limits_table, training_table
 
 
 def backward_section(result: Result) -> str:
@@ -48,14 +47,6 @@ def encodes(result: Result) -> str:
         memories = [mebibytes(row) for row in (stock, ours)]
         rows.append([f"{case}: {ours['shape']}, {precision}", *times, speedup(stock, ours), *memories])
     return table(rows)
-
-
-def training_section(result: Result) -> str:
-    return section("Training", result, training_table(result))
-
-
-def limits_section(result: Result) -> str:
-    return section("Limits", result, limits_table(result))
 
 
 def resources_section(result: Result) -> str:

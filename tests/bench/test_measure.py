@@ -155,12 +155,6 @@ def test_a_wrong_result_is_red_and_not_timed(wrong, unweighed):
     assert row.median is None
 
 
-def test_an_error_of_nan_is_beyond_every_bound():
-    job = Job(Row("c", "s", "float32", "forward", "ours"), lambda: [lambda: (torch.ones(1),)])
-    job.check, job.bound = (lambda found: {"output": float("nan")}), 1.0
-    assert rows.run([job], CPU, 0.01)[0].status.startswith("red: beyond 1.0")
-
-
 def test_a_gradient_that_went_to_another_token_is_red():
     (job,) = jobs.head(TINY, FLOAT32, "forward_backward", CPU, ["ours"])
     (step,) = job.steps()
@@ -170,26 +164,25 @@ def test_a_gradient_that_went_to_another_token_is_red():
     assert errors["grad_hidden_dot"] > 0.1
 
 
-def test_two_runs_that_differ_are_red_where_bits_are_promised():
+def test_a_status_says_what_is_wrong_and_the_others_are_measured():
+    def fail(error: Exception) -> None:
+        raise error
+
     counter = iter(range(10))
-    job = Job(Row("c", "s", "float32", "forward", "ours"), lambda: [lambda: (torch.tensor(next(counter)),)])
-    job.check, job.strict = (lambda found: {}), True
-    assert rows.run([job], CPU, 0.01)[0].status == "red: two runs differ"
-
-
-def test_running_out_of_memory_is_a_result_and_the_others_are_measured():
-    def full() -> tuple[torch.Tensor, ...]:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-
-    def fails() -> tuple[torch.Tensor, ...]:
-        raise ValueError("no such kernel")
-
+    steps = {
+        "out of memory": lambda: fail(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")),
+        "failed: ValueError: no such kernel": lambda: fail(ValueError("no such kernel")),
+        "red: two runs differ": lambda: (torch.tensor(next(counter)),),
+        "red: beyond 1.0: {'output': nan}": lambda: (torch.tensor(torch.nan),),
+        "measured": lambda: (torch.tensor(1),),
+    }
     made = [
-        Job(Row("c", "s", "bf16", "forward", name), lambda step=step: [step])
-        for name, step in (("stock", full), ("sparton", fails), ("ours", lambda: (torch.ones(1),)))
+        Job(Row("c", "s", "bf16", "forward", name), lambda step=step: [step], lambda found: {"output": found[0].item()})
+        for name, step in steps.items()
     ]
-    found = [row.status for row in rows.run(made, CPU, 0.01)]
-    assert found == ["out of memory", "failed: ValueError: no such kernel", "measured"]
+    for job in made:
+        job.bound, job.strict = 1.0, True
+    assert [row.status for row in rows.run(made, CPU, 0.01)] == [*steps]
 
 
 @pytest.mark.parametrize("distribution", list(distributions.DISTRIBUTIONS))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -112,32 +113,22 @@ def test_a_wrong_gradient_of_screened_training_is_red(unweighed):
     assert max(job.check((output, hidden, weight, bias)).values()) < 1
 
 
-def test_training_and_first_calls_quantise_the_weight_in_every_step(unweighed, monkeypatch):
-    plain, prepared, given = screening_backend.PLAIN, [], []
-
-    def prepare(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        prepared.append(weight.shape)
-        return plain.prepare(weight)
-
-    def maximise(*arguments: object) -> int:
-        given.append(len(arguments) > 5)
-        return plain.maximise(*arguments)
-
+@pytest.mark.parametrize(
+    ("job", "name", "counted"),
+    [("forward", "screened", 1), ("forward", "screened-first", 3), ("forward_backward", "screened", 0)],
+)
+def test_training_and_first_calls_quantise_the_weight_in_every_step(job, name, counted, unweighed, monkeypatch):
+    plain = screening_backend.PLAIN
+    made = screening.head(TINY, FLOAT32, job, CPU, [name])[0]
+    (step,) = made.steps()
+    prepare, maximise = (Mock(wraps=function) for function in (plain.prepare, plain.maximise))
     monkeypatch.setattr(screening_backend, "PLAIN", replace(plain, prepare=prepare, maximise=maximise))
     monkeypatch.setattr(screening_backend, "compiled_kernels", lambda: None)
-    for job, name, counted in (
-        ("forward", "screened", 1),
-        ("forward", "screened-first", 3),
-        ("forward_backward", "screened", 0),
-    ):
-        made = screening.head(TINY, FLOAT32, job, CPU, [name])[0]
-        (step,) = made.steps()
-        prepared.clear()
-        given.clear()
-        for _ in range(3):
-            step()
-        # Without a quantised weight at hand the kernels quantise it.
-        assert (len(prepared), given) == (counted, [job == "forward"] * 3)
+    for _ in range(3):
+        step()
+    # Without a quantised weight at hand the kernels quantise it.
+    given = [len(call.args) > 5 for call in maximise.call_args_list]
+    assert (prepare.call_count, given) == (counted, [job == "forward"] * 3)
 
 
 def test_points_of_the_curve_over_the_share_are_inference_alone():
