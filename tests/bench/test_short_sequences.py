@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -22,12 +23,11 @@ TINY = "--device cpu --batch-size 3 --hidden-size 16 --vocab-size 70 --length 3 
 
 def test_rows_that_are_gathered_cost_twice_the_intensity_over_the_length():
     """2 p B V D e bytes against 2 B S D V operations: p e R / (M S) forwards, and what is streamed beside the rows."""
-    for length in (14, 60, 256):
-        for share in (0.05, 1.0):
-            shape, rates = Shape(length), Rates.of(135.0)
-            streamed = shape.hidden_bytes + shape.weight_bytes + shape.entry_bytes + 24 * share * shape.entries
-            beside = streamed / (2 * shape.tokens * 768 * 30522 / 135.0)
-            assert costs(shape, share, rates).gather == pytest.approx(270 * share / length + beside)
+    for length, share in itertools.product((14, 60, 256), (0.05, 1.0)):
+        tokens, entries = 32 * length, 32 * 30522
+        streamed = tokens * 768 * 2 + 30522 * 768 * 2 + 6 * entries + 24 * share * entries
+        beside = streamed / (2 * tokens * 768 * 30522 / 135.0)
+        assert costs(Shape(length), share, Rates.of(135.0)).gather == pytest.approx(270 * share / length + beside)
     assert costs(Shape(14), 1.0, Rates.of(135.0)).gather == pytest.approx(270 / 14, rel=0.05)
 
 
@@ -38,21 +38,20 @@ def test_rows_of_h_from_a_cache_make_gathering_cheaper_and_scattering_not():
 
 
 def test_scattering_costs_two_products_and_the_bytes_of_g():
-    shape, intensity = Shape(60), 150.0
-    forward = 2 * shape.tokens * 768 * 30522 / intensity
-    zeroed, sectors, entries = shape.tokens * 30522 * 2, 64 * shape.entries, 6 * shape.entries
-    found = costs(shape, 1.0, Rates.of(intensity)).scatter
+    tokens, entries, intensity = 32 * 60, 32 * 30522, 150.0
+    forward = 2 * tokens * 768 * 30522 / intensity
+    zeroed, sectors, entries = tokens * 30522 * 2, 64 * entries, 6 * entries
+    found = costs(Shape(60), 1.0, Rates.of(intensity)).scatter
     assert found == pytest.approx(2 + (zeroed + sectors + entries) / forward)
     # Zeroing G takes e R / (2 D M) forwards whatever the length.
     assert zeroed / forward == pytest.approx(2 * intensity / (2 * 768))
 
 
 def test_a_product_cannot_take_less_than_its_bytes():
-    shape = Shape(1, batch_size=1)
-    rates = Rates.of(1e9)
-    moved = shape.weight_bytes + shape.hidden_bytes + 4 * shape.entries
-    assert model.forward_seconds(shape, rates) == moved
-    assert model.scatter_seconds(shape, 0.0, rates) > 2 * shape.weight_bytes
+    found = costs(Shape(1, batch_size=1), 0.0, Rates.of(1e9))
+    weight_bytes = 30522 * 768 * 2
+    assert found.forward == weight_bytes + 768 * 2 + 4 * 30522
+    assert found.scatter * found.forward > 2 * weight_bytes
 
 
 @pytest.mark.parametrize("intensity", model.INTENSITIES)
