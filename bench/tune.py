@@ -282,14 +282,12 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
     """Compile the candidates, print what each needs and what would be measured; returns the rows."""
     rows = []
     for shape in shapes(args, arch):
-        kept = 0
         # Kernels are compiled once for all sizes; only the tiles of the backward follow D.
         if shape.vocab_size == args.size[0][1] and (
             shape.kind.startswith("backward") or shape.hidden_size == args.size[0][0]
         ):
             for config in candidates(shape)[: args.limit]:
                 compiled, problems = examine(shape, config)
-                kept += not problems
                 print(f"{shape.kind} sm_{arch} {shape.dtype} {config}")
                 needs = []
                 for row in compiled:

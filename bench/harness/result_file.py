@@ -102,8 +102,10 @@ class Result:
         keys = {self._identity(row) for row in mine}
         kept = [row for row in self.rows if row["provenance"] == self._number or self._identity(row) not in keys]
         self.rows[:] = [*kept, *mine]
-        left = self.content["left_out"]
-        left[:] = [entry for entry in left if not any(_settles(row, entry) for row in rows)]
+        for entry in list(self.content["left_out"]):
+            measured = {key: value for key, value in entry.items() if key != "reason"}
+            if any(measured.items() <= row.items() for row in rows):
+                self.content["left_out"].remove(entry)
         self.write()
 
     def leave_out(self, why: str, what: Row) -> None:
@@ -205,8 +207,3 @@ def reason(error: Exception) -> str:
 def is_wrong(status: str) -> bool:
     """Whether a variant failed its check, or failed."""
     return status.startswith(("red", "failed"))
-
-
-def _settles(row: Row, entry: Row) -> bool:
-    """Whether a row is what had been left out."""
-    return all(row.get(key) == value for key, value in entry.items() if key != "reason")

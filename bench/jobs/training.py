@@ -189,7 +189,9 @@ class StepMeter(TrainerCallback):
             self._synchronize()
             memory.reset_peak(self.on_device)
         if job.warm_up_steps <= done <= job.warm_up_steps + job.timed_steps:
-            self._marks.append(self._mark())
+            self._marks.append(torch.cuda.Event(enable_timing=True) if self.on_device else time.perf_counter())
+            if self.on_device:
+                self._marks[-1].record()
             self._processor.append(time.process_time())
         if done == job.warm_up_steps + job.timed_steps:
             self._synchronize()
@@ -208,20 +210,12 @@ class StepMeter(TrainerCallback):
                 self.profiler_problem = str(error)
 
     def milliseconds(self) -> list[float]:
-        if self.on_device:
-            return [float(start.elapsed_time(end)) for start, end in itertools.pairwise(self._marks)]
-        return [1e3 * (end - start) for start, end in itertools.pairwise(self._marks)]
+        pairs = itertools.pairwise(self._marks)
+        return [start.elapsed_time(end) if self.on_device else 1e3 * (end - start) for start, end in pairs]
 
     def processor_milliseconds(self) -> list[float]:
         """Processor time of this process, all threads, which other programs do not stretch."""
         return [1e3 * (end - start) for start, end in itertools.pairwise(self._processor)]
-
-    def _mark(self) -> Any:
-        if not self.on_device:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def _synchronize(self) -> None:
         if self.on_device:

@@ -118,16 +118,16 @@ def _measured(result: Result) -> Iterator[str]:
 
 def _job(rows: list[Result]) -> str:
     first = next((row["median"] for row in rows if row["median"]), None)
-    return ", ".join(_variant(row, first) for row in rows)
-
-
-def _variant(row: Result, first: float | None) -> str:
-    if not row["median"]:
-        return f"{row['variant']} {row['status'][:80]}"
-    ratio = f" ({first / row['median']:.2f}x)" if first and first != row["median"] else ""
-    extra = "" if row["extra_bytes"] is None else f" +{row['extra_bytes'] / 2**20:.0f} MiB"
-    bits = {True: "", None: "", False: " two runs differ"}[row["repeatable"]]
-    return f"{row['variant']} {1e3 * row['median']:.3f} ms{ratio}{extra}{bits}"
+    said = []
+    for row in rows:
+        text = row["status"][:80]
+        if row["median"]:
+            ratio = f" ({first / row['median']:.2f}x)" if first != row["median"] else ""
+            extra = "" if row["extra_bytes"] is None else f" +{row['extra_bytes'] / 2**20:.0f} MiB"
+            bits = " two runs differ" if row["repeatable"] is False else ""
+            text = f"{1e3 * row['median']:.3f} ms{ratio}{extra}{bits}"
+        said.append(f"{row['variant']} {text}")
+    return ", ".join(said)
 
 
 def _tuning(result: Result) -> Iterator[str]:

@@ -168,7 +168,7 @@ def test_survivors_are_the_dots_that_the_backend_computes():
     computed, _ = screening.survivors(hidden, weight, bias, mask)
     active = (sk.splade_pool(hidden, weight, bias, mask) > 0).sum()
     assert active <= computed < pairs
-    assert screening.surviving_share(inputs, FLOAT32) == computed / pairs
+    assert screening.head(TINY, FLOAT32, "forward", CPU, ["screened"])[0].row.survivors == computed / pairs
 
 
 def test_the_flags_of_the_cpu_are_in_the_environment():
