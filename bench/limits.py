@@ -11,12 +11,11 @@ until one does not fit and then bisected to within ``--resolution``. Models and 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,8 +33,7 @@ START = 8
 KEY = ("model", "layers", "hidden_size", "vocab_size", "max_length", "precision", "gradient_checkpointing", "head")
 
 
-@dataclass(frozen=True)
-class Largest:
+class Largest(NamedTuple):
     """``fits`` is the largest size that was seen to fit (0: none), ``fails`` the smallest that did not (None: the
     search ended first)."""
 
@@ -100,18 +98,14 @@ def search(job: Job, resolution: float, may_go_on: Callable[[], bool]) -> dict[s
     }
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = options.parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
     parser.add_argument("--max-length", type=int, nargs="+", default=[256, 512], help="tokens of every text")
     parser.add_argument("--start", type=int, default=START, help="pairs that the search begins with")
     parser.add_argument("--no-checkpointing", action="store_true", help="leave gradient checkpointing out")
     parser.add_argument("--resolution", type=float, default=0.03, help="largest gap to a size that failed, relative")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    args = parse(arguments)
+    args = parser.parse_args(arguments)
     share = hold_memory()
     budget = Budget(args.budget)
     limit = {

@@ -39,24 +39,10 @@ def quantise(rows: Tensor, levels: int) -> Bounded:
     return near, *int8_bound.radius_and_norm(rows, near)
 
 
-def bounds(tokens: Bounded, entries: Bounded, some: slice) -> tuple[Tensor, Tensor]:
-    """``[T, some]`` the dots of quantised rows, and how far from them the exact dots may be."""
-    near = (tokens[0].double() @ entries[0][some].double().t()).float()
-    radius, norm = entries[1][some], entries[2][some]
-    return near, tokens[1][:, None] * (norm + radius) + tokens[2][:, None] * radius
-
-
 def counts(alive: Tensor) -> Tensor:
     """Of ``[B, S, entries]`` pairs that are left: sequences, groups and tokens, each times vocabulary entries."""
     groups = torch.nn.functional.pad(alive, (0, 0, 0, -alive.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).any(dim=2)
     return torch.stack([alive.any(dim=1).sum(), groups.sum(), alive.sum()])
-
-
-def criteria(near: Tensor, far: Tensor, bias: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """``[B, S, entries]`` what is left by relu alone, and by the largest lower bound of the sequence as well."""
-    relu = ~(near + far <= -bias) & real
-    largest = (near - far).masked_fill_(~real, -torch.inf).amax(dim=1, keepdim=True)
-    return relu, relu & ~(near + far < largest)
 
 
 def survivors(case: Case) -> list[dict[str, Any]]:
@@ -75,10 +61,16 @@ def survivors(case: Case) -> list[dict[str, Any]]:
         active += counts((dots + bias[some] > 0) & real)
         moments += torch.stack([(dots * real).sum(), (dots * real).square().sum()])
         for i, (tokens, entries) in enumerate(quantised):
-            near, far = (part.view(*shape, -1) for part in bounds(tokens, entries, some))
+            # The dots of quantised rows, and how far from them the exact dots may be.
+            near = (tokens[0].double() @ entries[0][some].double().t()).float().view(*shape, -1)
+            radius, norm = entries[1][some], entries[2][some]
+            far = (tokens[1][:, None] * (norm + radius) + tokens[2][:, None] * radius).view(*shape, -1)
             if not bool(((dots - near).abs() <= far).all()):
                 raise ArithmeticError(f"{case.name}, {LEVELS[i]} levels: a dot is outside its bound")
-            left[i] += torch.stack([counts(alive) for alive in criteria(near, far, bias[some], real)])
+            # By relu alone, and by the largest lower bound of the sequence as well.
+            relu = ~(near + far <= -bias[some]) & real
+            largest = (near - far).masked_fill_(~real, -torch.inf).amax(dim=1, keepdim=True)
+            left[i] += torch.stack([counts(relu), counts(relu & ~(near + far < largest))])
             width[i] += (far.double() * real).sum()
     mean, square = (moments / every[2]).tolist()
     found = []

@@ -10,7 +10,6 @@ so that what was measured survives a killed run; ``--append`` continues it.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -87,8 +86,8 @@ def groups(
         "screening": (partial(screening.head, names=names), roofline.PASSES),
     }
     make, found = makers[kind]
-    if kind == "screening":
-        found = screening.passes(subject)
+    if kind == "screening" and subject.name.startswith("share-"):
+        found = roofline.PASSES[:1]  # points of the curve over the active share are inference alone
     return {job: partial(make, subject, precision, job, device) for job in found}
 
 
@@ -108,21 +107,20 @@ def measure_jobs(
     for job, make in jobs.items():
         what = {"case": case, "precision": precision.name, "job": job}
         for row in result.attempt(budget, what, measure, make, precision, device, seconds, room=False):
-            print(_line(row), flush=True)
+            time = row["status"] if row["median"] is None else f"{row['median'] * 1e3:10.3f} ms {row['clock']}"
+            extra = "" if row["extra_bytes"] is None else f" extra {row['extra_bytes'] / 2**20:.0f} MiB"
+            names = f"{case:20} {row['shape']:28} {precision.name:14} {job:18} {row['variant']:16}"
+            print(f"{names} {time}{extra}", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = options.parser(__doc__, required=True, seconds=2.0)
     parser.add_argument("kind", choices=KINDS)
     known = [*shapes.CASES, CURVES, *shapes.SCREENING, *FLOPS_CASES, *CORPORA]
     parser.add_argument("--case", nargs="+", choices=known, help="default: all of the kind; 'curves': S, V and B")
     parser.add_argument("--precision", nargs="+", choices=list(shapes.PRECISIONS))
     parser.add_argument("--variant", nargs="+", choices=list(variants.VARIANTS))
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
+    args = parser.parse_args()
     device = torch.device(args.device)
     precisions = args.precision or default_precisions(device)
     machine = timing.machine(device, [shapes.PRECISIONS[name] for name in precisions])
@@ -139,13 +137,6 @@ def main() -> None:
             jobs = groups(args.kind, subject, precision, device, chosen)
             measure_jobs(result, budget, name, precision, jobs, device, args.seconds)
     result.finish(*variants.OURS)
-
-
-def _line(row: Row) -> str:
-    time_text = row["status"] if row["median"] is None else f"{row['median'] * 1e3:10.3f} ms {row['clock']}"
-    extra = "" if row["extra_bytes"] is None else f" extra {row['extra_bytes'] / 2**20:.0f} MiB"
-    names = f"{row['case']:20} {row['shape']:28} {row['precision']:14} {row['job']:18} {row['variant']:16}"
-    return f"{names} {time_text}{extra}"
 
 
 if __name__ == "__main__":

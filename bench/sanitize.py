@@ -67,11 +67,6 @@ def _exercise(
     return len(outputs)
 
 
-def exercise_unwatched() -> None:
-    """Compile the kernels, which takes many times as long under a sanitizer."""
-    subprocess.run([sys.executable, "-m", "bench.sanitize"], check=True)
-
-
 def sanitize(tool: str) -> None:
     """This module under the sanitizer, its output as it comes; ends with the sanitizer's status, which is
     ``ERRORS_FOUND`` where it found something, or with 77 where it is not installed or the device refuses it."""
@@ -79,12 +74,12 @@ def sanitize(tool: str) -> None:
     found = shutil.which("compute-sanitizer") or (str(places[-1]) if places else None)
     if found is None:
         not_here("compute-sanitizer is not installed")
-    exercise_unwatched()
+    watched = [sys.executable, "-m", "bench.sanitize"]
+    subprocess.run(watched, check=True)  # compiles the kernels, which takes many times as long under a sanitizer
     # PyTorch's caching allocator would place tensors side by side, where an out-of-bounds read goes unnoticed.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # Libraries probe the driver for features; such calls fail without anything being wrong.
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
-    watched = [sys.executable, "-m", "bench.sanitize"]
     command = [found, "--tool", tool, *options, "--error-exitcode", str(ERRORS_FOUND), *watched]
     lines = []
     with subprocess.Popen(

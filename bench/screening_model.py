@@ -19,9 +19,7 @@ from typing import Any
 from bench.harness import options
 from bench.inputs import text_model
 
-HIDDEN_SIZE = 128
 MAX_LENGTH = 128
-STEPS = 300
 BATCH_SIZE = 16
 LEARNING_RATE = 7.5e-4
 # Less regularised than the demo's, for the share of active terms that large SPLADE models have: 1 to 2 %.
@@ -31,7 +29,7 @@ SEED = 0
 SEARCHED_EVERY = 4
 
 
-def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDEN_SIZE) -> dict[str, Any]:
+def build(data: Path, output: Path, steps: int = 300, hidden_size: int = 128) -> dict[str, Any]:
     """Train, and write ``model/``, ``passages.json`` and ``training.json`` to ``output``; returns the last one."""
     from examples.beir import read_beir
     from examples.demo.model import build_model

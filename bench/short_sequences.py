@@ -105,7 +105,7 @@ def products_step(precision: Precision, inputs: Inputs, drawn: distributions.Dra
 
 def group(case: Case, share: float, precision: Precision, rates: Rates, device: torch.device) -> list[Job]:
     """Both ways, with what the model says of them, the products alone and the training forward."""
-    made = Backward(case, precision, _job(share), distributions.at_share(share), device)
+    made = Backward(case, precision, _job(share), partial(distributions.at_share, share), device)
     shape = Shape(case.length, case.batch_size, case.hidden_size, case.vocab_size, precision.compute_dtype.itemsize)
     predicted, operations = costs(shape, share, rates), 2 * made.forward.operations
     return [

@@ -11,7 +11,6 @@ room for is named in it.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -75,7 +74,7 @@ def _run(work: Callable[[Job], Any], job: Job) -> Any:
     return work(job) if job.device == "cuda" else memory.in_a_process(work, job)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = options.parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
     parser.add_argument("--case", nargs="+", choices=[*CASES], default=[*CASES])
@@ -86,11 +85,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, help="tokens; default: 256, on a CPU 64")
     parser.add_argument("--timed-steps", type=int, help="default: 20, on a CPU 3")
     parser.set_defaults(**(GPU if torch.cuda.is_available() else CPU))
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    args = parse(arguments)
+    args = parser.parse_args(arguments)
     budget = Budget(args.budget)
     result = Result("training", "bench.training", args.output, append=args.append, key=KEY, run={"checks": {}})
     for name in args.model:

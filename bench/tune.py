@@ -304,7 +304,14 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
     return rows
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def _size(text: str) -> tuple[int, int]:
+    hidden_size, vocab_size = map(int, text.split("x"))
+    if hidden_size < 1 or vocab_size < 1:
+        raise ValueError(f"--size: expected positive sizes such as 768x30522, got {text}")
+    return hidden_size, vocab_size
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = plain(__doc__)
     parser.add_argument("--output", type=Path, help="write the result as JSON, rewritten after every shape")
     parser.add_argument("--kind", nargs="+", choices=tuning.KINDS, default=[*tuning.KINDS])
@@ -319,18 +326,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("no CUDA device: expected --dry-run with --arch")
     if args.arch is not None and not args.dry_run:
         parser.error("--arch: the GPU at hand is what is tuned; expected --dry-run with it")
-    return args
-
-
-def _size(text: str) -> tuple[int, int]:
-    hidden_size, vocab_size = map(int, text.split("x"))
-    if hidden_size < 1 or vocab_size < 1:
-        raise ValueError(f"--size: expected positive sizes such as 768x30522, got {text}")
-    return hidden_size, vocab_size
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    args = parse(arguments)
     if args.dry_run:
         arch = args.arch or _architecture()
         return {"architecture": arch, "rows": dry_run(args, arch)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,22 +70,18 @@ def ragged_lengths(batch_size: int, length: int, generator: torch.Generator) -> 
     return lengths[torch.randperm(batch_size, generator=generator)]
 
 
-def gamma_lengths(mean: float, deviation: float) -> LengthGenerator:
+def gamma_lengths(mean: float, deviation: float, batch_size: int, length: int, generator: torch.Generator) -> Tensor:
     """Gamma-distributed, clamped to the padded length: the shape of text lengths, skewed to the right."""
-
-    def draw(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
-        # A sum of exponentials is gamma of that order; torch's own sampler takes no generator.
-        order = max(1, round((mean / deviation) ** 2))
-        uniform = torch.rand(batch_size, order, generator=generator).clamp_min_(1e-6)
-        return (-uniform.log().sum(dim=1) * mean / order).round().long().clamp_(1, length)
-
-    return draw
+    # A sum of exponentials is gamma of that order; torch's own sampler takes no generator.
+    order = max(1, round((mean / deviation) ** 2))
+    uniform = torch.rand(batch_size, order, generator=generator).clamp_min_(1e-6)
+    return (-uniform.log().sum(dim=1) * mean / order).round().long().clamp_(1, length)
 
 
 LENGTHS: dict[str, LengthGenerator] = {
     "full": lambda batch_size, length, _: torch.full((batch_size,), length),
     "ragged": ragged_lengths,
-    **{f"gooaq-{name}": gamma_lengths(*moments) for name, moments in GOOAQ_LENGTHS.items()},
+    **{f"gooaq-{name}": partial(gamma_lengths, *moments) for name, moments in GOOAQ_LENGTHS.items()},
 }
 
 

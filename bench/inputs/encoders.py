@@ -129,7 +129,7 @@ def pairs(count: int, lengths: str, max_length: int, vocab_size: int, seed: int 
         if lengths == "full":
             tokens = torch.full((count,), max_length)
         else:
-            tokens = gamma_lengths(mean, deviation)(count, max_length, generator).clamp(min=_SPECIAL_PER_TEXT + 1)
+            tokens = gamma_lengths(mean, deviation, count, max_length, generator).clamp(min=_SPECIAL_PER_TEXT + 1)
         sizes = (tokens - _SPECIAL_PER_TEXT).tolist()
         words = [torch.randint(len(_SPECIAL), vocab_size, (n,), generator=generator).tolist() for n in sizes]
         columns[name] = [" ".join(f"w{word}" for word in text) for text in words]

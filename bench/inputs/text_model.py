@@ -7,7 +7,7 @@ are left out where that folder is absent.
 from __future__ import annotations
 
 import json
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,18 @@ def training_record() -> dict[str, Any]:
     return record
 
 
-def describe(record: dict[str, Any]) -> str:
-    """One sentence for a document."""
-    seed = f", seed {record['seed']}" if "seed" in record else ""
-    return (
-        f"The model on text: {record['steps']} steps{seed}; over unseen passages nDCG@10 {record['ndcg@10']:.3f}, "
-        f"{record['passage_active_share']:.2%} of the vocabulary active in a passage."
-    )
+def describe(runs: Iterable[dict[str, Any]]) -> list[str]:
+    """One sentence for a document on each model that these runs measured on."""
+    said = []
+    for record in [run["trained_model"] for run in runs if "trained_model" in run]:
+        seed = f", seed {record['seed']}" if "seed" in record else ""
+        said.append(
+            f"The model on text: {record['steps']} steps{seed}; over unseen passages nDCG@10 {record['ndcg@10']:.3f}, "
+            f"{record['passage_active_share']:.2%} of the vocabulary active in a passage."
+        )
+    return list(dict.fromkeys(said))
 
 
-@cache
 def passages() -> list[str]:
     texts: list[str] = json.loads((FOLDER / "passages.json").read_text())
     return texts

@@ -159,10 +159,9 @@ def why_not(name: str, device: torch.device, training: bool) -> str | None:
         return "forward only"
     if device.type == "cpu" and not VARIANTS[name].on_cpu:
         return "for GPUs only"
-    if name == "sparton" and importlib.util.find_spec("sparton") is None:
-        return "the package sparton is not installed"
-    if name in ("stock", "compile") and importlib.util.find_spec("sentence_transformers") is None:
-        return "the package sentence-transformers is not installed"
+    package = {"sparton": "sparton", "stock": "sentence-transformers", "compile": "sentence-transformers"}.get(name)
+    if package and importlib.util.find_spec(package.replace("-", "_")) is None:
+        return f"the package {package} is not installed"
     return None
 
 

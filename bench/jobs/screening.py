@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bench.harness import roofline, truth
+from bench.harness import truth
 from bench.harness.rows import Job
 from bench.harness.steps import Tensors
 from bench.inputs.cases import Case, Precision
@@ -23,11 +23,6 @@ from splade_kernels.backends.tiled.screening import new_target, screen
 FLOOR = "matmul-real"
 # Largest distances from the unscreened output and from the truth, in bands.
 BANDS = {"bands_from_unscreened": 1.0, "bands_from_truth": 1.0}
-
-
-def passes(case: Case) -> Sequence[str]:
-    """Points of the curve over the active share are inference alone."""
-    return roofline.PASSES[:1] if case.name.startswith("share-") else roofline.PASSES
 
 
 def head(case: Case, precision: Precision, job: str, device: torch.device, names: Sequence[str]) -> list[Job]:

@@ -9,7 +9,6 @@ from typing import Any
 from bench.inputs import text_model, variants
 from bench.tables.markdown import (
     Result,
-    Row,
     caption,
     cell,
     checks,
@@ -40,7 +39,7 @@ def screening_section(result: Result) -> str:
     environment = result["runs"][0]["environment"] if result["runs"] else {}
     if environment.get("cpu_flags") and not environment.get("gpu"):
         parts.append(f"Vector instructions of this CPU: {' '.join(environment['cpu_flags'])}.")
-    parts += _trained(result)
+    parts += text_model.describe(result["runs"])
     for precision in precisions(result):
         groups: dict[str, list[Any]] = {}
         for one in grouped([row for row in result["rows"] if row["precision"] == precision]):
@@ -122,7 +121,9 @@ def margins_table(result: Result) -> str:
         rows.append([row["case"], f"{row['active_pairs']:.2%}", str(row["levels"]), f"{row['bound']:.2f}"])
         rows[-1].append(f"{row['relu_pairs']:.2%}")
         for name in ("relu", "best"):
-            rows[-1] += [f"{row[f'{name}_groups']:.2%}", f"{row[f'{name}_tokens']:.3%}", _dots(row, name)]
+            dots = row[f"{name}_tokens_per_active_pair"]
+            rows[-1] += [f"{row[f'{name}_groups']:.2%}", f"{row[f'{name}_tokens']:.3%}"]
+            rows[-1].append("-" if dots is None else f"{dots:.2f}")
     shapes = dict.fromkeys(f"{row['case']} {row['shape']}" for row in result["rows"])
     note = (
         "What relu alone and both criteria leave, in shares of the (sequence, vocabulary entry), (group of 16 tokens, "
@@ -131,15 +132,4 @@ def margins_table(result: Result) -> str:
         f"its mean in standard deviations of the dots. {'; '.join(shapes)}; a third of the tokens is padding, which is "
         "not counted."
     )
-    return joined(" ".join([note, *_trained(result)]), table(rows))
-
-
-def _trained(result: Result) -> list[str]:
-    """What is known of the model on text."""
-    records = [run["trained_model"] for run in result["runs"] if "trained_model" in run]
-    return list(dict.fromkeys(map(text_model.describe, records)))
-
-
-def _dots(row: Row, name: str) -> str:
-    dots = row[f"{name}_tokens_per_active_pair"]
-    return "-" if dots is None else f"{dots:.2f}"
+    return joined(" ".join([note, *text_model.describe(result["runs"])]), table(rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,8 @@ def test_a_cpu_gets_the_batch_halved_then_the_length_and_says_so():
     (distributions.uniform, 1, 0, 0.03),
     (distributions.hot, 1, 0, 0.46),
     (distributions.trained, 0.05, 1e-6, None),
-    (distributions.at_share(0.05), 0.05, 0.01, None),
-    (distributions.at_share(1.0), 1, 0, 0.03),
+    (partial(distributions.at_share, 0.05), 0.05, 0.01, None),
+    (partial(distributions.at_share, 1.0), 1, 0, 0.03),
 ])  # fmt: skip
 def test_distributions_have_the_shares_they_name(generate, active, tolerance, hottest):
     output, argmax, grad = distributions.draw(generate, Case("d", 3, 100, vocab_size=4000), BFLOAT16, CPU)

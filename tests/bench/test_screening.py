@@ -225,9 +225,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert 0 <= record["ndcg@10"] <= 1
         assert 0 < record["passage_active_share"] < 1
         patch.setattr(text_model, "FOLDER", folder)
-        text_model.passages.cache_clear()
         yield folder
-    text_model.passages.cache_clear()
 
 
 def test_inputs_from_text_are_what_the_decoder_gets(trained):

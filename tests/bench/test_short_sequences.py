@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_scattered_gradients_are_right_in_one_tile_and_in_many(precision, tile_b
     monkeypatch.setattr(short_sequences, "TILE_BYTES", tile_bytes)
     case, chosen = Case("", 3, 5, 16, 70), PRECISIONS[precision]
     inputs = make_inputs(case, chosen, CPU)
-    drawn = draw(at_share(0.5), case, chosen, CPU)
+    drawn = draw(partial(at_share, 0.5), case, chosen, CPU)
     found = short_sequences.scatter_step(chosen, inputs, drawn)()
     assert [tensor.dtype for tensor in found] == [chosen.dtype] * 3
     exact = truth.backward(*drawn, inputs)
