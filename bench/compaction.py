@@ -21,17 +21,15 @@ from bench.harness.result_file import Result
 from splade_kernels.backends import compaction, compiled
 
 Tensors = tuple[Tensor, ...]
+# Embeddings [B, V], the winning token of each entry, where the tokens of each sequence begin, and how many there are.
+Inputs = tuple[Tensor, Tensor, Tensor, int]
 # What the compiled operators are compared with. The sort of all keys is what the sparse backward does without them.
-RIVALS = {
-    "sparsify": ("to_sparse_csr",),
-    "sparsify_k": ("topk",),
-    "bucket": ("bucket_sort", "bucket_nonzero_sort"),
-}
+RIVALS = {"sparsify": ("to_sparse_csr",), "sparsify_k": ("topk",), "bucket": ("bucket_sort", "bucket_nonzero_sort")}
 KEY = ("operation", "against", "case")
 
 
-def inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings with ``active`` entries a row, winners spread over ``length`` tokens, and edges."""
+def inputs(args: argparse.Namespace) -> Inputs:
+    """``active`` entries a row, whose winners are spread over ``length`` tokens."""
     generator = torch.Generator().manual_seed(0)
     shape = (args.rows, args.vocab_size)
     embeddings = torch.zeros(shape)
@@ -40,7 +38,7 @@ def inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
         row[ids] = torch.rand(len(ids), generator=generator) + 0.1
     argmax = torch.randint(0, args.length, shape, generator=generator, dtype=torch.int16)
     edges = torch.arange(args.rows + 1) * args.length
-    return embeddings.to(args.device), argmax.to(args.device), edges.to(args.device)
+    return embeddings.to(args.device), argmax.to(args.device), edges.to(args.device), args.rows * args.length
 
 
 def nonzero_then_sort(argmax: Tensor, grad: Tensor, edges: Tensor) -> Tensors:
@@ -51,50 +49,43 @@ def nonzero_then_sort(argmax: Tensor, grad: Tensor, edges: Tensor) -> Tensors:
     return entries.remainder(grad.shape[1])[order], grad.view(-1)[entries[order]]
 
 
-def steps(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    embeddings, argmax, edges = inputs(args)
-    bucket = (argmax, embeddings, edges, args.rows * args.length)
+def steps(embeddings: Tensor, argmax: Tensor, edges: Tensor, tokens: int, k: int) -> dict[str, Callable[[], Any]]:
+    bucket = (argmax, embeddings, edges, tokens)
     return {
         "read": lambda: embeddings.sum(),
         "sparsify": lambda: compaction.sparsify(embeddings, None),
         "to_sparse_csr": lambda: embeddings.to_sparse_csr(),
-        "sparsify_k": lambda: compaction.sparsify(embeddings, args.k),
-        "topk": lambda: embeddings.topk(args.k, dim=1),
-        "sparsify_k_pytorch": lambda: compaction.sparsify_in_pytorch(embeddings, args.k),
+        "sparsify_k": lambda: compaction.sparsify(embeddings, k),
+        "topk": lambda: embeddings.topk(k, dim=1),
+        "sparsify_k_pytorch": lambda: compaction.sparsify_in_pytorch(embeddings, k),
         "bucket": lambda: compaction.bucket_by_token(*bucket),
         "bucket_sort": lambda: compaction.bucket_in_pytorch(*bucket),
         "bucket_nonzero_sort": lambda: nonzero_then_sort(argmax, embeddings, edges),
     }
 
 
-def check(args: argparse.Namespace) -> None:
-    """Compiled against PyTorch, everything that is specified."""
-    embeddings, argmax, edges = inputs(args)
+def compare(embeddings: Tensor, argmax: Tensor, edges: Tensor, tokens: int, k: int) -> list[tuple[Tensors, Tensors]]:
+    """What is specified of the results of the compiled operators, and PyTorch's."""
     csr = embeddings.to_sparse_csr()
-    stock = (csr.crow_indices(), csr.col_indices(), csr.values())
-    pairs: list[tuple[Tensors, Tensors]] = [(compaction.sparsify(embeddings, None), stock)]
-    pairs.append((compaction.sparsify(embeddings, args.k), compaction.sparsify_in_pytorch(embeddings, args.k)))
-    bucket = (argmax, embeddings, edges, args.rows * args.length)
-    place = torch.arange(args.vocab_size, device=embeddings.device)
+    place = torch.arange(embeddings.shape[1], device=embeddings.device)
     specified = (place < (embeddings != 0).sum(dim=1, keepdim=True)).view(-1)
     ours, theirs = (
         (bounds, ids[specified], values[specified])
-        for bounds, ids, values in (compaction.bucket_by_token(*bucket), compaction.bucket_in_pytorch(*bucket))
+        for bounds, ids, values in (
+            function(argmax, embeddings, edges, tokens)
+            for function in (compaction.bucket_by_token, compaction.bucket_in_pytorch)
+        )
     )
-    pairs.append((ours, theirs))
-    pairs.append(((ours[1].long(), ours[2]), nonzero_then_sort(argmax, embeddings, edges)))
-    if not all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True)):
-        raise SystemExit("the compiled operators and PyTorch's disagree")
-
-
-def median_seconds(functions: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, float]:
-    samplers = {name: timing.Sampler([function], device, captured=False) for name, function in functions.items()}
-    return {name: timed.median for name, timed in timing.interleave(samplers, seconds).items()}
+    return [
+        (compaction.sparsify(embeddings, None), (csr.crow_indices(), csr.col_indices(), csr.values())),
+        (compaction.sparsify(embeddings, k), compaction.sparsify_in_pytorch(embeddings, k)),
+        (ours, theirs),
+        ((ours[1].long(), ours[2]), nonzero_then_sort(argmax, embeddings, edges)),
+    ]
 
 
 def main() -> None:
     parser = options.parser(__doc__, seconds=2.0)
-    options.add_device(parser)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--vocab-size", type=int, default=30522)
     parser.add_argument("--active", type=int, default=200, help="entries of a row")
@@ -105,10 +96,14 @@ def main() -> None:
     if not compiled.serves(device):
         not_here(f"not compiled for {args.device}: {compiled.why_not()}")
 
-    check(args)
+    made = inputs(args)
+    if not all(torch.equal(a, b) for pair in compare(*made, args.k) for a, b in zip(*pair, strict=True)):
+        raise SystemExit("the compiled operators and PyTorch's disagree")
     case = f"B{args.rows} V{args.vocab_size} active {args.active} S{args.length} k{args.k}"
     result = Result("compaction", "bench.compaction", args.output, append=args.append, key=KEY)
-    seconds = median_seconds(steps(args), device, min(args.seconds, args.budget))
+    samplers = {name: timing.Sampler([step], device, captured=False) for name, step in steps(*made, args.k).items()}
+    timed = timing.interleave(samplers, min(args.seconds, args.budget))
+    seconds = {name: found.median for name, found in timed.items()}
     if args.device == "cuda":
         # Position, gradient, vocabulary id and value of every active entry: what a copy would move.
         moved = args.rows * (args.vocab_size * (2 + 4) + args.active * (4 + 4))

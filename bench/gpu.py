@@ -132,9 +132,9 @@ def plan(stages: Sequence[Stage], seconds: float) -> Iterator[str]:
     """What fits into so many seconds, and what does not: that gets the time which others leave."""
     begin = 0.0
     for stage in stages:
-        fits = begin + stage.seconds <= seconds
-        verdict = missing(stage) or ("" if fits else "does not fit: only in time that others leave")
-        begin += 0 if missing(stage) else stage.seconds
+        absent, fits = missing(stage), begin + stage.seconds <= seconds
+        verdict = absent or ("" if fits else "does not fit: only in time that others leave")
+        begin += 0 if absent else stage.seconds
         yield f"{stage.name:16} {stage.seconds:4.0f} s  {stage.rows}{verdict and f' [{verdict}]'}"
 
 

@@ -11,38 +11,34 @@ until one does not fit and then bisected to within ``--resolution``. Models and 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
 from bench.harness import memory, options
-from bench.harness.result_file import Budget, Result, Row
+from bench.harness.result_file import Budget, Result
 from bench.inputs import encoders
 from bench.jobs.training import Job, load, named, train
-from bench.tables.training import table
+from bench.tables.training import limits_table
 from bench.training import HEADS
 
 TOTAL_GIB, ALLOWANCE_GIB = 24.0, 1.0
+PRECISION = "bf16"
 TRIAL_STEPS = 2
 START = 8
 KEY = ("model", "layers", "hidden_size", "vocab_size", "max_length", "precision", "gradient_checkpointing", "head")
 
 
-@dataclass(frozen=True)
-class Largest:
+class Largest(NamedTuple):
     """``fits`` is the largest size that was seen to fit (0: none), ``fails`` the smallest that did not (None: the
     search ended first)."""
 
     fits: int
     fails: int | None
-    trials: int
 
     def complete(self, resolution: float) -> bool:
         return self.fails is not None and self.fails - self.fits <= max(1, resolution * self.fits)
@@ -50,22 +46,15 @@ class Largest:
 
 def largest(fits: Callable[[int], bool], start: int, resolution: float, may_go_on: Callable[[], bool]) -> Largest:
     """Doubling from ``start`` until a size does not fit, then bisection until the gap is within ``resolution``."""
-    found, size = Largest(0, None, 0), start
+    found, size = Largest(0, None), start
     while may_go_on() and not found.complete(resolution):
-        if fits(size):
-            found = Largest(size, found.fails, found.trials + 1)
-        else:
-            found = Largest(found.fits, size, found.trials + 1)
+        found = Largest(size, found.fails) if fits(size) else Largest(found.fits, size)
         size = 2 * found.fits if found.fails is None else (found.fits + found.fails) // 2
     return found
 
 
 def hold_memory() -> float:
-    """Limit PyTorch's allocator to what an RTX 3090 has for it; returns the share of this GPU's memory.
-
-    Raises:
-        SystemExit: no CUDA device, or one with less memory.
-    """
+    """Limit PyTorch's allocator to what an RTX 3090 has for it; returns the share of this GPU's memory."""
     if not torch.cuda.is_available():
         raise SystemExit("bench.limits needs a CUDA device: a CPU has no limit of its own to find")
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -105,59 +94,41 @@ def search(job: Job, resolution: float, may_go_on: Callable[[], bool]) -> dict[s
         "largest_pairs": found.fits,
         "smallest_pairs_that_failed": found.fails,
         "complete": found.complete(resolution),
-        "trials": found.trials,
         "held_by_weights_alone_mib": torch.cuda.memory_allocated() / 2**20,
     }
 
 
-def _row(described: Row, job: Job, resolution: float, may_go_on: Callable[[], bool]) -> list[Row]:
-    return [described | search(job, resolution, may_go_on)]
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = options.parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
     parser.add_argument("--max-length", type=int, nargs="+", default=[256, 512], help="tokens of every text")
     parser.add_argument("--start", type=int, default=START, help="pairs that the search begins with")
     parser.add_argument("--no-checkpointing", action="store_true", help="leave gradient checkpointing out")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--resolution", type=float, default=0.03, help="largest gap to a size that failed, relative")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    args = parse(arguments)
+    args = parser.parse_args(arguments)
     share = hold_memory()
     budget = Budget(args.budget)
     limit = {
         "total_gib": TOTAL_GIB,
         "allowance_gib": ALLOWANCE_GIB,
         "share_of_this_gpu": share,
-        "precision": args.precision,
+        "precision": PRECISION,
         "resolution": args.resolution,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
     }
     result = Result("limits", "bench.limits", args.output, append=args.append, key=KEY, run={"limit": limit})
-    with tempfile.TemporaryDirectory() as root:
-        for name in args.model:
-            encoders.build(encoders.SIZES[name], max(args.max_length), Path(root) / name)
-        for max_length, name, checkpointing, head in itertools.product(
-            args.max_length, args.model, (False,) if args.no_checkpointing else (False, True), HEADS
-        ):
-            job = Job(
-                str(Path(root) / name), head, args.start, max_length, "full", args.precision, "cuda",
-                gradient_checkpointing=checkpointing,
-            )  # fmt: skip
-            described = {
-                "model": name,
-                **vars(encoders.SIZES[name]),
-                "head": head,
-                "max_length": max_length,
-                "precision": args.precision,
-                "gradient_checkpointing": checkpointing,
-            }
-            result.attempt(budget, described, _row, described, job, args.resolution, budget.has_time)
-    print(table(result.by_device()[-1]))
+    for max_length, name, checkpointing, head in itertools.product(
+        args.max_length, args.model, (False,) if args.no_checkpointing else (False, True), HEADS
+    ):
+        size = encoders.SIZES[name]
+        job = Job(
+            encoders.build(size, max(args.max_length)), head, args.start, max_length, "full", PRECISION, "cuda",
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        chosen = {"head": head, "max_length": max_length, "precision": PRECISION}
+        described = {"model": name, **vars(size), **chosen, "gradient_checkpointing": checkpointing}
+        result.attempt(budget, described, search, job, args.resolution, budget.has_time)
+    print(limits_table(result.by_device()[-1]))
     result.finish()
     return result.content
 

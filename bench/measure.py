@@ -10,8 +10,7 @@ so that what was measured survives a killed run; ``--append`` continues it.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -24,8 +23,7 @@ from bench.harness.rows import Job
 from bench.inputs import cases as shapes
 from bench.inputs import distributions, text_model, variants
 from bench.inputs.cases import Precision
-from bench.jobs import encode, screening
-from bench.jobs import operators as jobs
+from bench.jobs import encode, operators, screening
 
 KINDS = ("head", "backward", "flops", "screening", "encode")
 CURVES = "curves"
@@ -36,16 +34,16 @@ CORPORA = {encode.SQUAD.name: encode.SQUAD, **encode.CORPORA}
 def plan(kind: str, names: Sequence[str], device: torch.device) -> Iterator[tuple[str, Any]]:
     """``(name, case or arguments)`` of a kind on this device; scaled shapes that coincide are measured once."""
     if kind == "flops":
-        limit = shapes.CPU_FLOPS_ELEMENTS if device.type == "cpu" else None
         for name, (rows, columns) in FLOPS_CASES.items():
-            if name in names and (limit is None or rows * columns <= limit):
+            if name in names and (device.type != "cpu" or rows * columns <= shapes.CPU_FLOPS_ELEMENTS):
                 yield name, (rows, columns)
         return
-    curves = [case for axis in shapes.CURVES for case in shapes.curve_points(axis, device)] if CURVES in names else []
+    # A CPU leaves out the points that it would have to scale.
+    points = [case for axis in shapes.CURVES.values() for case in axis if shapes.for_device(case, device) == case]
     known = shapes.CASES | shapes.SCREENING
     chosen = [known[name] for name in names if name in known]
     seen: set[shapes.Case] = set()
-    for case in [*chosen, *curves]:
+    for case in [*chosen, *(points if CURVES in names else [])]:
         scaled = shapes.for_device(case, device)
         key = replace(scaled, name="", scaled_from=None, shown_in=())
         if scaled.scaled_from is None or key not in seen:
@@ -67,10 +65,8 @@ def default_cases(kind: str, device: torch.device) -> list[str]:
     return [*shapes.CASES, CURVES] if gpu else [case.name for case in shapes.shown_in("cpu")]
 
 
-def default_variants(kind: str) -> list[str]:
-    if kind == "encode":
-        return ["stock", "ours"]
-    return list(variants.SCREENING if kind == "screening" else variants.HEADS)
+def default_variants(kind: str) -> Sequence[str]:
+    return {"encode": ("stock", "ours"), "screening": variants.SCREENING}.get(kind, variants.HEADS)
 
 
 def default_precisions(device: torch.device) -> list[str]:
@@ -83,25 +79,16 @@ def groups(
     """By name, functions that make the jobs to be interleaved with each other."""
     if isinstance(subject, encode.Corpus):
         return {"encode": partial(encode.jobs, subject, precision, device, names)}
-    if kind == "screening":
-        passes = screening.passes(subject)
-        return {job: partial(screening.head, subject, precision, job, device, names) for job in passes}
-    if kind == "flops":
-        shape: tuple[int, int] = subject
-        return {job: partial(jobs.flops, shape, precision, job, device) for job in roofline.PASSES}
-    if kind == "backward":
-        return {name: partial(jobs.backward, subject, precision, name, device) for name in distributions.DISTRIBUTIONS}
-    return {job: partial(jobs.head, subject, precision, job, device, names) for job in roofline.PASSES}
-
-
-def takes_model(subject: Any) -> bool:
-    """Whether a case or corpus is measured on the model on text."""
-    return getattr(subject, "from_text", False)
-
-
-def why_absent(subject: Any) -> str | None:
-    """Why there is nothing to measure a subject on here, or None."""
-    return text_model.why_not() if takes_model(subject) else None
+    makers: dict[str, tuple[Callable[..., list[Job]], Iterable[str]]] = {
+        "head": (partial(operators.head, names=names), roofline.PASSES),
+        "backward": (operators.backward, distributions.DISTRIBUTIONS),
+        "flops": (operators.flops, roofline.PASSES),
+        "screening": (partial(screening.head, names=names), roofline.PASSES),
+    }
+    make, found = makers[kind]
+    if kind == "screening" and subject.name.startswith("share-"):
+        found = roofline.PASSES[:1]  # points of the curve over the active share are inference alone
+    return {job: partial(make, subject, precision, job, device) for job in found}
 
 
 def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.device, seconds: float) -> list[Row]:
@@ -112,52 +99,44 @@ def measure(make: Callable[[], list[Job]], precision: Precision, device: torch.d
     return measured
 
 
-def measure_all(result: Result, args: argparse.Namespace, device: torch.device, precisions: Sequence[str]) -> None:
-    """Add the rows of every case in every precision, and what was left out; the file is rewritten after each job."""
-    names = args.case or default_cases(args.kind, device)
-    chosen = args.variant or default_variants(args.kind)
-    budget = Budget(args.budget)
-    for precision in (shapes.PRECISIONS[name] for name in precisions):
-        for name, subject in plan(args.kind, names, device):
-            what = {"case": name, "precision": precision.name}
-            absent = why_absent(subject) if budget.has_time() else "no time"
-            if absent:
-                result.leave_out(absent, what)
-                continue
-            if takes_model(subject):
-                result.run["trained_model"] = text_model.training_record()
-            for job, make in groups(args.kind, subject, precision, device, chosen).items():
-                one = (measure, make, precision, device, args.seconds)
-                for row in result.attempt(budget, what | {"job": job}, *one, room=False):
-                    print(_line(row), flush=True)
+def measure_jobs(
+    result: Result, budget: Budget, case: str, precision: Precision, jobs: Mapping[str, Callable[[], list[Job]]],
+    device: torch.device, seconds: float,
+) -> None:  # fmt: skip
+    """Add the rows of one case in one precision; the file is rewritten after each job."""
+    for job, make in jobs.items():
+        what = {"case": case, "precision": precision.name, "job": job}
+        for row in result.attempt(budget, what, measure, make, precision, device, seconds, room=False):
+            time = row["status"] if row["median"] is None else f"{row['median'] * 1e3:10.3f} ms {row['clock']}"
+            extra = "" if row["extra_bytes"] is None else f" extra {row['extra_bytes'] / 2**20:.0f} MiB"
+            names = f"{case:20} {row['shape']:28} {precision.name:14} {job:18} {row['variant']:16}"
+            print(f"{names} {time}{extra}", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = options.parser(__doc__, required=True, seconds=2.0)
-    options.add_device(parser)
     parser.add_argument("kind", choices=KINDS)
     known = [*shapes.CASES, CURVES, *shapes.SCREENING, *FLOPS_CASES, *CORPORA]
     parser.add_argument("--case", nargs="+", choices=known, help="default: all of the kind; 'curves': S, V and B")
     parser.add_argument("--precision", nargs="+", choices=list(shapes.PRECISIONS))
     parser.add_argument("--variant", nargs="+", choices=list(variants.VARIANTS))
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
+    args = parser.parse_args()
     device = torch.device(args.device)
     precisions = args.precision or default_precisions(device)
     machine = timing.machine(device, [shapes.PRECISIONS[name] for name in precisions])
     result = Result(args.kind, "bench.measure", args.output, append=args.append, run={"machine": machine})
-    measure_all(result, args, device, precisions)
+    names = args.case or default_cases(args.kind, device)
+    chosen = args.variant or default_variants(args.kind)
+    budget = Budget(args.budget)
+    for precision in (shapes.PRECISIONS[name] for name in precisions):
+        for name, subject in plan(args.kind, names, device):
+            if absent := text_model.why_absent(subject) if budget.has_time() else "no time":
+                result.leave_out(absent, {"case": name, "precision": precision.name})
+                continue
+            text_model.note(subject, result.run)
+            jobs = groups(args.kind, subject, precision, device, chosen)
+            measure_jobs(result, budget, name, precision, jobs, device, args.seconds)
     result.finish(*variants.OURS)
-
-
-def _line(row: Row) -> str:
-    time_text = row["status"] if row["median"] is None else f"{row['median'] * 1e3:10.3f} ms {row['clock']}"
-    extra = "" if row["extra_bytes"] is None else f" extra {row['extra_bytes'] / 2**20:.0f} MiB"
-    names = f"{row['case']:20} {row['shape']:28} {row['precision']:14} {row['job']:18} {row['variant']:16}"
-    return f"{names} {time_text}{extra}"
 
 
 if __name__ == "__main__":

@@ -15,35 +15,26 @@ from pathlib import Path
 
 from bench.harness import options
 from bench.harness.result_file import load
-from bench.tables import ratios
+from bench.tables import operators, ratios
 from bench.tables.head import floors_section, head_section, readme_part
-from bench.tables.margins import margins_block, margins_section
-from bench.tables.markdown import Result, badge, joined, replace_block
-from bench.tables.operators import (
-    backward_section,
-    encode_part,
-    encode_section,
-    flops_section,
-    plain_section,
-    resources_section,
-    training_section,
-)
-from bench.tables.screening import screening_section
+from bench.tables.markdown import Result, badge, joined, replace_block, section
+from bench.tables.screening import margins_block, margins_section, screening_section
 from bench.tables.short_sequences import short_sequences_section
+from bench.tables.training import limits_table, training_table
 
 BEGIN, END = "<!-- bench: python -m bench.report bench/results/*.json -->", "<!-- bench end -->"
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "head": head_section,
-    "encode": encode_section,
+    "encode": operators.encode_section,
     "screening": screening_section,
     "margins": margins_section,
-    "backward": backward_section,
+    "backward": operators.backward_section,
     "short-sequences": short_sequences_section,
-    "flops": flops_section,
-    "training": training_section,
-    "limits": training_section,
-    "compaction": plain_section,
-    "resources": resources_section,
+    "flops": operators.flops_section,
+    "training": lambda result: section("Training", result, training_table(result)),
+    "limits": lambda result: section("Limits", result, limits_table(result)),
+    "compaction": operators.plain_section,
+    "resources": operators.resources_section,
 }
 
 
@@ -60,7 +51,7 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
         absent and f"{absent} What a GPU would need at least is computed below, from its datasheet.",
         absent and floors_section(),
         *map(_picture, figures),
-        *(SECTIONS.get(result["kind"], plain_section)(result) for result in ranked),
+        *(SECTIONS.get(result["kind"], operators.plain_section)(result) for result in ranked),
     ]
     return joined(*parts) + "\n"
 
@@ -68,7 +59,7 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
 def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
     """Forward and backward of the named cases and whole encodes, stock against ours, one table a device."""
     heads = [part for result in results if result["kind"] == "head" for part in readme_part(result)]
-    encodes = [part for result in results if result["kind"] == "encode" for part in encode_part(result)]
+    encodes = [part for result in results if result["kind"] == "encode" for part in operators.encode_part(result)]
     last = "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md)."
     return joined(BEGIN, badge(results), *heads, *encodes, *map(_picture, figures), last, END)
 
@@ -95,9 +86,9 @@ def main() -> None:
     results = load(args.results)
     figures: list[Path] = []
     if args.figures:
-        from bench.tables.figures import plot_curves, plot_shares
+        from bench.tables.figures import plot
 
-        figures = sorted([*plot_curves(results, args.figures), *plot_shares(results, args.figures)])
+        figures = plot(results, args.figures)
 
     def links(document: Path) -> list[str]:
         return [os.path.relpath(path, document.parent) for path in figures]

@@ -8,7 +8,6 @@ instructions found in the machine code. It does not work in a process that has `
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 import triton
 
+from bench.harness.options import plain
 from bench.harness.result_file import write_text
 from bench.jobs.compiled import Row, measure
 from bench.jobs.kernels import cases
@@ -37,7 +37,7 @@ def _compile_numbered(arch: int, number: int) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain(__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--output", type=Path, help="write the rows as a list")
     args = parser.parse_args()

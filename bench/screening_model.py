@@ -19,9 +19,7 @@ from typing import Any
 from bench.harness import options
 from bench.inputs import text_model
 
-HIDDEN_SIZE = 128
 MAX_LENGTH = 128
-STEPS = 300
 BATCH_SIZE = 16
 LEARNING_RATE = 7.5e-4
 # Less regularised than the demo's, for the share of active terms that large SPLADE models have: 1 to 2 %.
@@ -31,10 +29,12 @@ SEED = 0
 SEARCHED_EVERY = 4
 
 
-def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDEN_SIZE) -> dict[str, Any]:
+def build(data: Path, output: Path, steps: int = 300, hidden_size: int = 128) -> dict[str, Any]:
     """Train, and write ``model/``, ``passages.json`` and ``training.json`` to ``output``; returns the last one."""
     from examples.beir import read_beir
     from examples.demo.model import build_model
+    from examples.demo.settings import Settings
+    from examples.demo.training import train
     from examples.demo.vocabulary import build_tokenizer
 
     words = (data / "vocab.txt").read_text(encoding="utf-8").splitlines()
@@ -46,7 +46,18 @@ def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDE
         start = build_model(tokenizer, hidden_size, MAX_LENGTH, SEED)
         start.save_pretrained(str(folder / "start"), create_model_card=False)
         queries, passages = zip(*squad.pairs("train"), strict=True)
-        losses = _train({"query": list(queries), "passage": list(passages)}, folder, steps)
+        settings = Settings(
+            steps=steps,
+            stock_steps=steps,
+            batch_size=BATCH_SIZE,
+            seed=SEED,
+            device="cpu",
+            bf16=False,
+            learning_rate=LEARNING_RATE,
+            query_regularizer_weight=QUERY_WEIGHT,
+            document_regularizer_weight=DOCUMENT_WEIGHT,
+        )
+        losses = train(settings, "fused", {"query": list(queries), "passage": list(passages)}, folder)["losses"]
         shutil.copytree(folder / "trained", output / "model", dirs_exist_ok=True)
     unseen = dict.fromkeys(passage for _, passage in squad.pairs("test"))
     record = {"steps": steps, "seed": SEED, "first_loss": losses[0], "last_loss": losses[-1]}
@@ -55,26 +66,6 @@ def build(data: Path, output: Path, steps: int = STEPS, hidden_size: int = HIDDE
     # Written last, because this file is what marks the folder as complete.
     (output / "passages.json").write_text(json.dumps(list(unseen)))
     return record
-
-
-def _train(pairs: dict[str, list[str]], folder: Path, steps: int) -> list[float]:
-    """Losses of the demo's trainer, which starts with ``folder/start`` and writes ``folder/trained``."""
-    from examples.demo.settings import Settings
-    from examples.demo.training import train
-
-    settings = Settings(
-        steps=steps,
-        stock_steps=steps,
-        batch_size=BATCH_SIZE,
-        seed=SEED,
-        device="cpu",
-        bf16=False,
-        learning_rate=LEARNING_RATE,
-        query_regularizer_weight=QUERY_WEIGHT,
-        document_regularizer_weight=DOCUMENT_WEIGHT,
-    )
-    losses: list[float] = train(settings, "fused", pairs, folder)["losses"]
-    return losses
 
 
 def _search(squad: Any, folder: Path, vocab_size: int) -> dict[str, float]:
@@ -97,10 +88,8 @@ def main() -> None:
     parser = options.plain(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with vocab.txt and squad/")
     parser.add_argument("--output", type=Path, default=text_model.FOLDER)
-    parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
-    record = build(args.data, args.output, args.steps)
-    print(f"{record}; written to {args.output}")
+    print(f"{build(args.data, args.output)}; written to {args.output}")
 
 
 if __name__ == "__main__":

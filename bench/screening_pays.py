@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,7 @@ LEAST: dict[tuple[str, str], float] = {
 }
 
 
-def of_architecture(results: Iterable[Result], arch: int) -> list[Result]:
-    """The screening results that a GPU of this architecture gave."""
-    return [result for result in results if result.get("kind") == "screening" and _arch(result) == arch]
-
-
-def _arch(result: Result) -> int | None:
+def architecture(result: Result) -> int | None:
     """The architecture of the GPU that measured a result of one device; None of a CPU's."""
     environments = [run["environment"] for run in result["runs"]]
     return next((one.get("arch") for one in environments if one.get("gpu")), None)
@@ -43,17 +39,16 @@ def _arch(result: Result) -> int | None:
 
 def objections(results: Sequence[Result], arch: int) -> list[str]:
     """Why these results do not let "auto" screen on an architecture; empty: it pays."""
-    found = of_architecture(results, arch)
+    found = [result for result in results if result.get("kind") == "screening" and architecture(result) == arch]
     if not found:
         return [f"no screening result of a GPU of sm_{arch}"]
-    return [objection for result in found for objection in _objections(result)]
-
-
-def _objections(result: Result) -> list[str]:
     said = []
-    for (case, job), least in LEAST.items():
-        screened, unscreened = (_row(result, case, job, variant) for variant in ("screened", "unscreened"))
-        gain = ratio(unscreened, screened)
+    for result, ((case, job), least) in itertools.product(found, LEAST.items()):
+        # At the shape of a GPU.
+        wanted = {"case": case, "job": job, "precision": PRECISION, "status": "measured", "scaled_from": None}
+        rows = [row for row in result["rows"] if all(row.get(name) == value for name, value in wanted.items())]
+        measured = {row["variant"]: row for row in reversed(rows)}
+        gain = ratio(measured.get("unscreened"), measured.get("screened"))
         where = f"{case} {PRECISION} {job}"
         if gain is None:
             said.append(f"{where}: expected measured rows, screened and unscreened, found none")
@@ -63,16 +58,9 @@ def _objections(result: Result) -> list[str]:
     return said
 
 
-def _row(result: Result, case: str, job: str, variant: str) -> dict[str, Any] | None:
-    """The measured row of a variant, at the shape of a GPU."""
-    wanted = {"case": case, "job": job, "variant": variant, "precision": PRECISION, "status": "measured"}
-    rows = (row for row in result["rows"] if all(row.get(name) == value for name, value in wanted.items()))
-    return next((row for row in rows if not row.get("scaled_from")), None)
-
-
 def main(paths: Sequence[str]) -> None:
     results = load(map(Path, paths))
-    architectures = {arch for result in results if (arch := _arch(result)) is not None}
+    architectures = {arch for result in results if (arch := architecture(result)) is not None}
     if not architectures:
         raise SystemExit("expected results of `python -m bench.measure screening` from a GPU, got none")
     for arch in sorted(architectures):

@@ -12,26 +12,28 @@ runs in Triton's interpreter (``TRITON_INTERPRET=1``).
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import splade_kernels as sk
+from bench.compaction import compare
+from bench.harness.options import plain
 from bench.harness.result_file import Result, reason
 from bench.harness.truth import relative_distance
-from splade_kernels.backends import compaction, compiled
-from splade_kernels.backends.pooling import PoolingCall
+from bench.inputs import variants
+from splade_kernels.backends import compiled
 from splade_kernels.backends.triton import launch
 from splade_kernels.backends.triton.max_forward import max_pool_forward
 from splade_kernels.backends.triton.tuning import matmul_config
@@ -93,17 +95,7 @@ def persistent(dtype: str) -> Found:
     """The forward in a grid of so few programs that each walks many tiles, as one for a real vocabulary does."""
     inputs = draw(DTYPES[dtype])
     hidden, weight, bias, mask = inputs.values()
-    call = PoolingCall(
-        batch_size=len(hidden),
-        attention_mask=mask,
-        cu_seqlens=None,
-        max_seqlen=hidden.shape[1],
-        pooling_strategy="max",
-        activation_function="relu",
-        compute_dtype=hidden.dtype,
-        out_dtype=hidden.dtype,
-        need_argmax=True,
-    )
+    call = variants.padded_call(mask, hidden.dtype, need_argmax=True)
     config = matmul_config(*launch.problem(call, weight))
     run = partial(max_pool_forward, call, hidden.flatten(0, 1), weight, bias)
     (output, argmax), expected = run(replace(config, programs=3)), run(config)
@@ -137,46 +129,25 @@ def flops(dtype: str, threshold: int | None) -> Found:
 
 
 def compacted() -> Found:
-    """The compiled operators against PyTorch's, bit for bit.
-
-    Raises:
-        NotImplementedError: they are not compiled for this device.
-    """
+    """The compiled operators against PyTorch's, bit for bit."""
     if not compiled.serves(DEVICE):
         raise NotImplementedError(str(compiled.why_not()))
     embeddings = pooled(draw(torch.float32), False, sk.reference.splade_pool)[0]
-    found, csr = sk.sparsify(embeddings), embeddings.to_sparse_csr()
-    largest = sk.sparsify(embeddings, max_active_dims=7).to_dense()
-    # Of equal ones those with the lowest vocabulary ids.
-    best = embeddings.sort(dim=1, descending=True, stable=True)
     argmax = torch.arange(embeddings.numel(), device=DEVICE).view_as(embeddings).remainder(13).short()
     edges = torch.arange(len(embeddings) + 1, device=DEVICE) * 13
-    _, words, values = compaction.bucket_by_token(argmax, embeddings, edges, 13 * len(embeddings))
-    sequence, word = embeddings.nonzero(as_tuple=True)
-    order = torch.sort(edges[sequence] + argmax[sequence, word], stable=True).indices
-    place = torch.arange(VOCAB_SIZE, device=DEVICE)
-    specified = (place < (embeddings != 0).sum(dim=1, keepdim=True)).view(-1)
-    mine = [found.crow_indices(), found.col_indices(), found.values(), largest, words[specified], values[specified]]
-    largest = torch.zeros_like(largest).scatter(1, best.indices[:, :7], best.values[:, :7])
-    theirs = [csr.crow_indices(), csr.col_indices(), csr.values(), largest]
-    return _same_bits(mine, [*theirs, word[order], embeddings[sequence, word][order]])
+    mine, theirs = zip(*compare(embeddings, argmax, edges, 13 * len(embeddings), k=7), strict=True)
+    return _same_bits([*itertools.chain(*mine)], [*itertools.chain(*theirs)])
 
 
 def rival(dtype: str) -> Found:
     """The rival forward of the benchmarks (:mod:`bench.inputs.rival`) against the definition."""
-    from bench.inputs.variants import rival as make
-
     inputs = draw(DTYPES[dtype])
     exact = pooled(widened(inputs), False, sk.reference.splade_pool)
-    return _twice(lambda: [make(False)(*inputs.values())], exact)
+    return _twice(lambda: [variants.rival(False)(*inputs.values())], exact)
 
 
 def captured(dtype: str) -> Found:
-    """A CUDA graph of an inference call gives the bits of the call.
-
-    Raises:
-        NotImplementedError: no CUDA device.
-    """
+    """A CUDA graph of an inference call gives the bits of the call."""
     if DEVICE.type != "cuda":
         raise NotImplementedError("CUDA graphs need a CUDA device")
     inputs = draw(DTYPES[dtype])
@@ -252,44 +223,40 @@ def row(name: str) -> dict[str, Any]:
 
 def run(names: Sequence[str], result: Result, seconds: float) -> None:
     """Each in a process of its own; a row is written when its process ends."""
-    waiting, running = list(names), dict[str, tuple[subprocess.Popen[str], IO[str]]]()
     end = time.monotonic() + seconds
-    while waiting or running:
-        while waiting and len(running) < PROCESSES:
-            name = waiting.pop(0)
-            command = [sys.executable, "-m", "bench.smoke", "--only", name]
-            # A file: a compiler that fails prints more than a pipe holds.
-            written = tempfile.TemporaryFile("w+")
-            running[name] = subprocess.Popen(command, stdout=written, stderr=written, text=True), written
-        time.sleep(0.05)
-        late = time.monotonic() > end
-        for name, (process, log) in list(running.items()):
-            if late:
-                process.kill()
-            elif process.poll() is None:
+
+    def one(name: str) -> tuple[str | None, str]:
+        """The status of a process that gave no row, or None, and its output; nothing where no time is left."""
+        left = end - time.monotonic()
+        if left <= 0:
+            return None, ""
+        command = [sys.executable, "-m", "bench.smoke", "--only", name]
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=left)
+        except subprocess.TimeoutExpired as late:
+            return f"no answer after {seconds:.0f} s", str(late.output or "")
+        return f"failed: exit {done.returncode}", done.stdout
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        futures = {pool.submit(one, name): name for name in names}
+        for future in as_completed(futures):
+            name, (status, output) = futures[future], future.result()
+            if status is None:
+                result.leave_out("no time", {"smoke": name})
                 continue
-            code = process.wait()
-            log.seek(0)
-            output = log.read()
-            log.close()
-            del running[name]
             lines = [line for line in output.splitlines() if line.startswith('{"smoke"')]
-            status = f"no answer after {seconds:.0f} s" if late else f"failed: exit {code}"
             added = json.loads(lines[-1]) if lines else {"smoke": name, "status": status}
             result.add(added)
             print(f"{name:24} {added['status']}", flush=True)
             if not added["status"].startswith(("passed", "not here")):
                 print(output, flush=True)
-        if late:
-            result.content["left_out"] += waiting
-            waiting = []
     result.write()
 
 
 def main(options: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain(__doc__)
     parser.add_argument("--output", type=Path, help="write the result as JSON, rewritten after every row")
-    parser.add_argument("--budget", type=float, default=float("inf"))
+    parser.add_argument("--budget", type=float, default=600.0)
     parser.add_argument("--only", choices=list(SMOKES), help="run one in this process and print its row")
     args = parser.parse_args(options)
     if args.only:

@@ -11,20 +11,18 @@ room for is named in it.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.harness import memory, options
-from bench.harness.result_file import Budget, Result, Row
+from bench.harness.result_file import Budget, Result
 from bench.inputs import encoders
 from bench.jobs.training import Job, measure, step_losses
-from bench.tables.training import table
+from bench.tables.training import training_table
 
 HEADS = ("stock", "fused")
 # Losses of one run, stock against fused, from the same seed. In bf16 stock rounds its logits, and fused does not.
@@ -36,30 +34,23 @@ KEY = ("model", "layers", "hidden_size", "vocab_size", "pairs_per_batch", "max_l
        "gradient_checkpointing", "precision", "head")  # fmt: skip
 
 # Command-line defaults: on a GPU what users train, on a CPU what it can do in minutes.
-GPU_DEFAULTS = {"layers": None, "hidden_size": None, "batch_size": 32, "max_length": 256, "timed_steps": 20}
-CPU_DEFAULTS = {"layers": 2, "hidden_size": 128, "batch_size": 4, "max_length": 64, "timed_steps": 3}
+GPU = {"device": "cuda", "precision": "bf16", "batch_size": 32, "max_length": 256, "timed_steps": 20}
+CPU = {"device": "cpu", "precision": "fp32", "batch_size": 4, "max_length": 64, "timed_steps": 3}
+CPU |= {"layers": 2, "hidden_size": 128}
 
-
-# What a job is changed to, by name. Most telling first, since a budget may cut the list; both heads are measured.
+# What a job with all terms active is changed to, by name. Most telling first, since a budget may cut the list; both
+# heads are measured.
 CASES: dict[str, dict[str, Any]] = {
     "gooaq": {"lengths": "gooaq", "active_terms": SPARSE_TERMS},
-    "full": {"lengths": "full", "active_terms": None},
-    "gooaq-all-active": {"lengths": "gooaq", "active_terms": None},
-    "full-checkpointing": {"lengths": "full", "active_terms": None, "gradient_checkpointing": True},
+    "full": {"lengths": "full"},
+    "gooaq-all-active": {"lengths": "gooaq"},
+    "full-checkpointing": {"lengths": "full", "gradient_checkpointing": True},
 }
 
 
-def cases(job: Job, names: Sequence[str] = tuple(CASES)) -> Iterator[Job]:
-    for name in names:
-        yield replace(job, **CASES[name])
-
-
 def check(job: Job) -> dict[str, Any]:
-    """Losses of stock and fused from the same seed, in float32 and in the job's precision.
-
-    Raises:
-        SystemExit: they differ by more than ``TOLERANCE``.
-    """
+    """Losses of stock and fused from the same seed, in float32 and in the job's precision. If they differ by more than
+    ``TOLERANCE``, the command ends."""
     found: dict[str, Any] = {}
     short = replace(job, batch_size=min(8, job.batch_size), warm_up_steps=0, profiled_steps=0, timed_steps=CHECK_STEPS)
     for precision in dict.fromkeys(("fp32", job.precision)):
@@ -83,11 +74,7 @@ def _run(work: Callable[[Job], Any], job: Job) -> Any:
     return work(job) if job.device == "cuda" else memory.in_a_process(work, job)
 
 
-def _row(described: Row, job: Job) -> list[Row]:
-    return [described | _run(measure, job)]
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = options.parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=[*encoders.SIZES], default=[*encoders.SIZES])
     parser.add_argument("--case", nargs="+", choices=[*CASES], default=[*CASES])
@@ -97,47 +84,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="pairs; default: 32, on a CPU 4")
     parser.add_argument("--max-length", type=int, help="tokens; default: 256, on a CPU 64")
     parser.add_argument("--timed-steps", type=int, help="default: 20, on a CPU 3")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16, on a CPU fp32")
+    parser.set_defaults(**(GPU if torch.cuda.is_available() else CPU))
     args = parser.parse_args(arguments)
-    on_device = torch.cuda.is_available()
-    for name, value in (GPU_DEFAULTS if on_device else CPU_DEFAULTS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.precision = args.precision or ("bf16" if on_device else "fp32")
-    args.device = "cuda" if on_device else "cpu"
-    return args
-
-
-def size_of(name: str, args: argparse.Namespace) -> encoders.Size:
-    changes = {key: getattr(args, key) for key in ("layers", "hidden_size", "vocab_size") if getattr(args, key)}
-    return replace(encoders.SIZES[name], **changes)
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    args = parse(arguments)
     budget = Budget(args.budget)
-    run: dict[str, Any] = {"checks": {}}
-    result = Result("training", "bench.training", args.output, append=args.append, key=KEY, run=run)
-    with tempfile.TemporaryDirectory() as root:
-        for name in args.model:
-            size = size_of(name, args)
-            folder = Path(root) / name
-            encoders.build(size, args.max_length, folder)
-            job = Job(
-                str(folder), "stock", args.batch_size, args.max_length, "gooaq", args.precision, args.device,
-                active_terms=SPARSE_TERMS, timed_steps=args.timed_steps,
-                profiled_steps=3 if args.device == "cuda" else 0,
-            )  # fmt: skip
-            if not budget.has_room():
-                result.leave_out("no time", {"model": name})
-                continue
-            result.run["checks"][name] = budget.run(check, job)
-            for case in cases(job, args.case):
-                for head in HEADS:
-                    chosen = {"head": head, "lengths": case.lengths, "active_terms": case.active_terms}
-                    described = {"model": name, **vars(size)}
-                    result.attempt(budget, described | chosen, _row, described, replace(case, head=head))
-    print(table(result.by_device()[-1]))
+    result = Result("training", "bench.training", args.output, append=args.append, key=KEY, run={"checks": {}})
+    for name in args.model:
+        changes = {key: getattr(args, key) for key in ("layers", "hidden_size", "vocab_size") if getattr(args, key)}
+        size = replace(encoders.SIZES[name], **changes)
+        if not budget.has_room():
+            result.leave_out("no time", {"model": name})
+            continue
+        job = Job(
+            encoders.build(size, args.max_length), "stock", args.batch_size, args.max_length, "gooaq", args.precision,
+            args.device, active_terms=SPARSE_TERMS, timed_steps=args.timed_steps,
+            profiled_steps=3 if args.device == "cuda" else 0,
+        )  # fmt: skip
+        result.run["checks"][name] = budget.run(check, job)
+        for case, head in itertools.product(args.case, HEADS):
+            changed = {"active_terms": None, "head": head, **CASES[case]}
+            result.attempt(
+                budget,
+                {"model": name, **vars(size), **changed},
+                lambda job: _run(measure, job),
+                replace(job, **changed),
+            )
+    print(training_table(result.by_device()[-1]))
     result.finish()
     return result.content
 

@@ -22,28 +22,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.harness.options import plain
 from bench.harness.result_file import Budget, Result
 from bench.harness.side_by_side import side_by_side
 from bench.jobs.candidates import DTYPES, candidates, examine, refinements, shipped
 from splade_kernels.backends.pooling import PoolingCall
+from splade_kernels.backends.triton import tuning
 from splade_kernels.backends.triton.max_backward import max_pool_backward
 from splade_kernels.backends.triton.max_forward import max_pool_forward
 from splade_kernels.backends.triton.sum_pool import sum_pool_backward, sum_pool_forward
-from splade_kernels.backends.triton.tuning import (
-    ARCHITECTURES,
-    KINDS,
-    Config,
-    HiddenConfig,
-    MatmulConfig,
-    Shape,
-    WeightConfig,
-    entry,
-)
+from splade_kernels.backends.triton.tuning import Config, MatmulConfig, Shape
 
 SIZES = ((768, 30522), (768, 250002), (1024, 30522), (1024, 250002))
 ROUNDS = ((3, 12), (9, 4), (25, 1))
@@ -78,7 +71,7 @@ def loads(shape: Shape) -> dict[str, Load]:
     return BACKWARD_LOADS if shape.kind.startswith("backward") else FORWARD_LOADS
 
 
-def step(shape: Shape, load: Load, device: str, exact: bool = False) -> Callable[[Config], Results]:
+def step(shape: Shape, load: Load, device: str, exact: bool = False) -> Callable[[Any], Results]:
     """What runs the kernels of the shape's kind as the package does, with a given configuration.
 
     ``exact``: small integers, whose products and sums no order of addition changes.
@@ -118,24 +111,23 @@ def step(shape: Shape, load: Load, device: str, exact: bool = False) -> Callable
     inputs = hidden, weight, bias
     if kind == "sum":
 
-        def both(config: Config) -> Results:
-            tiles = cast(MatmulConfig, config)
-            output, argmax = sum_pool_forward(call, *inputs, tiles)
-            return output, *sum_pool_backward(call, grad, output, argmax, *inputs, tiles)
+        def both(config: MatmulConfig) -> Results:
+            output, argmax = sum_pool_forward(call, *inputs, config)
+            return output, *sum_pool_backward(call, grad, output, argmax, *inputs, config)
 
         return both
     if kind == "int8":
-        return lambda config: max_pool_forward(call, *inputs, int8_config=cast(MatmulConfig, config))[:1]
+        return lambda config: max_pool_forward(call, *inputs, int8_config=config)[:1]
     if kind == "maximum":
-        return lambda config: max_pool_forward(call, *inputs, cast(MatmulConfig, config))
+        return lambda config: max_pool_forward(call, *inputs, config)
     output, argmax = max_pool_forward(call, *inputs)
     if load.active_terms is not None:
         least = output.topk(min(load.active_terms, shape.vocab_size), dim=1).values[:, -1:]
         output = torch.where(output >= least, output, 0)
     backward = partial(max_pool_backward, call, grad, output, argmax, *inputs)
     if kind == "backward-weight":
-        return lambda config: backward(weight_config=cast(WeightConfig, config))
-    return lambda config: backward(hidden_config=cast(HiddenConfig, config))
+        return lambda config: backward(weight_config=config)
+    return lambda config: backward(hidden_config=config)
 
 
 def disagreement(shape: Shape, config: Config, device: str) -> str | None:
@@ -164,12 +156,8 @@ def disagreement(shape: Shape, config: Config, device: str) -> str | None:
 def tournament(
     entrants: Sequence[Config], first: Config, time_once: Callable[[Config], float], rounds: Iterable[tuple[int, int]]
 ) -> dict[Config, list[float]]:
-    """Times of all entrants, in interleaved rounds that fewer and fewer survive; ``first`` always does.
-
-    Args:
-        time_once: seconds (any unit) of one run; the score of a configuration is its median.
-        rounds: ``(rounds, how many survive them)``.
-    """
+    """Times of all entrants in interleaved rounds, ``(rounds, how many survive them)``, that ``first`` always survives.
+    ``time_once`` gives the time of one run in any unit; the score of a configuration is its median."""
     times: dict[Config, list[float]] = {config: [] for config in entrants}
     alive = list(entrants)
     for count, survivors in rounds:
@@ -294,14 +282,12 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
     """Compile the candidates, print what each needs and what would be measured; returns the rows."""
     rows = []
     for shape in shapes(args, arch):
-        kept = 0
         # Kernels are compiled once for all sizes; only the tiles of the backward follow D.
         if shape.vocab_size == args.size[0][1] and (
             shape.kind.startswith("backward") or shape.hidden_size == args.size[0][0]
         ):
             for config in candidates(shape)[: args.limit]:
                 compiled, problems = examine(shape, config)
-                kept += not problems
                 print(f"{shape.kind} sm_{arch} {shape.dtype} {config}")
                 needs = []
                 for row in compiled:
@@ -318,24 +304,6 @@ def dry_run(args: argparse.Namespace, arch: int) -> list[dict[str, Any]]:
     return rows
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the result as JSON, rewritten after every shape")
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=[*KINDS])
-    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
-    parser.add_argument("--size", type=_size, nargs="+", default=[*SIZES], metavar="DxV", help="hidden and vocabulary")
-    parser.add_argument("--budget", type=float, default=float("inf"))
-    parser.add_argument("--dry-run", action="store_true", help="compile only; needs no GPU")
-    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="for --dry-run; default: the GPU at hand")
-    parser.add_argument("--limit", type=int, help="for --dry-run: the first N candidates of each kind")
-    args = parser.parse_args(arguments)
-    if args.arch is None and not torch.cuda.is_available():
-        parser.error("no CUDA device: expected --dry-run with --arch")
-    if args.arch is not None and not args.dry_run:
-        parser.error("--arch: the GPU at hand is what is tuned; expected --dry-run with it")
-    return args
-
-
 def _size(text: str) -> tuple[int, int]:
     hidden_size, vocab_size = map(int, text.split("x"))
     if hidden_size < 1 or vocab_size < 1:
@@ -344,7 +312,20 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    args = parse(arguments)
+    parser = plain(__doc__)
+    parser.add_argument("--output", type=Path, help="write the result as JSON, rewritten after every shape")
+    parser.add_argument("--kind", nargs="+", choices=tuning.KINDS, default=[*tuning.KINDS])
+    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
+    parser.add_argument("--size", type=_size, nargs="+", default=[*SIZES], metavar="DxV", help="hidden and vocabulary")
+    parser.add_argument("--budget", type=float, default=float("inf"))
+    parser.add_argument("--dry-run", action="store_true", help="compile only; needs no GPU")
+    parser.add_argument("--arch", type=int, choices=tuning.ARCHITECTURES, help="for --dry-run; default: this GPU's")
+    parser.add_argument("--limit", type=int, help="for --dry-run: the first N candidates of each kind")
+    args = parser.parse_args(arguments)
+    if args.arch is None and not torch.cuda.is_available():
+        parser.error("no CUDA device: expected --dry-run with --arch")
+    if args.arch is not None and not args.dry_run:
+        parser.error("--arch: the GPU at hand is what is tuned; expected --dry-run with it")
     if args.dry_run:
         arch = args.arch or _architecture()
         return {"architecture": arch, "rows": dry_run(args, arch)}
@@ -356,13 +337,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for shape in shapes(args, arch):
         # The first shape started the processes and compiled what the next ones find.
         if not budget.has_time():
-            result.content["left_out"].append(shape._asdict())
+            result.leave_out("no time", shape._asdict())
             continue
         before = len(result.rows), len(result.content["table"])
 
         def keep(best: Config, rows: list[dict[str, Any]], shape: Shape = shape, before: Any = before) -> None:
             result.rows[before[0] :] = rows
-            result.content["table"][before[1] :] = [entry(shape, best)]
+            result.content["table"][before[1] :] = [tuning.entry(shape, best)]
             result.write()
 
         best, _ = measure(shape, "cuda", keep)

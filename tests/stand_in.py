@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from unittest import mock
 
 import torch
 
@@ -54,6 +53,7 @@ def shrink() -> None:
 
 def tune(tune: object) -> None:
     """Candidates run in the interpreter, in this process; times are the host's."""
+    from bench.harness import result_file
     from splade_kernels.backends.triton.tuning import MatmulConfig
 
     first = MatmulConfig(32, 32, 16, 4, 1)
@@ -63,8 +63,7 @@ def tune(tune: object) -> None:
         run(config)
         return 1e3 * (time.perf_counter() - begin)
 
-    mock.patch.multiple(
-        tune,
+    vars(tune).update(
         _architecture=lambda: 86,
         _milliseconds=milliseconds,
         _FLUSH_BYTES=1,
@@ -77,23 +76,16 @@ def tune(tune: object) -> None:
         refinements=lambda best, kind: [best],
         side_by_side=lambda work, tasks: [work(*task) for task in tasks],
         measure=lambda question, device, keep, measure=tune.measure: measure(question, "cpu", keep),
-    ).start()
-    mock.patch.object(torch.cuda, "is_available", lambda: True).start()
-    mock.patch("bench.harness.result_file.describe", lambda: {"device": "stand-in", "gpu": True, "arch": 86}).start()
+    )
+    torch.cuda.is_available = lambda: True
+    result_file.describe = lambda: {"device": "stand-in", "gpu": True, "arch": 86}
 
 
 def limits(limits: object) -> None:
-    found = {"largest_pairs": 8, "smallest_pairs_that_failed": 9, "complete": True, "trials": 3}
-    rest = {
-        "attention": "sdpa",
-        "optimizer": "adamw",
-        "peak_memory_mib_at_largest": 1.0,
-        "held_by_weights_alone_mib": 1.0,
-    }
     small = replace(limits.encoders.SIZES["distilbert"], layers=1, hidden_size=64, vocab_size=300)
     limits.encoders.SIZES["distilbert"] = small
     limits.hold_memory = lambda: 0.3
-    limits.search = lambda job, resolution, may_go_on: found | rest
+    limits.search = lambda job, resolution, may_go_on: {"attention": "sdpa", "optimizer": "adamw", "largest_pairs": 8}
 
 
 def training(training: object) -> None:

@@ -23,11 +23,22 @@ _PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers"
 
 def describe() -> dict[str, object]:
     """Device, threads, instruction set, package versions and the commit the code was at."""
+    device: dict[str, object] = {"device": cpu_name(), "gpu": torch.cuda.is_available()}
+    if device["gpu"]:
+        properties = torch.cuda.get_device_properties(0)
+        device |= {
+            "device": properties.name,
+            "arch": 10 * properties.major + properties.minor,
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]),
+        }
     return {
-        **_device(),
+        **device,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_flags": _cpu_flags(),
+        # What integer products run on: the vector and matrix instructions of the CPU (Linux on x86).
+        "cpu_flags": sorted(flag for flag in _cpuinfo("flags").split() if re.match("avx|amx|fma", flag)),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit() or _hash(),
@@ -49,20 +60,6 @@ def not_here(reason: str) -> NoReturn:
     raise SystemExit(NOT_HERE)
 
 
-def _device() -> dict[str, object]:
-    if not torch.cuda.is_available():
-        return {"device": cpu_name(), "gpu": False}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "gpu": True,
-        "arch": 10 * properties.major + properties.minor,
-        "memory_bytes": properties.total_memory,
-        "cuda": torch.version.cuda,
-        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]),
-    }
-
-
 def command(module: str) -> str:
     """The command line that is running, without where it writes."""
     line = " ".join(["python -m", module, *sys.argv[1:]])
@@ -71,11 +68,6 @@ def command(module: str) -> str:
 
 def cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> list[str]:
-    """The vector and matrix instructions among the flags of the CPU (Linux on x86): what integer products run on."""
-    return sorted(flag for flag in _cpuinfo("flags").split() if re.match("avx|amx|fma", flag))
 
 
 def _cpuinfo(key: str) -> str:

@@ -9,13 +9,8 @@ import torch
 
 
 def parser(doc: str | None, *, required: bool = False, seconds: float | None = None) -> argparse.ArgumentParser:
-    """``--output``, ``--append``, ``--budget`` and, with a default for it, ``--seconds``.
-
-    Args:
-        doc: the module's docstring.
-        required: whether ``--output`` is.
-        seconds: default of the time for the rounds of one group; None where a command has no such time.
-    """
+    """``--output``, which may be ``required``, ``--append`` and ``--budget``; with a default of the seconds of rounds,
+    ``--seconds`` and ``--device``."""
     made = plain(doc)
     made.add_argument("--output", type=Path, required=required, help="the result file, rewritten after every row")
     made.add_argument(
@@ -24,14 +19,13 @@ def parser(doc: str | None, *, required: bool = False, seconds: float | None = N
     made.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing is begun")
     if seconds is not None:
         made.add_argument("--seconds", type=float, default=seconds, help="time for the rounds of one group")
+        present = "cuda" if torch.cuda.is_available() else "cpu"
+        made.add_argument(
+            "--device", choices=("cpu", "cuda"), default=present, help="default: a GPU where there is one"
+        )
     return made
 
 
 def plain(doc: str | None) -> argparse.ArgumentParser:
     """A parser that shows the docstring as it is written."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def add_device(made: argparse.ArgumentParser) -> None:
-    present = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--device", choices=("cpu", "cuda"), default=present, help="default: a GPU where there is one")

@@ -65,13 +65,10 @@ class Result:
     Args:
         module: the command, as ``python -m`` takes it.
         path: None to keep the result in memory.
-        append: whether to keep what the file holds already.
+        append: whether to keep what the file holds already, which has to be a result of the same kind.
         key: what makes two rows of different runs the same measurement.
         run: what the provenance of this run's rows holds besides command, environment and load average.
         more: what the file holds besides.
-
-    Raises:
-        SystemExit: ``append`` to a result of another kind.
     """
 
     def __init__(
@@ -83,13 +80,8 @@ class Result:
         earlier = json.loads(path.read_text()) if append and path and path.exists() else {"kind": kind}
         if earlier["kind"] != kind:
             raise SystemExit(f"--append: expected a result of kind {kind!r} in {path}, got {earlier['kind']!r}")
-        environment = describe()
-        self.run: dict[str, Any] = {
-            "command": command(module),
-            "environment": environment,
-            "load_average": os.getloadavg()[0],
-        }
-        self.run |= run or {}
+        described = {"command": command(module), "environment": describe(), "load_average": os.getloadavg()[0]}
+        self.run: dict[str, Any] = described | (run or {})
         self.content: dict[str, Any] = {
             "kind": kind,
             **more,
@@ -110,38 +102,40 @@ class Result:
         keys = {self._identity(row) for row in mine}
         kept = [row for row in self.rows if row["provenance"] == self._number or self._identity(row) not in keys]
         self.rows[:] = [*kept, *mine]
-        left = self.content["left_out"]
-        left[:] = [entry for entry in left if not any(_settles(row, entry) for row in rows)]
+        for entry in list(self.content["left_out"]):
+            measured = {key: value for key, value in entry.items() if key != "reason"}
+            if any(measured.items() <= row.items() for row in rows):
+                self.content["left_out"].remove(entry)
         self.write()
 
     def leave_out(self, why: str, what: Row) -> None:
         """Name what is not measured, by the fields of the rows that it would have given."""
         left = self.content["left_out"]
-        left[:] = [
-            entry for entry in left if not (isinstance(entry, dict) and entry | {"reason": ""} == what | {"reason": ""})
-        ]
+        left[:] = [entry for entry in left if entry | {"reason": ""} != what | {"reason": ""}]
         left.append(what | {"reason": why})
         self.write()
 
     def attempt(
-        self, budget: Budget, what: Row, work: Callable[..., Sequence[Row]], *arguments: Any, room: bool = True
+        self, budget: Budget, what: Row, work: Callable[..., Sequence[Row] | Row], *arguments: Any, room: bool = True
     ) -> Sequence[Row]:
         """Add the rows of one piece of work and return them, or name it as left out: no time for it, or it failed.
 
         Args:
             what: fields of the rows that it would give.
+            work: returns rows, or what one row holds besides ``what``.
             room: whether the budget has to have room for a piece as long as the longest so far, or only some time.
         """
         if not (budget.has_room() if room else budget.has_time()):
             self.leave_out("no time", what)
             return []
         try:
-            rows: Sequence[Row] = budget.run(work, *arguments)
+            found = budget.run(work, *arguments)
         except Exception as error:  # inputs may not fit; what else there is to measure may
             self.leave_out(reason(error), what)
             if is_wrong(reason(error)):
                 self._failed.append(left_out_text(self.content["left_out"][-1]))
             return []
+        rows: Sequence[Row] = [what | found] if isinstance(found, dict) else found
         self.add(*rows)
         return rows
 
@@ -153,11 +147,7 @@ class Result:
             write(self.path, self.content)
 
     def finish(self, *held: str) -> None:
-        """Write the file, and end with an error if a piece of work failed, or a row of one of these variants is wrong.
-
-        Raises:
-            SystemExit: with what failed and is wrong.
-        """
+        """Write the file; ``SystemExit`` with what failed and the wrong rows of the variants ``held``."""
         self.write()
         for row in self.rows:
             if row["provenance"] == self._number and row.get("variant") in held and is_wrong(row["status"]):
@@ -201,12 +191,10 @@ def by_device(content: dict[str, Any], file: str) -> list[dict[str, Any]]:
     ]
 
 
-def left_out_text(entry: str | dict[str, Any]) -> str:
+def left_out_text(entry: Row) -> str:
     """What was left out, as text."""
-    if isinstance(entry, str):
-        return entry
     words = [str(value) if name in KEY else f"{name} {value}" for name, value in entry.items() if name != "reason"]
-    return " ".join(words) + (f": {entry['reason']}" if "reason" in entry else "")
+    return f"{' '.join(words)}: {entry['reason']}"
 
 
 def reason(error: Exception) -> str:
@@ -219,8 +207,3 @@ def reason(error: Exception) -> str:
 def is_wrong(status: str) -> bool:
     """Whether a variant failed its check, or failed."""
     return status.startswith(("red", "failed"))
-
-
-def _settles(row: Row, entry: str | dict[str, Any]) -> bool:
-    """Whether a row is what had been left out."""
-    return isinstance(entry, dict) and all(row.get(key) == value for key, value in entry.items() if key != "reason")

@@ -5,7 +5,6 @@ A multiply-add counts as two operations. Bytes are those that must cross the mem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from bench.inputs.cases import Case, Precision
@@ -18,11 +17,9 @@ class Work(NamedTuple):
     bytes: int
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Rates of one device in one precision: measured ones, or a datasheet's."""
+class Machine(NamedTuple):
+    """Rates of one device in one precision: measured ones, as results hold them, or a datasheet's."""
 
-    name: str
     bytes_per_second: float
     operations_per_second: float
 
@@ -31,13 +28,8 @@ class Machine:
         return max(work.operations / self.operations_per_second, work.bytes / self.bytes_per_second)
 
 
-# NVIDIA's GA102 whitepaper: dense tensor-core rate with float32 accumulation, and float32 without tensor cores.
-RTX_3090 = {
-    "bf16": Machine("RTX 3090 (datasheet)", 936e9, 71e12),
-    "bf16-autocast": Machine("RTX 3090 (datasheet)", 936e9, 71e12),
-    "tf32": Machine("RTX 3090 (datasheet)", 936e9, 35.6e12),
-    "float32": Machine("RTX 3090 (datasheet)", 936e9, 35.6e12),
-}
+# NVIDIA's GA102 whitepaper: dense tensor-core rate of bfloat16 with float32 accumulation.
+RTX_3090 = Machine(936e9, 71e12)
 
 
 def forward(case: Case, precision: Precision, tokens: int) -> Work:
@@ -56,19 +48,3 @@ def backward(case: Case, precision: Precision, active: int, tokens: int) -> Work
     moved = entries * (2 * precision.out_dtype.itemsize + index)
     matrices = (tokens + case.batch_size * case.length + 2 * case.vocab_size) * case.hidden_size * size
     return Work(4 * active * case.hidden_size, moved + matrices + case.vocab_size * size)
-
-
-def forward_backward(case: Case, precision: Precision, active: int, tokens: int) -> Work:
-    """Both, one after the other; the argmax is written and read once."""
-    first, second = forward(case, precision, tokens), backward(case, precision, active, tokens)
-    return Work(first.operations + second.operations, first.bytes + second.bytes)
-
-
-def flops(rows: int, columns: int, itemsize: int) -> Work:
-    """Read every embedding once."""
-    return Work(rows * columns, rows * columns * itemsize)
-
-
-def logits_bytes(case: Case, precision: Precision) -> int:
-    """``[B, S, V]`` in the dtype of the products: what the dense head holds and this one does not."""
-    return case.batch_size * case.length * case.vocab_size * precision.compute_dtype.itemsize

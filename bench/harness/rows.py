@@ -25,7 +25,6 @@ class Row:
     status: str = "measured"
     scaled_from: str | None = None
     median: float | None = None
-    spread: tuple[float, float] | None = None
     rounds: int = 0
     # Seconds a step, one for each round; ratios are made of them.
     samples: list[float] = field(default_factory=list)
@@ -43,6 +42,8 @@ class Row:
     survivors: float | None = None
     # Texts that one step encodes.
     texts: int | None = None
+    # What the model of short sequences says that the job takes (:mod:`bench.jobs.short_sequences`).
+    predicted_forwards: float | None = None
 
 
 @dataclass
@@ -83,8 +84,7 @@ def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
     for job in jobs:
         if job.row.variant in timed:
             result = timed[job.row.variant]
-            job.row.median, job.row.spread = result.median, result.spread
-            job.row.rounds, job.row.samples = len(result.samples), result.samples
+            job.row.median, job.row.rounds, job.row.samples = result.median, len(result.samples), result.samples
             job.row.clock, job.row.others = result.clock, result.others
     return [job.row for job in jobs]
 

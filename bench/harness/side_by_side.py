@@ -32,27 +32,29 @@ def side_by_side(
     processes, which take seconds to start, are kept for the next call.
     """
     found: dict[int, Result | str] = {}
-    while len(found) < len(tasks):
-        left = [number for number in range(len(tasks)) if number not in found]
-        decided = _round(work, tasks, left, found, seconds)
-        if not decided:
-            _round(work, tasks, left[:1], found, seconds)
+    alone = False
+    while left := [number for number in range(len(tasks)) if number not in found]:
+        before = len(found)
+        _round(work, tasks, left[:1] if alone else left, found, seconds)
+        if alone:
             found.setdefault(left[0], "failed: it took its process down")
+        alone = len(found) == before
     return [found[number] for number in range(len(tasks))]
 
 
 def _round(
     work: Callable[..., Result],
     tasks: Sequence[Any],
-    numbers: Sequence[int],
+    numbers: list[int],
     found: dict[int, Result | str],
     seconds: float,
-) -> bool:
-    """Whether any task was decided; a pool that was not equal to all of them is given up."""
+) -> None:
+    """Put what is decided into ``found``; a pool that was not equal to all of it is given up."""
     global _pool
     if _pool is None:
-        _pool = ProcessPoolExecutor(min(PROCESSES, _processors()), multiprocessing.get_context("spawn"))
-    before, pool = len(found), _pool
+        processes = min(PROCESSES, len(os.sched_getaffinity(0)))
+        _pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    pool = _pool
     futures: dict[int, Future[Result | str | None]] = {}
     with contextlib.suppress(BrokenProcessPool):
         for number in numbers:
@@ -69,7 +71,6 @@ def _round(
     if late or any(number not in found for number in numbers):
         pool.shutdown()
         _pool = None
-    return len(found) > before
 
 
 _usable = True
@@ -96,7 +97,3 @@ def _device_works() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

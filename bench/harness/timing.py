@@ -44,11 +44,6 @@ class Timed:
     def median(self) -> float:
         return statistics.median(self.samples)
 
-    @property
-    def spread(self) -> tuple[float, float]:
-        """Smallest and largest."""
-        return min(self.samples), max(self.samples)
-
 
 def rotation(bytes_a_set: int, device: torch.device) -> int:
     """Sets of inputs that together exceed twice the L2 cache; one on a CPU, whose cache the other variants evict."""

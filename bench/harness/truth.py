@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.inputs.cases import Inputs, Precision
+from bench.inputs.cases import PRECISIONS, Inputs, Precision
 
 # Largest ‖found - truth‖ / ‖truth‖. float32: reorderings of sums. Half precision and TF32: 2^-8 a rounding, and entries
 # near zero that are active on one side only.
@@ -33,29 +33,21 @@ class Truth:
 def compute(inputs: Inputs, precision: Precision) -> Truth:
     """In float64 for float32 products, in IEEE float32 for coarser ones (float64 is very slow on consumer GPUs)."""
     wide = torch.float64 if precision.name == "float32" else torch.float32
-    allow_tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
-        with torch.no_grad():
-            return _compute(inputs, precision.compute_dtype, wide)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-
-
-def _compute(inputs: Inputs, compute_dtype: torch.dtype, wide: torch.dtype) -> Truth:
     # The operands are rounded as the head rounds them; everything after that is wide.
-    weight = inputs.weight.detach().to(compute_dtype)
+    weight = inputs.weight.detach().to(precision.compute_dtype)
     batch, length, _ = inputs.hidden.shape
     dots = torch.empty_like(inputs.grad, dtype=wide)
     step = max(1, TILE_ELEMENTS // length)
-    for sequence in range(batch):
-        rows = inputs.hidden[sequence, inputs.mask[sequence] != 0].to(compute_dtype).to(wide)
-        for first in range(0, len(weight), step):
-            columns = slice(first, first + step)
-            dots[sequence, columns] = (rows @ weight[columns].to(wide).t()).amax(dim=0)
-    output = (dots + inputs.bias.to(wide)).relu_().log1p_()
-    slope = torch.where(output > 0, inputs.grad.to(wide) * torch.exp(-output), 0)
-    moment = slope * dots
-    return Truth(output, slope.sum(0), slope @ weight.to(wide), moment.sum(0), moment.sum(1))
+    with PRECISIONS["float32"].settings(), torch.no_grad():
+        for sequence in range(batch):
+            rows = inputs.hidden[sequence, inputs.mask[sequence] != 0].to(weight.dtype).to(wide)
+            for first in range(0, len(weight), step):
+                columns = slice(first, first + step)
+                dots[sequence, columns] = (rows @ weight[columns].to(wide).t()).amax(dim=0)
+        output = (dots + inputs.bias.to(wide)).relu_().log1p_()
+        slope = torch.where(output > 0, inputs.grad.to(wide) * torch.exp(-output), 0)
+        moment = slope * dots
+        return Truth(output, slope.sum(0), slope @ weight.to(wide), moment.sum(0), moment.sum(1))
 
 
 def differences(truth: Truth, output: Tensor, gradients: tuple[Tensor, ...], inputs: Inputs) -> dict[str, float]:

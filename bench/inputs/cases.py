@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,19 +58,10 @@ class Case:
     def shape(self) -> str:
         return f"B{self.batch_size} S{self.length} D{self.hidden_size} V{self.vocab_size}"
 
-    @property
-    def multiply_adds(self) -> int:
-        return self.batch_size * self.length * self.hidden_size * self.vocab_size
-
     def draw_lengths(self) -> Tensor:
         """``[B]`` real tokens of each sequence; the same on every call."""
         generator = torch.Generator().manual_seed(self.batch_size * 1_000_003 + self.length)
         return LENGTHS[self.lengths](self.batch_size, self.length, generator)
-
-
-def full_lengths(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
-    """Nothing is padded."""
-    return torch.full((batch_size,), length)
 
 
 def ragged_lengths(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
@@ -78,22 +70,18 @@ def ragged_lengths(batch_size: int, length: int, generator: torch.Generator) -> 
     return lengths[torch.randperm(batch_size, generator=generator)]
 
 
-def gamma_lengths(mean: float, deviation: float) -> LengthGenerator:
+def gamma_lengths(mean: float, deviation: float, batch_size: int, length: int, generator: torch.Generator) -> Tensor:
     """Gamma-distributed, clamped to the padded length: the shape of text lengths, skewed to the right."""
-
-    def draw(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
-        # A sum of exponentials is gamma of that order; torch's own sampler takes no generator.
-        order = max(1, round((mean / deviation) ** 2))
-        uniform = torch.rand(batch_size, order, generator=generator).clamp_min_(1e-6)
-        return (-uniform.log().sum(dim=1) * mean / order).round().long().clamp_(1, length)
-
-    return draw
+    # A sum of exponentials is gamma of that order; torch's own sampler takes no generator.
+    order = max(1, round((mean / deviation) ** 2))
+    uniform = torch.rand(batch_size, order, generator=generator).clamp_min_(1e-6)
+    return (-uniform.log().sum(dim=1) * mean / order).round().long().clamp_(1, length)
 
 
 LENGTHS: dict[str, LengthGenerator] = {
-    "full": full_lengths,
+    "full": lambda batch_size, length, _: torch.full((batch_size,), length),
     "ragged": ragged_lengths,
-    **{f"gooaq-{name}": gamma_lengths(*moments) for name, moments in GOOAQ_LENGTHS.items()},
+    **{f"gooaq-{name}": partial(gamma_lengths, *moments) for name, moments in GOOAQ_LENGTHS.items()},
 }
 
 
@@ -117,14 +105,6 @@ def _named() -> Iterator[Case]:
         yield replace(case, name=f"{case.name}-ragged", lengths="ragged", shown_in=ragged)
 
 
-def _curves() -> dict[str, list[Case]]:
-    return {
-        "S": [Case(f"curve-S-{length}", 8, length) for length in (32, 64, 128, 256, 512, 1024, 2048, 8192)],
-        "V": [Case(f"curve-V-{size}", 8, 64, vocab_size=size) for size in (8192, 30522, 50368, 151936, 250002)],
-        "B": [Case(f"curve-B-{batch}", batch, 10) for batch in (1, 4, 16, 64, 256, 1024, 4096)],
-    }
-
-
 def _screening() -> Iterator[Case]:
     shape = Case("", 32, 256, lengths="ragged", on_cpu=(16, 128))
     margins = replace(shape, shown_in=("margins",))
@@ -138,7 +118,11 @@ def _screening() -> Iterator[Case]:
 CASES: dict[str, Case] = {case.name: case for case in _named()}
 # The share of active pairs decides how much exact screening leaves to do: on random numbers and on text.
 SCREENING: dict[str, Case] = {case.name: case for case in _screening()}
-CURVES: dict[str, list[Case]] = _curves()
+CURVES = {
+    "S": [Case(f"curve-S-{length}", 8, length) for length in (32, 64, 128, 256, 512, 1024, 2048, 8192)],
+    "V": [Case(f"curve-V-{size}", 8, 64, vocab_size=size) for size in (8192, 30522, 50368, 151936, 250002)],
+    "B": [Case(f"curve-B-{batch}", batch, 10) for batch in (1, 4, 16, 64, 256, 1024, 4096)],
+}
 # Rows and columns of the FLOPS regulariser's cases.
 FLOPS_SHAPES = ((32, 30522), (512, 30522), (4096, 30522), (420, 250002), (4096, 250002))
 CPU_FLOPS_ELEMENTS = 1 << 27
@@ -156,21 +140,14 @@ def for_device(case: Case, device: torch.device) -> Case:
         return case
     batch_size, length = case.on_cpu or (case.batch_size, case.length)
     scales, entries = case.on_cpu is None, case.hidden_size * case.vocab_size
-    while scales and batch_size * length * entries > CPU_MULTIPLY_ADDS:
+    while scales and batch_size * length * entries > CPU_MULTIPLY_ADDS and (batch_size > MIN_BATCH or length > 1):
         if batch_size > MIN_BATCH:
             batch_size = max(MIN_BATCH, batch_size // 2)
-        elif length > 1:
-            length //= 2
         else:
-            break
+            length //= 2
     if (batch_size, length) == (case.batch_size, case.length):
         return case
     return replace(case, batch_size=batch_size, length=length, scaled_from=case.shape)
-
-
-def curve_points(axis: str, device: torch.device) -> list[Case]:
-    """Points of one curve; a CPU leaves out what it would have to scale."""
-    return [case for case in CURVES[axis] if for_device(case, device) == case]
 
 
 @dataclass(frozen=True)
@@ -260,11 +237,6 @@ def make_inputs(case: Case, precision: Precision, device: torch.device, seed: in
         bias -= _threshold(hidden, weight, bias, mask, case.active_share)
     grad = draw(case.batch_size, case.vocab_size, dtype=precision.out_dtype)
     return Inputs(hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), mask, grad)
-
-
-def why_absent(case: Case) -> str | None:
-    """Why a case has no inputs here, or None."""
-    return text_model.why_not() if case.from_text else None
 
 
 def _threshold(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, share: float) -> Tensor:

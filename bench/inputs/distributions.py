@@ -51,14 +51,10 @@ def trained(lengths: Tensor, vocab_size: int, generator: torch.Generator) -> tup
     return position, torch.zeros_like(position, dtype=torch.bool).scatter_(1, terms, True)
 
 
-def at_share(share: float) -> Generate:
+def at_share(share: float, lengths: Tensor, vocab_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """This share of the entries active, at random; every real token wins equally often."""
-
-    def generate(lengths: Tensor, vocab_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        position, _ = uniform(lengths, vocab_size, generator)
-        return position, torch.rand(position.shape, generator=generator, device=lengths.device) < share
-
-    return generate
+    position, _ = uniform(lengths, vocab_size, generator)
+    return position, torch.rand(position.shape, generator=generator, device=lengths.device) < share
 
 
 DISTRIBUTIONS: dict[str, Generate] = {"uniform": uniform, "zipf": zipf, "hot": hot, "trained": trained}

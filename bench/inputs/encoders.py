@@ -8,8 +8,9 @@ ids of random texts spread over the whole vocabulary.
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,14 +39,17 @@ class Size:
     vocab_size: int
 
 
-SIZES = {
-    "distilbert": Size("distilbert", 6, 768, 30522),
-    "xlm-roberta": Size("xlm-roberta", 12, 768, 250002),
-}
+SIZES = {"distilbert": Size("distilbert", 6, 768, 30522), "xlm-roberta": Size("xlm-roberta", 12, 768, 250002)}
 
 
-def build(size: Size, max_length: int, folder: Path) -> None:
-    """Write a masked language model with random weights, and its tokenizer, to ``folder``."""
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="bench-encoders-")
+
+
+@functools.cache
+def build(size: Size, max_length: int) -> str:
+    """The folder of a masked language model with random weights and its tokenizer; this process removes it."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     tokenizer, width = _tokenizer(size.vocab_size, max_length), 4 * size.hidden_size
@@ -64,9 +68,10 @@ def build(size: Size, max_length: int, folder: Path) -> None:
         **names,
     )
     make: Any = AutoModelForMaskedLM.from_config
-    model = make(config)
-    model.save_pretrained(folder)
+    folder = tempfile.mkdtemp(dir=_root().name)
+    make(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
 
 
 def load(folder: str, max_length: int, device: str, active_terms: int | None) -> SparseEncoder:
@@ -124,24 +129,15 @@ def pairs(count: int, lengths: str, max_length: int, vocab_size: int, seed: int 
         if lengths == "full":
             tokens = torch.full((count,), max_length)
         else:
-            tokens = gamma_lengths(mean, deviation)(count, max_length, generator).clamp(min=_SPECIAL_PER_TEXT + 1)
-        words = [
-            torch.randint(len(_SPECIAL), vocab_size, (int(n) - _SPECIAL_PER_TEXT,), generator=generator).tolist()
-            for n in tokens
-        ]
+            tokens = gamma_lengths(mean, deviation, count, max_length, generator).clamp(min=_SPECIAL_PER_TEXT + 1)
+        sizes = (tokens - _SPECIAL_PER_TEXT).tolist()
+        words = [torch.randint(len(_SPECIAL), vocab_size, (n,), generator=generator).tolist() for n in sizes]
         columns[name] = [" ".join(f"w{word}" for word in text) for text in words]
     return Dataset.from_dict(columns)
 
 
 def _embed(model: SparseEncoder, texts: list[str]) -> Tensor:
-    from sentence_transformers.util import batch_to_device
-
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        features = batch_to_device(model.preprocess(list(texts)), model.device)
-        embeddings: Tensor = model(features)["sentence_embedding"]
-    model.train(was_training)
+    embeddings: Tensor = model.encode(list(texts), convert_to_sparse_tensor=False, show_progress_bar=False)
     return embeddings
 
 

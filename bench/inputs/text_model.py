@@ -7,7 +7,7 @@ are left out where that folder is absent.
 from __future__ import annotations
 
 import json
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,17 @@ from torch import Tensor
 FOLDER = Path(__file__).parents[2] / "outputs" / "screening-model"
 
 
-def why_not() -> str | None:
-    """Why there is no trained model to take inputs from, or None."""
-    if (FOLDER / "passages.json").is_file():
+def why_absent(subject: Any) -> str | None:
+    """Why a case or corpus has no inputs here, or None."""
+    if not getattr(subject, "from_text", False) or (FOLDER / "passages.json").is_file():
         return None
     return "no trained model here: python -m bench.screening_model --data DIR makes it"
+
+
+def note(subject: Any, run: dict[str, Any]) -> None:
+    """Put what is known of the model into a run that measures on it."""
+    if getattr(subject, "from_text", False):
+        run["trained_model"] = training_record()
 
 
 def training_record() -> dict[str, Any]:
@@ -30,16 +36,18 @@ def training_record() -> dict[str, Any]:
     return record
 
 
-def describe(record: dict[str, Any]) -> str:
-    """One sentence for a document."""
-    seed = f", seed {record['seed']}" if "seed" in record else ""
-    return (
-        f"The model on text: {record['steps']} steps{seed}; over unseen passages nDCG@10 {record['ndcg@10']:.3f}, "
-        f"{record['passage_active_share']:.2%} of the vocabulary active in a passage."
-    )
+def describe(runs: Iterable[dict[str, Any]]) -> list[str]:
+    """One sentence for a document on each model that these runs measured on."""
+    said = []
+    for record in [run["trained_model"] for run in runs if "trained_model" in run]:
+        seed = f", seed {record['seed']}" if "seed" in record else ""
+        said.append(
+            f"The model on text: {record['steps']} steps{seed}; over unseen passages nDCG@10 {record['ndcg@10']:.3f}, "
+            f"{record['passage_active_share']:.2%} of the vocabulary active in a passage."
+        )
+    return list(dict.fromkeys(said))
 
 
-@cache
 def passages() -> list[str]:
     texts: list[str] = json.loads((FOLDER / "passages.json").read_text())
     return texts
@@ -56,10 +64,7 @@ def decoder_inputs(lengths: Tensor, length: int, vocab_size: int) -> tuple[Tenso
     """The decoder's input for unseen passages, and its parameters: ``(hidden [B, S, D], weight [V, D], bias [V])``.
 
     The b-th text is the next passage of at least ``lengths[b]`` tokens, cut to that many; the vocabulary is cut to its
-    first ``vocab_size`` entries.
-
-    Raises:
-        ValueError: there are too few such passages.
+    first ``vocab_size`` entries. Too few such passages are an error.
     """
     model = load()
     tokens = iter(model.tokenizer(passages(), truncation=True, max_length=length)["input_ids"])

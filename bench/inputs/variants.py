@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import splade_kernels as sk
 from bench.inputs.cases import Case, Inputs, Precision
-from splade_kernels.backends import weight_cache
+from splade_kernels.backends import pooling, weight_cache
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # The bare matmul writes its logits in slices of at most this size, so that there is a floor for every case.
@@ -28,11 +28,11 @@ def stock(training: bool) -> Head:
     """As sentence-transformers runs it: the decoder, a Linear to the vocabulary, and then ``SpladePooling``."""
     from sentence_transformers.sparse_encoder.modules import SpladePooling
 
-    pooling = SpladePooling().train(training)
+    pool = SpladePooling().train(training)
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
         logits = nn.functional.linear(hidden, weight, bias)
-        output: Tensor = pooling({"token_embeddings": logits, "attention_mask": mask})["sentence_embedding"]
+        output: Tensor = pool({"token_embeddings": logits, "attention_mask": mask})["sentence_embedding"]
         return output
 
     return head
@@ -45,18 +45,12 @@ def compiled(training: bool) -> Head:
     return head
 
 
-def ours(training: bool, **options: Any) -> Head:
-    def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-        return sk.splade_pool(hidden, weight, bias, mask, **options)
-
-    return head
-
-
-def first_call(training: bool, **options: Any) -> Head:
-    """Ours without the quantised weight that earlier inference calls cached."""
+def ours(training: bool, first_call: bool = False, **options: Any) -> Head:
+    """``first_call``: without the quantised weight that earlier inference calls cached."""
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-        weight_cache.forget(weight)
+        if first_call:
+            weight_cache.forget(weight)
         return sk.splade_pool(hidden, weight, bias, mask, **options)
 
     return head
@@ -81,31 +75,32 @@ def sparton(training: bool) -> Head:
     return head
 
 
+def padded_call(mask: Tensor, dtype: torch.dtype, **options: Any) -> pooling.PoolingCall:
+    """What a backend is told of a padded call; unless ``options`` say otherwise, of the maximum of relu."""
+    call = pooling.PoolingCall(
+        batch_size=mask.shape[0],
+        attention_mask=mask,
+        cu_seqlens=None,
+        max_seqlen=mask.shape[1],
+        pooling_strategy="max",
+        activation_function="relu",
+        compute_dtype=dtype,
+        out_dtype=dtype,
+    )
+    return replace(call, **options)
+
+
 def rival(training: bool) -> Head:
     """One program per sequence (:mod:`.rival`), with the tiles of ours, fetched by pointers; forward only."""
     from bench.inputs.rival import max_pool_forward
-    from splade_kernels.backends.pooling import PoolingCall
-    from splade_kernels.backends.triton.common import dot_precision
-    from splade_kernels.backends.triton.launch import architecture
+    from splade_kernels.backends.triton.launch import problem
     from splade_kernels.backends.triton.tuning import matmul_config
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-        batch, length, _ = hidden.shape
         cast = torch.is_autocast_enabled(hidden.device.type)
         dtype = torch.get_autocast_dtype(hidden.device.type) if cast else hidden.dtype
-        vocab_size, hidden_size = weight.shape
-        config = matmul_config(architecture(hidden.device), hidden_size, vocab_size, dtype, dot_precision(dtype))
-        call = PoolingCall(
-            batch_size=batch,
-            attention_mask=mask,
-            cu_seqlens=None,
-            max_seqlen=length,
-            pooling_strategy="max",
-            activation_function="relu",
-            compute_dtype=dtype,
-            out_dtype=torch.float32 if cast else dtype,
-        )
-        return max_pool_forward(call, hidden.flatten(0, 1), weight, bias, config)[0]
+        call = padded_call(mask, dtype, out_dtype=torch.float32 if cast else dtype)
+        return max_pool_forward(call, hidden.flatten(0, 1), weight, bias, matmul_config(*problem(call, weight)))[0]
 
     return head
 
@@ -148,7 +143,7 @@ VARIANTS: dict[str, Variant] = {
     "ours": Variant(ours, keeps=auto_may_screen),
     "screened": Variant(partial(ours, screening=True), keeps=lambda device: True),
     # Training caches nothing of the weight, so there every call is a first one.
-    "screened-first": Variant(partial(first_call, screening=True), trains=False),
+    "screened-first": Variant(partial(ours, first_call=True, screening=True), trains=False),
 }
 HEADS = ("stock", "compile", "tiled", "sparton", "rival", "ours")
 MODES: dict[str, str | bool] = {"unscreened": False, "ours": "auto", "screened": True}
@@ -164,10 +159,9 @@ def why_not(name: str, device: torch.device, training: bool) -> str | None:
         return "forward only"
     if device.type == "cpu" and not VARIANTS[name].on_cpu:
         return "for GPUs only"
-    if name == "sparton" and importlib.util.find_spec("sparton") is None:
-        return "the package sparton is not installed"
-    if name in ("stock", "compile") and importlib.util.find_spec("sentence_transformers") is None:
-        return "the package sentence-transformers is not installed"
+    package = {"sparton": "sparton", "stock": "sentence-transformers", "compile": "sentence-transformers"}.get(name)
+    if package and importlib.util.find_spec(package.replace("-", "_")) is None:
+        return f"the package {package} is not installed"
     return None
 
 

@@ -10,22 +10,10 @@ import torch
 
 from bench.jobs.compiled import Row, measure, shared_limit
 from bench.jobs.kernels import Maker, kind_cases
+from splade_kernels.backends.triton import tuning
 from splade_kernels.backends.triton.common import INT8_WIDTH
 from splade_kernels.backends.triton.sum_pool import MAX_BLOCK_T, logit_grad_config, sum_config
-from splade_kernels.backends.triton.tuning import (
-    ARCHITECTURES,
-    ORDERS,
-    Config,
-    HiddenConfig,
-    MatmulConfig,
-    Shape,
-    WeightConfig,
-    default_config,
-    default_hidden_config,
-    default_weight_config,
-    matmul_config,
-    uses_descriptors,
-)
+from splade_kernels.backends.triton.tuning import Config, HiddenConfig, MatmulConfig, Shape, WeightConfig
 
 # Name in the table: (Triton's name, dtype, precision of float32 products).
 DTYPES = {
@@ -40,13 +28,13 @@ _SHARED_SLACK = 2048
 def shipped(shape: Shape) -> Config:
     """What the package would use without a tuned entry."""
     if shape.kind == "backward-weight":
-        return default_weight_config(shape.hidden_size)
+        return tuning.default_weight_config(shape.hidden_size)
     if shape.kind == "backward-hidden":
-        return default_hidden_config(shape.hidden_size)
-    if shape.architecture in ARCHITECTURES:
-        return default_config(shape.architecture, shape.dtype, shape.kind)
+        return tuning.default_hidden_config(shape.hidden_size)
+    if shape.architecture in tuning.ARCHITECTURES:
+        return tuning.default_config(shape.architecture, shape.dtype, shape.kind)
     _, dtype, precision = DTYPES[shape.dtype]
-    return matmul_config(shape.architecture, shape.hidden_size, shape.vocab_size, dtype, precision, shape.kind)
+    return tuning.matmul_config(shape.architecture, shape.hidden_size, shape.vocab_size, dtype, precision, shape.kind)
 
 
 def candidates(shape: Shape) -> list[Config]:
@@ -61,9 +49,9 @@ def candidates(shape: Shape) -> list[Config]:
             distinct.setdefault((sum_config(config), logit_grad_config(config)), config)
         return [*distinct.values()]
     if shape.kind == "int8":
-        found = _int8(uses_descriptors(shape.architecture))
+        found = _int8(tuning.uses_descriptors(shape.architecture))
     else:
-        found = (_by_descriptors if uses_descriptors(shape.architecture) else _by_pointers)(shape, first)
+        found = (_by_descriptors if tuning.uses_descriptors(shape.architecture) else _by_pointers)(shape, first)
     return list(dict.fromkeys([first, *_fitting(shape, found)]))
 
 
@@ -73,7 +61,7 @@ def refinements(best: Config, kind: str = "maximum") -> list[Config]:
         return [best]
     found = [best, *(replace(best, group_v=group_v) for group_v in (4, 16, 32))]
     if kind == "maximum":
-        orders = ORDERS if best.tma else ("strips",)
+        orders = tuning.ORDERS if best.tma else ("strips",)
         slices = sorted({1, 2, best.epilogue_slices})
         for order, epilogue_slices, partials in itertools.product(orders, slices, (False, True)):
             found.append(replace(best, order=order, epilogue_slices=epilogue_slices, partials=partials))

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from bench.jobs.kernels import Case
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Shared memory one program may have: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "QMMA", "OMMA")
@@ -46,22 +47,18 @@ class Row:
     ptx: dict[str, int] = field(default_factory=dict)  # instructions of each kind in ``PTX``
 
     def problems(self) -> list[str]:
-        found = []
-        if self.spill_bytes:
-            found.append(f"spills {self.spill_bytes} bytes")
         limit = shared_limit(self.arch)
-        if self.shared_bytes > limit:
-            found.append(f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {limit}")
-        exempt = self.config.get("PRECISION") == "ieee" and self.dtype == "float32"
-        if self.matmul and not exempt:
-            if not self.ptx.get("multiply"):
-                found.append("has no matrix instruction in its PTX")
-            if not self.has(TENSOR_CORE):
-                found.append("multiplies without tensor cores")
-        # A compiler that cannot pipeline a product may drop it together with what depends on it.
-        if self.matmul and not (self.ptx.get("write") and self.has((*ATOMIC, *STORE))):
-            found.append("writes no result to global memory")
-        return found
+        multiplies = self.matmul and not (self.config.get("PRECISION") == "ieee" and self.dtype == "float32")
+        written = self.ptx.get("write") and self.has((*ATOMIC, *STORE))
+        problems = {
+            f"spills {self.spill_bytes} bytes": self.spill_bytes > 0,
+            f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {limit}": self.shared_bytes > limit,
+            "has no matrix instruction in its PTX": multiplies and not self.ptx.get("multiply"),
+            "multiplies without tensor cores": multiplies and not self.has(TENSOR_CORE),
+            # A compiler that cannot pipeline a product may drop it together with what depends on it.
+            "writes no result to global memory": self.matmul and not written,
+        }
+        return [problem for problem, there in problems.items() if there]
 
     def has(self, names: tuple[str, ...]) -> bool:
         return any(self.instructions.get(name) for name in names)
@@ -73,16 +70,19 @@ def compile_case(case: Case) -> Any:
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
     source = ASTSource(case.kernel, signature, case.constants, attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    if case.maxnreg is not None:
-        options["maxnreg"] = case.maxnreg
-    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=case.launch)
 
 
 def measure(case: Case) -> Row:
     """Compile one case and read its machine code."""
     compiled = compile_case(case)
-    usage, code = _disassemble(compiled.asm["cubin"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage: expected REG, STACK and SHARED, got {usage!r}")
@@ -90,15 +90,13 @@ def measure(case: Case) -> Row:
     names = (*TENSOR_CORE, *ASYNCHRONOUS_COPY, *ATOMIC, *STORE)
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in names}
     counts["total"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE))
+    constants = case.constants.items()
     return Row(
         kernel=case.kernel.__name__.strip("_"),
         arch=case.arch,
         dtype=case.dtype,
-        config={
-            name: value for name, value in case.constants.items() if isinstance(value, (int, str)) and name.isupper()
-        }
-        | {"num_warps": case.num_warps, "num_stages": case.num_stages}
-        | ({} if case.maxnreg is None else {"maxnreg": case.maxnreg}),
+        config={name: value for name, value in constants if name.isupper() and isinstance(value, (int, str))}
+        | case.launch,
         registers=registers,
         spill_bytes=stack,
         shared_bytes=compiled.metadata.shared + static_shared,
@@ -106,15 +104,3 @@ def measure(case: Case) -> Row:
         matmul=case.matmul,
         ptx={name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in PTX.items()},
     )
-
-
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        outputs = [
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        ]
-    return outputs[0], outputs[1]

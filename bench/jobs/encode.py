@@ -8,12 +8,9 @@ model with random weights of which about ``ACTIVE_TERMS`` vocabulary entries are
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,11 +54,27 @@ class Corpus:
             return text_model.passages()[: self.texts]
         return list(encoders.pairs(self.texts, "full", self.length, self.size.vocab_size)["answer"])
 
-    def load(self, device: torch.device) -> Any:
-        """The stock model."""
+    def load(self, device: torch.device, precision: Precision = PRECISIONS["float32"], name: str = "stock") -> Any:
+        """The model with the head ``name``."""
+        from splade_kernels.integrations.sentence_transformers import fuse
+
         if self.size is None:
-            return text_model.load(device)
-        return encoders.load(str(_built(self.size, self.length)), self.length, str(device), ACTIVE_TERMS)
+            model = text_model.load(device)
+        else:
+            model = encoders.load(encoders.build(self.size, self.length), self.length, str(device), ACTIVE_TERMS)
+        model.to(precision.dtype)
+        screening = STEPS[name]
+        return model if screening is None else fuse(model, screening=screening)
+
+    def step(self, texts: Sequence[str], precision: Precision, model: Any) -> Step:
+        """One ``encode``; returns indices and values."""
+
+        def step() -> Tensors:
+            with precision.forward(model.device):
+                embeddings: Tensor = model.encode(list(texts), batch_size=self.batch_size).coalesce()
+            return embeddings.indices(), embeddings.values()
+
+        return step
 
 
 SQUAD = Corpus("encode-squad", 48, 16)
@@ -75,24 +88,15 @@ CORPORA = {
 }
 
 
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="bench-encode-")
-
-
-@functools.cache
-def _built(size: encoders.Size, length: int) -> Path:
-    folder = Path(_folder().name, f"{size.architecture}-{size.layers}-{size.hidden_size}-{size.vocab_size}")
-    encoders.build(size, length, folder)
-    return folder
-
-
 def jobs(corpus: Corpus, precision: Precision, device: torch.device, names: Sequence[str]) -> list[Job]:
     """Stock and fused, in batches of ``corpus.batch_size``."""
     texts = corpus.draw()
-    model = corpus.load(device).to(precision.dtype)
+    model = corpus.load(device, precision)
     decoder = model.transformers_model.get_output_embeddings()
     vocab_size = len(decoder.weight)
+
+    def steps(name: str) -> list[Step]:
+        return [corpus.step(texts, precision, corpus.load(device, precision, name))]
 
     def dense(found: Tensors) -> Tensor:
         (rows, columns), values = found
@@ -101,10 +105,10 @@ def jobs(corpus: Corpus, precision: Precision, device: torch.device, names: Sequ
     # One band for all texts, because `encode` sorts them: that of the longest token that reaches the decoder.
     norms: list[Tensor] = []
     handle = decoder.register_forward_pre_hook(lambda _, inputs: norms.append(inputs[0].double().norm(dim=-1).amax()))
-    stock = dense(encode_step(corpus, texts, precision, device, model)())
+    stock = dense(corpus.step(texts, precision, model)())
     handle.remove()
     band = truth.band_of(torch.stack(norms).amax(), decoder.weight.detach(), precision)
-    unscreened = dense(_step(corpus, texts, precision, device, "unscreened")())
+    unscreened = dense(steps("unscreened")[0]())
     row = Row(corpus.name, corpus.shape, precision.name, "encode", "", texts=len(texts))
     row = replace(row, active_share=float((stock > 0).double().mean()))
 
@@ -116,33 +120,10 @@ def jobs(corpus: Corpus, precision: Precision, device: torch.device, names: Sequ
 
     made = []
     for name in (name for name in names if name in STEPS):
-        steps = partial(lambda name: [_step(corpus, texts, precision, device, name)], name)
-        weigh = weigher(corpus, precision, name, device)
-        one = Job(replace(row, variant=name, errors={}), steps, check, truth.BOUNDS[precision.name], weigh=weigh)
+        mine, weigh = replace(row, variant=name, errors={}), weigher(corpus, precision, name, device)
+        one = Job(mine, partial(steps, name), check, truth.BOUNDS[precision.name], weigh=weigh)
         made.append(hold_in_bands(one, distances) if name in OURS else one)
     return made
-
-
-def _step(corpus: Corpus, texts: Sequence[str], precision: Precision, device: torch.device, name: str) -> Step:
-    """One ``encode`` with the head ``name``."""
-    from splade_kernels.integrations.sentence_transformers import fuse
-
-    model = corpus.load(device).to(precision.dtype)
-    screening = STEPS[name]
-    if screening is not None:
-        fuse(model, screening=screening)
-    return encode_step(corpus, texts, precision, device, model)
-
-
-def encode_step(corpus: Corpus, texts: Sequence[str], precision: Precision, device: torch.device, model: Any) -> Step:
-    """One ``encode`` of a model; returns indices and values."""
-
-    def step() -> Tensors:
-        with precision.forward(device):
-            embeddings: Tensor = model.encode(list(texts), batch_size=corpus.batch_size).coalesce()
-        return embeddings.indices(), embeddings.values()
-
-    return step
 
 
 def weigher(corpus: Corpus, precision: Precision, name: str, device: torch.device) -> Weigh:
@@ -155,9 +136,11 @@ def weigher(corpus: Corpus, precision: Precision, name: str, device: torch.devic
 def resident_bytes(corpus: Corpus, precision_name: str, name: str) -> int:
     """Peak resident bytes of one ``encode`` above those of the model, loaded and used; for a fresh process."""
     texts = corpus.draw()
-    precision, device = PRECISIONS[precision_name], torch.device("cpu")
-    step = _step(corpus, texts, precision, device, name)
-    _step(corpus, texts[:1], precision, device, name)()  # libraries and their thread pools, once
+    precision = PRECISIONS[precision_name]
+    step, short = (
+        corpus.step(some, precision, corpus.load(torch.device("cpu"), precision, name)) for some in (texts, texts[:1])
+    )
+    short()  # libraries and their thread pools, once
 
     def work() -> int:
         step()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from splade_kernels.backends.pooling import ACTIVATION_FUNCTIONS
-from splade_kernels.backends.triton import flops, grad_hidden, max_backward, pack, sum_pool
+from splade_kernels.backends.triton import flops, grad_hidden, max_backward, pack, sum_pool, tuning
 from splade_kernels.backends.triton.launch import tile_options
 from splade_kernels.backends.triton.max_forward import (
     FINALISE_BLOCK,
@@ -22,17 +22,7 @@ from splade_kernels.backends.triton.max_forward import (
     _maximum_kernel,
 )
 from splade_kernels.backends.triton.screening import exact, quantise, screen
-from splade_kernels.backends.triton.tuning import (
-    Config,
-    HiddenConfig,
-    MatmulConfig,
-    WeightConfig,
-    default_config,
-    default_hidden_config,
-    default_weight_config,
-    dtype_name,
-    shipped_table,
-)
+from splade_kernels.backends.triton.tuning import Config, HiddenConfig, MatmulConfig, WeightConfig
 
 # (name for the report, Triton's name, dtype, precision of float32 products)
 DTYPES = (
@@ -67,28 +57,29 @@ class Case:
     types: dict[str, str]
     constants: dict[str, Any]
     divisible: tuple[str, ...]
-    num_warps: int
-    num_stages: int
-    matmul: bool = False
-    maxnreg: int | None = None
+    launch: dict[str, int]
+
+    @property
+    def matmul(self) -> bool:
+        return "BLOCK_K" in self.constants
 
 
 def cases(arch: int) -> Iterator[Case]:
     """All kernels of one architecture, in the default configurations and in those of the table that ships."""
     for name, triton_name, dtype, precision in DTYPES:
         make = Maker(arch, name, triton_name)
-        tuned = dtype_name(dtype, precision)
+        tuned = tuning.dtype_name(dtype, precision)
         for kind in ("maximum", "sum"):
-            yield from kind_cases(kind, make, default_config(arch, tuned, kind), precision)
+            yield from kind_cases(kind, make, tuning.default_config(arch, tuned, kind), precision)
         # What multiplies no floats is the same for TF32 and float32.
         if precision == "ieee":
-            yield from kind_cases("int8", make, default_config(arch, tuned, "int8"), precision)
+            yield from kind_cases("int8", make, tuning.default_config(arch, tuned, "int8"), precision)
             for hidden_size in HIDDEN_SIZES:
                 aligned = hidden_size % 16 == 0
-                yield weight_case(make, default_weight_config(hidden_size), aligned)
-                yield from hidden_cases(make, default_hidden_config(hidden_size), aligned)
+                yield weight_case(make, tuning.default_weight_config(hidden_size), aligned)
+                yield from hidden_cases(make, tuning.default_hidden_config(hidden_size), aligned)
             yield from _others(make)
-        entries = ((shape.kind, config) for shape, config in shipped_table(arch).items() if shape.dtype == tuned)
+        entries = ((shape.kind, config) for shape, config in tuning.shipped_table(arch).items() if shape.dtype == tuned)
         for kind, config in dict.fromkeys(entries):
             yield from kind_cases(kind, make, config, precision)
 
@@ -121,7 +112,7 @@ class Maker:
         num_warps: int = 4,
         num_stages: int = 3,
         aligned_rows: bool = True,
-        maxnreg: int | None = None,
+        **more: int,
     ) -> Case:
         names = [name for name in kernel.arg_names if name not in constants]
         chosen = {name: types.get(name) or _default_type(name, self.element) for name in names}
@@ -129,9 +120,8 @@ class Maker:
         if aligned_rows:
             aligned += [name for name in names if name in ("hidden_size", "stride_wv", "stride_hn", "stride_n")]
         aligned += [name for name in names if name == "width"]
-        matmul = "BLOCK_K" in constants
-        launch = (num_warps, num_stages, matmul, maxnreg)
-        return Case(kernel, self.arch, self.dtype, chosen, constants, tuple(aligned), *launch)
+        launch = {"num_warps": num_warps, "num_stages": num_stages, **more}
+        return Case(kernel, self.arch, self.dtype, chosen, constants, tuple(aligned), launch)
 
 
 def _default_type(name: str, element: str) -> str:
@@ -230,8 +220,9 @@ def _screening(make: Maker) -> Iterator[Case]:
 def weight_case(make: Maker, config: WeightConfig, aligned: bool = True) -> Case:
     tile = {"BLOCK_B": max_backward.BLOCK_B, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
     constants = {"LOGS": LOGS, "stride_gv": 1, "stride_hd": 1, **tile}
+    launch = config.num_warps, 3, aligned
     limit = max_backward.MAX_REGISTERS
-    return make(max_backward._weight_kernel, {"argmax_ptr": "*i16"}, constants, config.num_warps, 3, aligned, limit)
+    return make(max_backward._weight_kernel, {"argmax_ptr": "*i16"}, constants, *launch, maxnreg=limit)
 
 
 def hidden_cases(make: Maker, config: HiddenConfig, aligned: bool = True) -> Iterator[Case]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from bench.harness.rows import Job, Row
 from bench.harness.steps import Step, Tensors, input_sets, train_or_infer, unweighed, weigh_on_gpu, weigher
 from bench.inputs import distributions, variants
 from bench.inputs.cases import Case, Inputs, Precision
+from splade_kernels.ops import PoolOptions, pool_backward
 
 
 class Head:
@@ -27,12 +29,13 @@ class Head:
         self.exact = truth.compute(self.sets[0], precision)
         real = variants.tokens(case, padded=False)
         active = int((self.exact.output > 0).sum())
-        work = roofline.forward(case, precision, real)
-        if self.training:
-            work = roofline.forward_backward(case, precision, active, real)
+        works = [roofline.forward(case, precision, real)]
+        if self.training:  # the argmax is written and read once
+            works.append(roofline.backward(case, precision, active, real))
+        operations, moved = map(sum, zip(*works, strict=True))
         row = Row(case.name, case.shape, precision.name, job, "", scaled_from=case.scaled_from, real_tokens=real)
         share = active / self.exact.output.numel()
-        self.row = replace(row, operations=work.operations, bytes=work.bytes, active_share=share)
+        self.row = replace(row, operations=operations, bytes=moved, active_share=share)
 
     def steps(self, name: str) -> list[Step]:
         function = variants.VARIANTS[name].make(self.training)
@@ -63,71 +66,77 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
     return [*map(group.variant, names), *map(group.floor, floors)]
 
 
-def backward_operator(case: Case, precision: Precision, inputs: Inputs, drawn: distributions.Draw) -> Step:
-    """The package's backward operator alone: gradients of hidden states, weight and bias."""
-    output, argmax, grad = drawn
+class Backward:
+    """The backward alone on one distribution of winners: its inputs, their exact gradients, and jobs of variants."""
 
-    def gradients() -> Tensors:
-        hidden, weight, bias = (leaf.detach() for leaf in inputs.leaves)
-        found: Tensors = torch.ops.splade_kernels.pool_backward(
-            grad=grad,
-            output=output,
-            argmax=argmax,
-            hidden_states=hidden,
-            weight=weight,
-            bias=bias,
-            attention_mask=inputs.mask,
-            cu_seqlens=None,
-            max_seqlen=case.length,
-            pooling_strategy="max",
-            activation_function="relu",
-            compute_dtype=precision.compute_dtype,
-            out_dtype=precision.out_dtype,
-            screening="off",
-            backend="auto",
-            need_hidden=True,
-            need_weight=True,
-            need_bias=True,
-        )
-        return found
+    def __init__(
+        self, case: Case, precision: Precision, job: str, generate: distributions.Generate, device: torch.device
+    ) -> None:
+        self.case, self.precision, self.device = case, precision, device
+        self.sets = input_sets(case, precision, device)
+        self.drawn = [distributions.draw(generate, case, precision, device, seed) for seed in range(len(self.sets))]
+        self.exact = truth.backward(*self.drawn[0], self.sets[0])
+        real, active = variants.tokens(case, padded=False), int((self.drawn[0][0] > 0).sum())
+        row = Row(case.name, case.shape, precision.name, job, "", scaled_from=case.scaled_from, real_tokens=real)
+        self.row = replace(row, active_share=active / self.drawn[0][0].numel())
+        self.forward = roofline.forward(case, precision, real)
+        self.backward = roofline.backward(case, precision, active, real)
 
-    return gradients
+    def check(self, found: Tensors) -> dict[str, float]:
+        """Relative distance of the gradients of hidden states, weight and bias, by name."""
+        names = ("grad_hidden", "grad_weight", "grad_bias")
+        return {name: truth.relative_distance(*pair) for name, *pair in zip(names, found, self.exact, strict=True)}
 
+    def variant(
+        self, name: str, make: Callable[[Inputs, distributions.Draw], Step], bound: float | None = None, **more: Any
+    ) -> Job:
+        """Steps that ``make`` gives; with a bound they return gradients, which are checked. ``more``: of the row."""
+        row = replace(self.row, variant=name, errors={}, **more)
+        job = Job(row, lambda: [make(*pair) for pair in zip(self.sets, self.drawn, strict=True)])
+        if bound is not None:
+            job.check, job.bound, job.weigh = self.check, bound, weigh_on_gpu(self.device)
+        return job
 
-def training_forward(precision: Precision, inputs: Inputs, screening: str | bool = "auto") -> Step:
-    """The forward that keeps what the backward needs."""
+    def ours(self, name: str, **more: Any) -> Job:
+        bound = 1e-4 if self.precision.compute_dtype == torch.float32 else 1e-2
+        job = self.variant(name, self.operator, bound, **self.backward._asdict(), **more)
+        job.strict = True
+        return job
 
-    def step() -> Tensors:
-        with precision.forward(inputs.hidden.device):
-            return (sk.splade_pool(*inputs.leaves, inputs.mask, screening=screening).detach(),)
+    def beside(self, screening: str | bool = "auto") -> Job:
+        """The training forward of the same shape, which keeps what the backward needs."""
 
-    return step
+        def make(inputs: Inputs, _: distributions.Draw) -> Step:
+            def step() -> Tensors:
+                with self.precision.forward(self.device):
+                    return (sk.splade_pool(*inputs.leaves, inputs.mask, screening=screening).detach(),)
 
+            return step
 
-def gradient_errors(found: Tensors, exact: Tensors) -> dict[str, float]:
-    """Relative distance of the gradients of hidden states, weight and bias, by name."""
-    names = ("grad_hidden", "grad_weight", "grad_bias")
-    return {name: truth.relative_distance(*pair) for name, *pair in zip(names, found, exact, strict=True)}
+        return self.variant("training-forward", make, **self.forward._asdict())
+
+    def operator(self, inputs: Inputs, drawn: distributions.Draw) -> Step:
+        """The package's backward operator: gradients of hidden states, weight and bias."""
+        output, argmax, grad = drawn
+        options = PoolOptions(
+            self.case.length, "max", "relu", self.precision.compute_dtype, self.precision.out_dtype,
+            screening="off", backend="auto",
+        )  # fmt: skip
+        needs = dict.fromkeys(("need_hidden", "need_weight", "need_bias"), True)
+
+        def gradients() -> Tensors:
+            leaves = (leaf.detach() for leaf in inputs.leaves)
+            found: Tensors = pool_backward(grad, output, argmax, *leaves, inputs.mask, None, *options, **needs)
+            return found
+
+        return gradients
 
 
 def backward(case: Case, precision: Precision, distribution: str, device: torch.device) -> list[Job]:
     """The backward operator alone on one distribution, beside the training forward of the same shape."""
-    sets = input_sets(case, precision, device)
     generate = distributions.DISTRIBUTIONS[distribution]
-    drawn = [distributions.draw(generate, case, precision, device, seed) for seed in range(len(sets))]
-    exact = truth.backward(*drawn[0], sets[0])
-    real, active = variants.tokens(case, padded=False), int((drawn[0][0] > 0).sum())
-    row = Row(case.name, case.shape, precision.name, f"backward-{distribution}", "ours", scaled_from=case.scaled_from)
-    row = replace(row, real_tokens=real, active_share=active / drawn[0][0].numel())
-    work, base = roofline.backward(case, precision, active, real), roofline.forward(case, precision, real)
-    mine = replace(row, operations=work.operations, bytes=work.bytes)
-    beside = replace(row, variant="training-forward", errors={}, operations=base.operations, bytes=base.bytes)
-    steps = [backward_operator(case, precision, *pair) for pair in zip(sets, drawn, strict=True)]
-    bound = 1e-4 if precision.compute_dtype == torch.float32 else 1e-2
-    return [
-        Job(mine, lambda: steps, lambda found: gradient_errors(found, exact), bound, True, weigh_on_gpu(device)),
-        Job(beside, lambda: [training_forward(precision, inputs) for inputs in sets]),
-    ]
+    group = Backward(case, precision, f"backward-{distribution}", generate, device)
+    return [group.ours("ours"), group.beside()]
 
 
 def flops(shape: tuple[int, int], precision: Precision, job: str, device: torch.device) -> list[Job]:
@@ -139,23 +148,18 @@ def flops(shape: tuple[int, int], precision: Precision, job: str, device: torch.
     tensors = [torch.rand(rows, columns, device=device).sub_(0.9).relu_().to(dtype) for _ in range(count)]
     mean = torch.cat([part.sum(0, dtype=torch.float64)[None] for part in tensors[0].split(64)]).sum(0) / rows
     exact = (mean.square().sum(), (2 / rows * mean).expand(rows, -1))
-    work = roofline.flops(rows, columns, dtype.itemsize)
-    row = Row("flops", f"B{rows} V{columns}", precision.name, job, "", operations=work.operations, bytes=work.bytes)
+    read = rows * columns * dtype.itemsize  # every embedding once
+    row = Row("flops", f"B{rows} V{columns}", precision.name, job, "", operations=rows * columns, bytes=read)
 
     def stock(embeddings: Tensor) -> Tensor:
         return torch.sum(torch.mean(embeddings, dim=0) ** 2)
 
-    def make(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Step:
-        leaf = tensor.requires_grad_(training)
-
-        def one() -> Tensors:
-            value = function(leaf)
-            return (value.detach(), *torch.autograd.grad(value, leaf)) if training else (value,)
-
-        return one
+    def one(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensors:
+        value = function(leaf)
+        return (value.detach(), *torch.autograd.grad(value, leaf)) if training else (value,)
 
     def steps(function: Callable[[Tensor], Tensor]) -> list[Step]:
-        return [make(function, tensor) for tensor in tensors]
+        return [partial(one, function, tensor.requires_grad_(training)) for tensor in tensors]
 
     def check(found: Tensors) -> dict[str, float]:
         errors = {"value": truth.relative_distance(found[0], exact[0])}

@@ -11,24 +11,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bench.harness import roofline, truth
+from bench.harness import truth
 from bench.harness.rows import Job
 from bench.harness.steps import Tensors
-from bench.inputs.cases import Case, Inputs, Precision
-from bench.inputs.variants import OURS, VARIANTS
+from bench.inputs.cases import Case, Precision
+from bench.inputs.variants import OURS, VARIANTS, padded_call
 from bench.jobs.operators import Head
 from splade_kernels.backends import int8_bound
-from splade_kernels.backends.pooling import PoolingCall
 from splade_kernels.backends.tiled.screening import new_target, screen
 
 FLOOR = "matmul-real"
 # Largest distances from the unscreened output and from the truth, in bands.
 BANDS = {"bands_from_unscreened": 1.0, "bands_from_truth": 1.0}
-
-
-def passes(case: Case) -> Sequence[str]:
-    """Points of the curve over the active share are inference alone."""
-    return roofline.PASSES[:1] if case.name.startswith("share-") else roofline.PASSES
 
 
 def head(case: Case, precision: Precision, job: str, device: torch.device, names: Sequence[str]) -> list[Job]:
@@ -44,8 +38,10 @@ def head(case: Case, precision: Precision, job: str, device: torch.device, names
     jobs = []
     for name in (name for name in names if VARIANTS[name].trains or not group.training):
         one = group.variant(name, weighed=not group.training)
-        if name == "screened":
-            one.row.survivors = surviving_share(group.sets[0], precision)
+        if name == "screened" and device.type == "cpu":  # a GPU does not report it
+            hidden, weight, bias = (leaf.detach().to(precision.compute_dtype) for leaf in group.sets[0].leaves)
+            computed, pairs = survivors(hidden, weight, bias, group.sets[0].mask)
+            one.row.survivors = computed / pairs
         jobs.append(hold_in_bands(one, distances) if name in OURS else one)
     return jobs if group.training else [*jobs, group.floor(FLOOR)]
 
@@ -58,32 +54,12 @@ def hold_in_bands(job: Job, distances: Callable[[Tensors], dict[str, float]]) ->
     return job
 
 
-def surviving_share(inputs: Inputs, precision: Precision) -> float | None:
-    """Share of the (real token, vocabulary entry) pairs whose dots a CPU computes exactly; a GPU does not report it."""
-    if inputs.hidden.device.type != "cpu":
-        return None
-    hidden, weight, bias = (leaf.detach().to(precision.compute_dtype) for leaf in inputs.leaves)
-    computed, pairs = survivors(hidden, weight, bias, inputs.mask)
-    return computed / pairs
-
-
 def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mask: Tensor) -> tuple[int, int]:
     """Dots that ``screening=True`` computes exactly for ``[B, S, D]`` padded input on a CPU, and dots there are."""
     real = attention_mask != 0
     rows = hidden.detach()[real]
     offsets = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0))
-    call = PoolingCall(
-        batch_size=real.shape[0],
-        attention_mask=attention_mask,
-        cu_seqlens=None,
-        max_seqlen=real.shape[1],
-        pooling_strategy="max",
-        activation_function="relu",
-        compute_dtype=hidden.dtype,
-        out_dtype=hidden.dtype,
-        screening="on",
-        need_argmax=True,
-    )
+    call = padded_call(attention_mask, hidden.dtype, screening="on", need_argmax=True)
     chosen = screen(call, weight.detach(), bias, native_half=False)
     if chosen is None:
         most = int8_bound.MAX_HIDDEN_SIZE

@@ -21,7 +21,7 @@ SORTED_BYTES = 2 * (4 + 8)
 LENGTHS = (8, 14, 32, 60, 128, 256, 512)
 SHARES = (0.005, 0.01, 0.05, 0.2, 0.5, 1.0)
 # Operations for each byte of memory: the RTX 3090's datasheet, and two rounder numbers above it. Parameters, all three.
-INTENSITIES = (RTX_3090["bf16"].operations_per_second / RTX_3090["bf16"].bytes_per_second, 150.0, 300.0)
+INTENSITIES = (RTX_3090.operations_per_second / RTX_3090.bytes_per_second, 150.0, 300.0)
 # How many times memory's rate rows of h are gathered at from L2, where they are.
 L2_FACTOR = 3.0
 
@@ -34,27 +34,6 @@ class Shape(NamedTuple):
     hidden_size: int = 768
     vocab_size: int = 30522
     itemsize: int = 2
-
-    @property
-    def tokens(self) -> int:
-        return self.batch_size * self.length
-
-    @property
-    def entries(self) -> int:
-        return self.batch_size * self.vocab_size
-
-    @property
-    def hidden_bytes(self) -> int:
-        return self.tokens * self.hidden_size * self.itemsize
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.vocab_size * self.hidden_size * self.itemsize
-
-    @property
-    def entry_bytes(self) -> int:
-        """Of y, its gradient and the argmax (int16)."""
-        return self.entries * (2 * self.itemsize + 2)
 
 
 class Rates(NamedTuple):
@@ -72,38 +51,34 @@ class Rates(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """In forwards."""
+    """Seconds of a forward, and both ways in forwards."""
 
+    forward: float
     gather: float
     scatter: float
 
 
-def forward_seconds(shape: Shape, rates: Rates) -> float:
-    """One product; h and W are read, y and the argmax written."""
-    written = shape.entries * (shape.itemsize + 2)
-    return _product_seconds(shape, rates, shape.hidden_bytes + shape.weight_bytes + written)
-
-
-def gather_seconds(shape: Shape, share: float, rates: Rates) -> float:
-    active = share * shape.entries
-    row_bytes = shape.hidden_size * shape.itemsize
-    gathered = active * row_bytes / rates.gathered_hidden + active * row_bytes / rates.gathered_weight
-    streamed = shape.entry_bytes + active * SORTED_BYTES + shape.hidden_bytes + shape.weight_bytes
-    return gathered + streamed / rates.bytes
-
-
-def scatter_seconds(shape: Shape, share: float, rates: Rates) -> float:
-    """G is zeroed and filled before the products, each of which reads it, one factor, and writes one gradient."""
-    gradient_bytes = shape.tokens * shape.vocab_size * shape.itemsize
-    filled = shape.entry_bytes + gradient_bytes + share * shape.entries * 2 * SECTOR_BYTES
-    product = _product_seconds(shape, rates, gradient_bytes + shape.hidden_bytes + shape.weight_bytes)
-    return filled / rates.bytes + 2 * product
-
-
 def costs(shape: Shape, share: float, rates: Rates) -> Costs:
-    """Both ways, ``share`` of the (sequence, vocabulary entry) pairs active."""
-    forward = forward_seconds(shape, rates)
-    return Costs(gather_seconds(shape, share, rates) / forward, scatter_seconds(shape, share, rates) / forward)
+    """With ``share`` of the (sequence, vocabulary entry) pairs active."""
+    length, batch_size, hidden_size, vocab_size, itemsize = shape
+    tokens, entries = batch_size * length, batch_size * vocab_size
+    hidden_bytes, weight_bytes = tokens * hidden_size * itemsize, vocab_size * hidden_size * itemsize
+    # Of y, its gradient and the argmax (int16).
+    entry_bytes, active = entries * (2 * itemsize + 2), share * entries
+
+    def product(moved: int) -> float:
+        return max(2 * tokens * hidden_size * vocab_size / rates.operations, moved / rates.bytes)
+
+    # One product; h and W are read, y and the argmax written.
+    forward = product(hidden_bytes + weight_bytes + entries * (itemsize + 2))
+    row_bytes = hidden_size * itemsize
+    gathered = active * row_bytes / rates.gathered_hidden + active * row_bytes / rates.gathered_weight
+    streamed = entry_bytes + active * SORTED_BYTES + hidden_bytes + weight_bytes
+    # G is zeroed and filled before the products, each of which reads it, one factor, and writes one gradient.
+    gradient_bytes = tokens * vocab_size * itemsize
+    filled = entry_bytes + gradient_bytes + active * 2 * SECTOR_BYTES
+    scatter = filled / rates.bytes + 2 * product(gradient_bytes + hidden_bytes + weight_bytes)
+    return Costs(forward, (gathered + streamed / rates.bytes) / forward, scatter / forward)
 
 
 def crossing_share(shape: Shape, rates: Rates) -> float | None:
@@ -115,18 +90,8 @@ def crossing_share(shape: Shape, rates: Rates) -> float | None:
 
 def crossing_length(share: float, rates: Rates, lengths: Sequence[int] = range(1, 1025)) -> int | None:
     """The longest of these lengths, in the default shape, at which scattering costs less."""
-    cheaper = [length for length in lengths if _scatters(Shape(length), share, rates)]
-    return max(cheaper, default=None)
-
-
-def _scatters(shape: Shape, share: float, rates: Rates) -> bool:
-    found = costs(shape, share, rates)
-    return found.scatter < found.gather
-
-
-def _product_seconds(shape: Shape, rates: Rates, moved: int) -> float:
-    operations = 2 * shape.tokens * shape.hidden_size * shape.vocab_size
-    return max(operations / rates.operations, moved / rates.bytes)
+    found = {length: costs(Shape(length), share, rates) for length in lengths}
+    return max((length for length, cost in found.items() if cost.scatter < cost.gather), default=None)
 
 
 def length_rows() -> list[list[str]]:
@@ -139,7 +104,8 @@ def length_rows() -> list[list[str]]:
             shape = Shape(length)
             everything, few = costs(shape, 1.0, memory), costs(shape, 0.05, memory)
             found = [everything.gather, costs(shape, 1.0, cached).gather, few.gather, everything.scatter, few.scatter]
-            crossings = [_percent(crossing_share(shape, rates)) for rates in (memory, cached)]
+            shares = [crossing_share(shape, rates) for rates in (memory, cached)]
+            crossings = ["-" if share is None else f"{share:.1%}" for share in shares]
             rows.append([f"{intensity:.0f}", str(length), *(f"{value:.2f}" for value in found), *crossings])
     return rows
 
@@ -152,7 +118,3 @@ def share_rows() -> list[list[str]]:
             longest = [crossing_length(share, Rates.of(intensity, factor)) for share in SHARES]
             rows.append([f"{intensity:.0f}", source, *("-" if length is None else str(length) for length in longest)])
     return rows
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"

@@ -7,6 +7,7 @@ without duplicates. Everything is the trainer's default unless a :class:`Job` sa
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import tempfile
 import time
@@ -15,17 +16,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
+from sentence_transformers import SparseEncoder, SparseEncoderTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.sparse_encoder import losses
 from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback
 
 from bench.harness import memory
 from bench.inputs import encoders
 from bench.inputs.cases import GOOAQ_LENGTHS
+from examples.demo.training import RecordingTrainer
 from splade_kernels.integrations.sentence_transformers import FlopsLoss, fuse
 
 LEARNING_RATE = 2e-5
@@ -62,9 +63,11 @@ def load(job: Job) -> SparseEncoder:
     return fuse(model) if job.head == "fused" else model
 
 
-def make_loss(model: SparseEncoder, head: str) -> losses.SpladeLoss:
-    flops = FlopsLoss if head == "fused" else losses.FlopsLoss
-    return losses.SpladeLoss(
+def train(model: SparseEncoder, dataset: Dataset, job: Job, steps: int, *callbacks: TrainerCallback) -> Any:
+    """Train ``model`` in place for ``steps`` steps; returns the trainer with its arguments and ``step_losses``."""
+    on_device = job.device == "cuda"
+    flops = FlopsLoss if job.head == "fused" else losses.FlopsLoss
+    loss = losses.SpladeLoss(
         model,
         loss=losses.SparseMultipleNegativesRankingLoss(model),
         query_regularizer_weight=QUERY_WEIGHT,
@@ -72,24 +75,7 @@ def make_loss(model: SparseEncoder, head: str) -> losses.SpladeLoss:
         query_regularizer=flops(model),
         document_regularizer=flops(model),
     )
-
-
-class Trainer(SparseEncoderTrainer):
-    """Keeps every step's loss, which the trainer's own log averages and rounds."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.losses: list[Tensor] = []
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss: Any = super().compute_loss(*args, **kwargs)
-        self.losses.append(loss.detach())
-        return loss
-
-
-def train(model: SparseEncoder, dataset: Dataset, job: Job, steps: int, *callbacks: TrainerCallback) -> Trainer:
-    """Train ``model`` in place for ``steps`` steps; returns the trainer with its arguments and losses."""
-    on_device = job.device == "cuda"
+    # Passed only where it is wanted, because transformers warns of the option.
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if job.gradient_checkpointing else {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = SparseEncoderTrainingArguments(
@@ -106,23 +92,18 @@ def train(model: SparseEncoder, dataset: Dataset, job: Job, steps: int, *callbac
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            # Passed only where it is wanted, because transformers warns of the option.
             **checkpointing,
         )
-        loss = make_loss(model, job.head)
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=dataset,
-            loss=loss,
-            callbacks=[SpladeRegularizerWeightSchedulerCallback(loss), *callbacks],
+        schedule = SpladeRegularizerWeightSchedulerCallback(loss)
+        trainer = RecordingTrainer(
+            model=model, args=arguments, train_dataset=dataset, loss=loss, callbacks=[schedule, *callbacks]
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trainer
 
 
-def named(model: SparseEncoder, trainer: Trainer) -> dict[str, str]:
+def named(model: SparseEncoder, trainer: Any) -> dict[str, str]:
     """Choices of the libraries that the memory depends on."""
     inner: Any = model.transformers_model
     return {
@@ -134,7 +115,7 @@ def named(model: SparseEncoder, trainer: Trainer) -> dict[str, str]:
 def step_losses(job: Job) -> list[float]:
     """Loss of every one of ``job.steps`` steps."""
     model = load(job)
-    found = [loss.item() for loss in train(model, _dataset(model, job), job, job.steps).losses]
+    found = [loss.item() for loss in train(model, _dataset(model, job), job, job.steps).step_losses]
     del model
     memory.release()
     return found
@@ -142,9 +123,11 @@ def step_losses(job: Job) -> list[float]:
 
 def measure(job: Job) -> dict[str, Any]:
     """What the timed steps of a training of ``job.steps`` steps cost; running out of memory is a result, too."""
-    row = {**_described(job), "out_of_memory": True}
+    row = asdict(job)
+    del row["folder"]
+    row |= {"pairs_per_batch": row.pop("batch_size"), "out_of_memory": True}
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
-        row = _measure(job)
+        row |= _measure(job)
     # Not in a handler: there, the exception's frames still hold what the run allocated.
     memory.release()
     return row
@@ -153,33 +136,24 @@ def measure(job: Job) -> dict[str, Any]:
 def _measure(job: Job) -> dict[str, Any]:
     model = load(job)
     dataset = _dataset(model, job)
-    tokens = {name: _tokens(model, dataset[name], job.batch_size) for name in GOOAQ_LENGTHS}
+    tokens = [_tokens(model, dataset[name], job.batch_size) for name in GOOAQ_LENGTHS]
     active = {name: encoders.mean_active_terms(model, dataset[name]) for name in GOOAQ_LENGTHS}
     meter = StepMeter(job)
     trainer = train(model, dataset, job, job.steps, meter)
     return {
-        **_described(job),
         **named(model, trainer),
         "out_of_memory": False,
-        "wall_ms_per_step": _median(meter.milliseconds()),
+        "wall_ms_per_step": round(statistics.median(meter.milliseconds()), 3),
         "wall_ms_of_every_step": [round(value, 3) for value in meter.milliseconds()],
         "gpu_ms_per_step": meter.device_milliseconds,
         "profiler_problem": meter.profiler_problem,
-        "cpu_ms_per_step": None if meter.on_device else _median(meter.processor_milliseconds()),
+        "cpu_ms_per_step": None if meter.on_device else round(statistics.median(meter.processor_milliseconds()), 3),
         "peak_memory_mib": meter.peak_bytes / 2**20,
-        "peak_memory_of": "CUDA memory allocated by PyTorch" if job.device == "cuda" else "resident set of the process",
-        "real_tokens_per_step": sum(real for real, _ in tokens.values()),
-        "padded_tokens_per_step": sum(padded for _, padded in tokens.values()),
+        "real_tokens_per_step": sum(real for real, _ in tokens),
+        "padded_tokens_per_step": sum(padded for _, padded in tokens),
         "active_terms_before": active,
         "active_terms_after": {name: encoders.mean_active_terms(model, dataset[name]) for name in active},
     }
-
-
-def _described(job: Job) -> dict[str, Any]:
-    row = asdict(job)
-    del row["folder"]
-    row["pairs_per_batch"] = row.pop("batch_size")
-    return row
 
 
 def _dataset(model: SparseEncoder, job: Job) -> Dataset:
@@ -215,7 +189,9 @@ class StepMeter(TrainerCallback):
             self._synchronize()
             memory.reset_peak(self.on_device)
         if job.warm_up_steps <= done <= job.warm_up_steps + job.timed_steps:
-            self._marks.append(self._mark())
+            self._marks.append(torch.cuda.Event(enable_timing=True) if self.on_device else time.perf_counter())
+            if self.on_device:
+                self._marks[-1].record()
             self._processor.append(time.process_time())
         if done == job.warm_up_steps + job.timed_steps:
             self._synchronize()
@@ -234,37 +210,21 @@ class StepMeter(TrainerCallback):
                 self.profiler_problem = str(error)
 
     def milliseconds(self) -> list[float]:
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self.on_device:
-            return [float(start.elapsed_time(end)) for start, end in pairs]
-        return [1e3 * (end - start) for start, end in pairs]
+        pairs = itertools.pairwise(self._marks)
+        return [start.elapsed_time(end) if self.on_device else 1e3 * (end - start) for start, end in pairs]
 
     def processor_milliseconds(self) -> list[float]:
         """Processor time of this process, all threads, which other programs do not stretch."""
-        return [1e3 * (end - start) for start, end in zip(self._processor, self._processor[1:], strict=False)]
-
-    def _mark(self) -> Any:
-        if not self.on_device:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return [1e3 * (end - start) for start, end in itertools.pairwise(self._processor)]
 
     def _synchronize(self) -> None:
         if self.on_device:
             torch.cuda.synchronize()
 
 
-def _median(values: list[float]) -> float:
-    return round(statistics.median(values), 3)
-
-
 def kernel_milliseconds(events: Any, wall_milliseconds: float) -> float:
-    """Sum of the time of everything that ran on the device: kernels, copies, fills.
-
-    Raises:
-        RuntimeError: the profiler saw nothing on the device, or more than fits the wall clock.
-    """
+    """Sum of the time of everything that ran on the device: kernels, copies, fills. Nothing, or more than fits the wall
+    clock, is a ``RuntimeError``."""
     ran = [event for event in events if event.device_type.name != "CPU" and not event.is_user_annotation]
     total = sum(float(event.time_range.elapsed_us()) for event in ran) / 1e3
     if not 0 < total <= _CLOCK_TOLERANCE * wall_milliseconds:

@@ -21,28 +21,20 @@ SCREENING_COLORS = {"screened": "#1d4ed8", "ours": "#0f766e"}
 AXES = {"S": "tokens a sequence", "V": "vocabulary", "B": "batch"}
 
 
-def plot_curves(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Paths of the pictures written: one for each head result that has curves."""
+def plot(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Paths of the pictures written: of each head result's curves, and of each screening result with several shares."""
     paths = []
     for result in results:
-        rows = [row for row in result["rows"] if row.get("case", "").startswith("curve-") and row["median"]]
-        if result["kind"] == "head" and rows:
-            path = folder / f"{Path(result['file']).stem.removesuffix('-curves')}-curves.png"
-            _plot(rows, path)
-            paths.append(path)
-    return paths
-
-
-def plot_shares(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Paths of the pictures written: one for each screening result that has several shares of active pairs."""
-    paths = []
-    for result in results:
-        rows = [row for row in result["rows"] if row.get("job") == "forward"]
-        if result["kind"] == "screening" and len({row["active_share"] for row in rows}) > 1:
-            path = folder / f"{Path(result['file']).stem}-shares.png"
-            _plot_shares(rows, path)
-            paths.append(path)
-    return paths
+        stem, kind = folder / Path(result["file"]).stem.removesuffix("-curves"), result["kind"]
+        curves = [row for row in result["rows"] if row.get("case", "").startswith("curve-") and row["median"]]
+        if kind == "head" and curves:
+            paths.append(stem.with_name(f"{stem.name}-curves.png"))
+            _plot_curves(curves, paths[-1])
+        inference = [row for row in result["rows"] if row.get("job") == "forward"]
+        if kind == "screening" and len({row["active_share"] for row in inference}) > 1:
+            paths.append(stem.with_name(f"{stem.name}-shares.png"))
+            _plot_shares(inference, paths[-1])
+    return sorted(paths)
 
 
 def _plot_shares(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -83,16 +75,14 @@ def _with_quartiles(panel: Any, points: Sequence[tuple[float, Ratio]], **style: 
     panel.errorbar(places, [gain.middle for gain in gains], yerr=lengths, elinewidth=1, capsize=2, **style)
 
 
-def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def _plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     precision = rows[0]["precision"]
     rows = [row for row in rows if row["precision"] == precision and row["job"] == "forward_backward"]
-    rates = rows[0]["run"]["machine"][precision]
-    machine = Machine("", rates["bytes_per_second"], rates["operations_per_second"])
+    machine = Machine(**rows[0]["run"]["machine"][precision])
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
-        points = [
-            row | {"x": int(row["case"].split("-")[2])} for row in rows if row["case"].startswith(f"curve-{axis}-")
-        ]
+        mine = [row for row in rows if row["case"].startswith(f"curve-{axis}-")]
+        points = [row | {"x": int(row["case"].split("-")[2])} for row in mine]
         for name, color in COLORS.items():
             line = sorted((point["x"], point["median"] * 1e3) for point in points if point["variant"] == name)
             if line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from bench.harness import roofline
@@ -36,9 +37,11 @@ def head_section(result: Result) -> str:
 def readme_part(result: Result) -> list[str]:
     """Forward and backward of the cases that are shown in the README, stock against ours, and where they are from."""
     rows = [["forward and backward", "stock", "fused", "", f"{EXTRA_MEMORY}, stock", "fused"]]
+    # Of the batches of one step their sum.
+    shown = {case.part_of or case.name for case in cases.shown_in("readme")}
     for case, variants in measured(result, precisions(result)[0], "forward_backward"):
         stock, ours = variants.get("stock"), variants.get("ours")
-        if _in_readme(case.split(" ")[0]) and stock and ours:
+        if case.split(" ")[0] in shown and stock and ours:
             times = [f"{cell(row)} ms" if row.get("median") else cell(row) for row in (stock, ours)]
             rows.append([case, *times, speedup(stock, ours), mebibytes(stock), mebibytes(ours)])
     return [table(rows), f"{ratios.NOTE} {caption(result)}"] if rows[1:] else []
@@ -52,7 +55,8 @@ def measured(result: Result, precision: str, job: str) -> list[tuple[str, dict[s
         if (mode, passes) == (precision, job) and not case.startswith("curve")
     ]
     sums = []
-    for whole, names in _sums().items():
+    for whole in dict.fromkeys(case.part_of for case in CASES.values() if case.part_of):
+        names = [case.name for case in CASES.values() if case.part_of == whole]
         parts = [variants for case, variants in found if case in names]
         if len(parts) == len(names):
             both = {name: total([part[name] for part in parts]) for name in parts[0] if all(name in p for p in parts)}
@@ -75,7 +79,7 @@ def total(rows: Sequence[Row]) -> Row:
 
 def floors_section() -> str:
     """Computed, not measured: the RTX 3090's datasheet against the forward of the cases that ask for it."""
-    machine = roofline.RTX_3090["bf16"]
+    machine = roofline.RTX_3090
     rates = f"{machine.bytes_per_second / 1e9:.0f} GB/s and {machine.operations_per_second / 1e12:.0f} TFLOP/s"
     note = f"Floors of the forward in bfloat16 from the datasheet's {rates} (dense, float32 accumulation)."
     rows = [["case", "shape", "forward, all tokens real, ms", "forward, real tokens, ms", "binds"]]
@@ -90,26 +94,21 @@ def floors_section() -> str:
 
 
 def _times(found: Sequence[tuple[str, dict[str, Row]]]) -> list[list[str]]:
-    present = [row for _, variants in found for row in variants.items()]
+    present = itertools.chain.from_iterable(variants.items() for _, variants in found)
     here = {name for name, row in present if not row["status"].startswith("not here")}
     names = [name for name in COLUMNS if name in here]
     rows = [["case", *names, "ours against stock", "against matmul", "roofline / ours"]]
     for case, variants in found:
-        ours = variants.get("ours", {})
-        cells = [
-            speedup(variants.get("stock"), ours),
-            against(ours, variants.get("matmul-padded", {})),
-            _roofline(ours),
-        ]
-        rows.append([case, *(cell(variants.get(name)) for name in names), *cells])
+        stock, ours, matmul = (variants.get(name, {}) for name in ("stock", "ours", "matmul-padded"))
+        compared = [speedup(stock, ours), against(ours, matmul), _roofline(ours)]
+        rows.append([case, *(cell(variants.get(name)) for name in names), *compared])
     return rows
 
 
 def _roofline(row: Row) -> str:
     if not row.get("operations") or not row.get("median"):
         return "-"
-    rates = row["run"]["machine"][row["precision"]]
-    machine = Machine("", rates["bytes_per_second"], rates["operations_per_second"])
+    machine = Machine(**row["run"]["machine"][row["precision"]])
     return f"{machine.seconds(Work(row['operations'], row['bytes'])) / row['median']:.0%}"
 
 
@@ -122,18 +121,3 @@ def _memory(result: Result, precision: str) -> list[str]:
         if any(cell != "-" for cell in cells):
             rows.append([case, *cells])
     return [f"### {EXTRA_MEMORY.capitalize()}, {precision}, MiB", table(rows)] if rows[1:] else []
-
-
-def _sums() -> dict[str, list[str]]:
-    """The cases that are batches of one step, by the name of their sum."""
-    sums: dict[str, list[str]] = {}
-    for case in CASES.values():
-        if case.part_of:
-            sums.setdefault(case.part_of, []).append(case.name)
-    return sums
-
-
-def _in_readme(name: str) -> bool:
-    """A case that is shown there, but of the batches of one step their sum."""
-    shown = cases.shown_in("readme")
-    return name in {case.part_of or case.name for case in shown}

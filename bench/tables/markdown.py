@@ -47,7 +47,7 @@ def caption(result: Result) -> str:
         if number:
             cases = dict.fromkeys(row.get("case", "") for row in result["rows"] if row["run"] is run)
             text = f"{', '.join(filter(None, cases))}: {text}"
-        said.setdefault(_machine(run["environment"]), []).append(text)
+        said.setdefault(machine(run["environment"]), []).append(text)
     if not said:
         return ""
     text = " ".join(f"{machine}; {'; '.join(texts)}." for machine, texts in said.items())
@@ -59,7 +59,7 @@ def caption(result: Result) -> str:
     return text
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def machine(environment: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
     driver = f", driver {environment['driver']}, CUDA {environment['cuda']}" if environment.get("driver") else ""
     return f"{device_name(environment)}{driver}; python {environment['python']}, {packages}"
@@ -68,18 +68,12 @@ def _machine(environment: dict[str, Any]) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is its header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def replace_block(text: str, block: str) -> str:
-    """The text with what lies between the markers, first and last line of the block, replaced by the block.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
+    """The text with what lies between the markers, first and last line of the block, replaced by the block."""
     begin, *_, end = block.split("\n")
     if begin not in text or end not in text:
         raise ValueError(f"expected the markers {begin!r} and {end!r}")

@@ -1,10 +1,9 @@
-"""Sections that are one table: backward, FLOPS, whole encodes, training, compiled kernels, and all others."""
+"""Sections that are one table: backward, FLOPS, whole encodes, compiled kernels, and all others."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bench.tables import training as training_tables
 from bench.tables.markdown import Result, caption, cell, checks, grouped, mebibytes, section, table
 from bench.tables.ratios import against, speedup
 
@@ -50,11 +49,6 @@ def encodes(result: Result) -> str:
     return table(rows)
 
 
-def training_section(result: Result) -> str:
-    """Whole training steps, or the largest batches."""
-    return section(result["kind"].capitalize(), result, training_tables.table(result))
-
-
 def resources_section(result: Result) -> str:
     """What the compiler made of the kernels for the RTX 3090's architecture."""
     rows = [["kernel", "dtype", "registers", "spilled bytes", "shared bytes", "tensor cores"]]
@@ -71,9 +65,9 @@ def plain_section(result: Result) -> str:
     skipped = ("run", "provenance")
     names = list(dict.fromkeys(k for row in result["rows"] for k, v in row.items() if not isinstance(v, (dict, list))))
     names = [name for name in names if name not in skipped]
-    rows = [names, *([_scalar(row.get(name)) for name in names] for row in result["rows"])]
+
+    def scalar(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+    rows = [names, *([scalar(row.get(name)) for name in names] for row in result["rows"])]
     return section(result["kind"], result, table(rows) if names else "No rows.")
-
-
-def _scalar(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,4 +1,5 @@
-"""The section of a screening result: times of inference and training, survivors, memory, whole ``encode`` runs."""
+"""What screening costs (times of inference and training, survivors, memory, whole ``encode`` runs), and what the bounds
+of a margins result leave over, for docs/screening.md and RESULTS.md."""
 
 from __future__ import annotations
 
@@ -6,7 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.inputs import text_model, variants
-from bench.tables.markdown import Result, cell, checks, grouped, mebibytes, precisions, section, table
+from bench.tables.markdown import (
+    Result,
+    caption,
+    cell,
+    checks,
+    grouped,
+    joined,
+    mebibytes,
+    precisions,
+    section,
+    table,
+)  # fmt: skip
 from bench.tables.ratios import against, speedup
 
 INFERENCE = (*variants.SCREENING, "matmul-real")
@@ -27,8 +39,7 @@ def screening_section(result: Result) -> str:
     environment = result["runs"][0]["environment"] if result["runs"] else {}
     if environment.get("cpu_flags") and not environment.get("gpu"):
         parts.append(f"Vector instructions of this CPU: {' '.join(environment['cpu_flags'])}.")
-    records = [run["trained_model"] for run in result["runs"] if "trained_model" in run]
-    parts += dict.fromkeys(map(text_model.describe, records))
+    parts += text_model.describe(result["runs"])
     for precision in precisions(result):
         groups: dict[str, list[Any]] = {}
         for one in grouped([row for row in result["rows"] if row["precision"] == precision]):
@@ -89,3 +100,36 @@ def _texts(groups: list[Any]) -> list[list[str]]:
         compared = [speedup(found.get(name), found.get("ours")) for name in ("unscreened", "stock")]
         rows.append([f"{case} ({any_row['shape']})", f"{any_row['active_share']:.2%}", *rates, *compared])
     return rows
+
+
+def margins_section(result: Result) -> str:
+    return joined("## What int8 bounds leave over", caption(result), margins_table(result))
+
+
+def margins_block(result: Result) -> str:
+    """The table and where it is from."""
+    return joined(margins_table(result), caption(result))
+
+
+def margins_table(result: Result) -> str:
+    """What each criterion leaves."""
+    if not result["rows"]:
+        return "No rows."
+    left = ["groups", "tokens", "tokens an active pair"]
+    rows = [["case", "active pairs", "levels", "bound", "relu: pairs", *left, "both: groups", *left[1:]]]
+    for row in result["rows"]:
+        rows.append([row["case"], f"{row['active_pairs']:.2%}", str(row["levels"]), f"{row['bound']:.2f}"])
+        rows[-1].append(f"{row['relu_pairs']:.2%}")
+        for name in ("relu", "best"):
+            dots = row[f"{name}_tokens_per_active_pair"]
+            rows[-1] += [f"{row[f'{name}_groups']:.2%}", f"{row[f'{name}_tokens']:.3%}"]
+            rows[-1].append("-" if dots is None else f"{dots:.2f}")
+    shapes = dict.fromkeys(f"{row['case']} {row['shape']}" for row in result["rows"])
+    note = (
+        "What relu alone and both criteria leave, in shares of the (sequence, vocabulary entry), (group of 16 tokens, "
+        "vocabulary entry) and (token, vocabulary entry) pairs, and (token, vocabulary entry) pairs for each active "
+        "(sequence, vocabulary entry) pair. Both leave the same (sequence, vocabulary entry) pairs as relu. `bound`: "
+        f"its mean in standard deviations of the dots. {'; '.join(shapes)}; a third of the tokens is padding, which is "
+        "not counted."
+    )
+    return joined(" ".join([note, *text_model.describe(result["runs"])]), table(rows))

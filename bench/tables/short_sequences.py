@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.jobs import short_sequences as model
-from bench.tables.markdown import Result, Row, cell, grouped, section, table
+from bench.tables.markdown import Result, cell, grouped, section, table
 from bench.tables.ratios import against, speedup
 
 BEGIN, END = "<!-- short sequences: python -m bench.short_sequences -->", "<!-- short sequences end -->"
@@ -56,9 +56,3 @@ def short_sequences_section(result: Result) -> str:
     bad = [row for row in result["rows"] if row["status"] != "measured"]
     lines = [f"- {row['case']} {row['precision']} {row['job']} {row['variant']}: {row['status']}" for row in bad]
     return section("Backward of short sequences", result, NOTE, table(rows), "\n".join(lines))
-
-
-def line(row: Row) -> str:
-    """A row on the terminal."""
-    time_text = row["status"] if row["median"] is None else f"{row['median'] * 1e3:10.3f} ms {row['clock']}"
-    return f"{row['case']:6} {row['shape']:24} {row['precision']:10} {row['job']:12} {row['variant']:18} {time_text}"

@@ -8,12 +8,14 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.harness.environment import describe
 from bench.harness.result_file import left_out_text, load
-from bench.tables import training as training_tables
+from bench.tables import markdown
+from bench.tables.training import limits_table, training_table
 
 MAX_LINES = 60
 MAX_ARCHIVE_BYTES = 16 << 20
@@ -25,12 +27,9 @@ Result = dict[str, Any]
 
 
 def machine() -> str:
-    """Device, architecture, driver and versions in one line."""
+    """Device, driver, versions and commit in one line."""
     found = describe()
-    packages: Any = found["packages"]
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-    gpu = f", sm_{found['arch']}, driver {found['driver']}" if found["gpu"] else ""
-    return f"{found['device']}{gpu}; python {found['python']}, {versions}; commit {found['commit']}"
+    return f"{markdown.machine(found)}; commit {found['commit']}"
 
 
 def write(name: str, folder: Path) -> None:
@@ -75,15 +74,13 @@ def stages(folder: Path) -> Iterator[str]:
 
 
 def _of_log(text: str) -> str:
+    """What pytest said, with or without xdist, or the sanitizer."""
     found = re.findall(
         r"\b(PASSED|FAILED|ERROR|SKIPPED)\b(?: +\[ *\d+%\])?(?: +(tests/\S+))?|(tests/\S+) (FAILED|ERROR)", text
     )
-    verdicts = [first or last for first, _, _, last in found]
-    failed = [
-        name
-        for first, after, before, last in found
-        if (first or last) in ("FAILED", "ERROR") and (name := after or before)
-    ]
+    tests = [(first or last, after or before) for first, after, before, last in found]
+    verdicts = [verdict for verdict, _ in tests]
+    failed = [name for verdict, name in tests if verdict in ("FAILED", "ERROR") and name]
     counts = ", ".join(f"{verdicts.count(one)} {one.lower()}" for one in dict.fromkeys(verdicts))
     errors = re.findall(r"=+ ERROR SUMMARY: (\d+ errors?)", text)
     shown = f" ({', '.join(dict.fromkeys(failed[:SHOWN]))})" if failed else ""
@@ -121,64 +118,57 @@ def _measured(result: Result) -> Iterator[str]:
 
 def _job(rows: list[Result]) -> str:
     first = next((row["median"] for row in rows if row["median"]), None)
-    return ", ".join(_variant(row, first) for row in rows)
-
-
-def _variant(row: Result, first: float | None) -> str:
-    if not row["median"]:
-        return f"{row['variant']} {row['status'][:80]}"
-    ratio = f" ({first / row['median']:.2f}x)" if first and first != row["median"] else ""
-    extra = "" if row["extra_bytes"] is None else f" +{row['extra_bytes'] / 2**20:.0f} MiB"
-    bits = {True: "", None: "", False: " two runs differ"}[row["repeatable"]]
-    return f"{row['variant']} {1e3 * row['median']:.3f} ms{ratio}{extra}{bits}"
+    said = []
+    for row in rows:
+        text = row["status"][:80]
+        if row["median"]:
+            ratio = f" ({first / row['median']:.2f}x)" if first != row["median"] else ""
+            extra = "" if row["extra_bytes"] is None else f" +{row['extra_bytes'] / 2**20:.0f} MiB"
+            bits = " two runs differ" if row["repeatable"] is False else ""
+            text = f"{1e3 * row['median']:.3f} ms{ratio}{extra}{bits}"
+        said.append(f"{row['variant']} {text}")
+    return ", ".join(said)
 
 
 def _tuning(result: Result) -> Iterator[str]:
+    def about(row: Result) -> list[Any]:
+        return [row[key] for key in ("kind", "dtype", "hidden_size", "vocab_size")]
+
     for row in result["rows"]:
         if row.get("chosen"):
-            question = f"{row['kind']} {row['dtype']} D{row['hidden_size']} V{row['vocab_size']}"
-            mine = [
-                one
-                for one in result["rows"]
-                if all(one[key] == row[key] for key in ("kind", "dtype", "hidden_size", "vocab_size"))
-            ]
-            ratios = [
-                one["time_over_shipped"]
-                for one in mine
-                if one["config"] == row["config"] and "time_over_shipped" in one
-            ]
+            mine = [one for one in result["rows"] if about(one) == about(row)]
+            ratios = [one.get("time_over_shipped") for one in mine if one["config"] == row["config"]]
+            ratio = next((value for value in reversed(ratios) if value is not None), 1)
             dropped = sum("dropped" in one for one in mine)
             times = ", ".join(f"{name}: {value:.3f} ms" for name, value in row["shipped_milliseconds"].items())
-            ratio = f"{ratios[-1] if ratios else 1:.3f} of the shipped time ({times})"
-            yield f"- {question}: {ratio}; {dropped} candidates dropped; {row['configuration']}"
+            compared = f"{ratio:.3f} of the shipped time ({times}); {dropped} candidates dropped"
+            question = "{} {} D{} V{}".format(*about(row))
+            yield f"- {question}: {compared}; {row['configuration']}"
 
 
-def _tables(result: Result) -> Iterator[str]:
-    yield from (f"  {line}" for line in training_tables.table(result).splitlines() if line)
+def _table(make: Callable[[Result], str], result: Result) -> Iterator[str]:
+    yield from (f"  {line}" for line in make(result).splitlines() if line)
 
 
 def _compaction(result: Result) -> Iterator[str]:
-    rates = [run for run in result["runs"] if "bucket_bytes_per_second" in run][-1:]
-    shares = [run["bucket_bytes_per_second"] / run["copy_bytes_per_second"] for run in rates]
-    share = "".join(f", {share:.0%} of the copy bandwidth" for share in shares)
-    milliseconds = {row["operation"]: row["milliseconds"] for row in result["rows"]}
-    times = ", ".join(f"{operation} {value:.2f} ms" for operation, value in milliseconds.items())
+    runs = [run for run in result["runs"] if "bucket_bytes_per_second" in run]
+    shares = [run["bucket_bytes_per_second"] / run["copy_bytes_per_second"] for run in runs]
+    share = "".join(f", {share:.0%} of the copy bandwidth" for share in shares[-1:])
+    times = ", ".join(dict.fromkeys(f"{row['operation']} {row['milliseconds']:.2f} ms" for row in result["rows"]))
     yield f"- compaction: {times}{share}"
 
 
 def _plain(result: Result) -> Iterator[str]:
     for row in result["rows"]:
-        shown = {
-            key: value for key, value in row.items() if not isinstance(value, (list, dict)) and key != "provenance"
-        }
-        yield f"- {result['kind']}: " + " ".join(f"{key} {value}" for key, value in shown.items())
+        shown = (f"{key} {value}" for key, value in row.items() if not isinstance(value, (list, dict)))
+        yield f"- {result['kind']}: " + " ".join(word for word in shown if not word.startswith("provenance "))
 
 
 SECTIONS: dict[str, Callable[[Result], Iterator[str]]] = {
     "smoke": _smoke,
     **dict.fromkeys(("head", "backward", "flops", "screening", "short-sequences"), _measured),
     "tuning": _tuning,
-    "training": _tables,
-    "limits": _tables,
+    "training": partial(_table, training_table),
+    "limits": partial(_table, limits_table),
     "compaction": _compaction,
 }

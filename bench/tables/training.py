@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bench.inputs import encoders
-from bench.tables.markdown import Result, Row, joined
-from bench.tables.markdown import table as markdown
+from bench.tables.markdown import Result, Row, joined, table
 
 # The run of the model card tomaarsen/splade-distilbert-base-uncased-gooaq on one RTX 3090.
 SEED_RUN = {"steps": 94_110, "pairs_per_batch": 32, "max_length": 256, "hours_on_its_rtx_3090": 3.894}
 
 
-def table(result: Result) -> str:
-    """The tables of one result, by its ``kind``: "training" or "limits"."""
-    makers: dict[str, Callable[[Result], str]] = {"training": _training, "limits": _limits}
-    if result.get("kind") not in makers:
-        raise ValueError(f"kind: expected one of {sorted(makers)}, got {result.get('kind')!r}")
-    return makers[result["kind"]](result)
-
-
-def _training(result: Result) -> str:
+def training_table(result: Result) -> str:
     # The ratio is that of the device's own time: the wall clock includes the host and, on a CPU, all other programs.
     on_gpu = any(row.get("gpu_ms_per_step") for row in result["rows"])
     time = "gpu_ms_per_step" if on_gpu else "cpu_ms_per_step"
@@ -43,19 +34,10 @@ def _training(result: Result) -> str:
                 *(_cell(row, "peak_memory_mib", 0) for row in (stock, fused)),
             ]
         )
-    parts = [markdown(rows)]
-    for found in predictions(result["rows"]):
-        active = "every term active" if found["active_terms"] is None else f"about {found['active_terms']} active terms"
-        hours = found["stock_hours"], found["fused_hours"]
-        parts.append(
-            f"Predicted for {found['device']}, not run: {SEED_RUN['steps']:,} steps of the GooAQ run with "
-            f"{active} take {hours[0]:.2f} h stock and {hours[1]:.2f} h fused ({hours[0] / hours[1]:.2f}x), evaluation "
-            f"left out. The run of the model card took {SEED_RUN['hours_on_its_rtx_3090']} h on its RTX 3090."
-        )
-    return joined(*parts)
+    return joined(table(rows), *predictions(result["rows"]))
 
 
-def predictions(rows: Sequence[Row]) -> list[Row]:
+def predictions(rows: Sequence[Row]) -> Iterator[str]:
     """Hours of the seed's run on this GPU: its number of steps times the wall clock of a measured one.
 
     Only steps like its own count: DistilBERT in full size, batches of 32 pairs with GooAQ's lengths, bf16. Evaluation,
@@ -68,19 +50,20 @@ def predictions(rows: Sequence[Row]) -> list[Row]:
         "max_length": SEED_RUN["max_length"], "device": "cuda", "out_of_memory": False,
     }  # fmt: skip
     alike = [row for row in rows if all(row.get(key) == value for key, value in like_seed.items())]
-    return [
-        {
-            "device": fused["run"]["environment"]["device"],
-            "active_terms": fused["active_terms"],
-            "stock_hours": SEED_RUN["steps"] * stock["wall_ms_per_step"] / 3.6e6,
-            "fused_hours": SEED_RUN["steps"] * fused["wall_ms_per_step"] / 3.6e6,
-        }
-        for stock, fused in _pairs(alike, ("active_terms",))
-        if stock
-    ]
+    for stock, fused in _pairs(alike, ("active_terms",)):
+        if stock:
+            terms = fused["active_terms"]
+            active = "every term active" if terms is None else f"about {terms} active terms"
+            hours = [SEED_RUN["steps"] * row["wall_ms_per_step"] / 3.6e6 for row in (stock, fused)]
+            yield (
+                f"Predicted for {fused['run']['environment']['device']}, not run: {SEED_RUN['steps']:,} steps of the "
+                f"GooAQ run with {active} take {hours[0]:.2f} h stock and {hours[1]:.2f} h fused "
+                f"({hours[0] / hours[1]:.2f}x), evaluation left out. The run of the model card took "
+                f"{SEED_RUN['hours_on_its_rtx_3090']} h on its RTX 3090."
+            )
 
 
-def _limits(result: Result) -> str:
+def limits_table(result: Result) -> str:
     rows = [["model", "tokens", "checkpointing", "attention, optimizer", "pairs: stock", "fused", "fused / stock"]]
     for stock, fused in _pairs(result["rows"], ("model", "vocab_size", "max_length", "gradient_checkpointing")):
         rows.append(
@@ -100,7 +83,7 @@ def _limits(result: Result) -> str:
         f"less {limit['allowance_gib']} GiB for the context, {limit['precision']}, found to within "
         f"{limit['resolution']:.0%}; the GPU was {run['environment']['device']}, held to that share of its memory."
     )
-    return joined(markdown(rows), note)
+    return joined(table(rows), note)
 
 
 def _pairs(rows: Iterable[Row], keys: Sequence[str]) -> Iterable[tuple[Row | None, Row]]:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable
 from typing import Any
+
+import torch
+
+from bench.harness import rows as bench_rows
+from bench.harness.rows import Job
 
 Row = dict[str, Any]
 PRECISION = "bf16"
@@ -29,6 +38,23 @@ def result(kind: str, rows: list[Row], gpu: bool = True, **more: object) -> dict
     made = run(gpu, **more)
     rows = [{"run": made} | row for row in rows]
     return {"kind": kind, "file": f"{kind}.json", "rows": rows, "runs": [made], "left_out": []}
+
+
+def changed(job: Job, change: Callable[..., Any]) -> bench_rows.Row:
+    """The row of a job with one step, whose results are changed."""
+    (step,) = job.steps()
+    job.steps = lambda: [lambda: change(*step())]
+    (found,) = bench_rows.run([job], torch.device("cpu"), 0.01)
+    return found
+
+
+def kernels(kind: type) -> set[str]:
+    """The names of the package's Triton kernels, which are of this kind."""
+    import splade_kernels.backends.triton as package
+
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    members = itertools.chain.from_iterable(vars(module).items() for module in modules)
+    return {name for name, value in members if isinstance(value, kind) and name.endswith("_kernel")}
 
 
 def cells(text: str, start: str) -> list[list[str]]:

@@ -92,11 +92,7 @@ def test_the_options_of_the_maximum_kernel_neither_spill_nor_drop_anything(arch,
     assert ("finalise_kernel" in {row.kernel for row in rows}) == config.partials
 
 
-@pytest.mark.parametrize(
-    ("arch", "tile"),
-    [(86, (256, 128, 32, 8, 3)), (90, (256, 128, 64, 8, 4))],
-    ids=str,
-)
+@pytest.mark.parametrize(("arch", "tile"), [(86, (256, 128, 32, 8, 3)), (90, (256, 128, 64, 8, 4))], ids=str)
 def test_a_wide_tile_that_wins_for_the_maximum_does_not_spill_in_sum_pooling(arch, tile):
     question = tuning.Shape("sum", arch, "bfloat16", 768, 30522)
     assert tune_candidates.examine(question, tuning.MatmulConfig(*tile, tma=arch == 90))[1] == []
@@ -105,8 +101,7 @@ def test_a_wide_tile_that_wins_for_the_maximum_does_not_spill_in_sum_pooling(arc
 @pytest.mark.parametrize("arch", [80, 86, 90, 120])
 def test_warps_of_the_screening_kernel_never_part_over_a_budget(arch):
     """Budgets change while they are read: what one thread read has to reach all warps before any of them branches."""
-    kernel = "_screen_kernel"
-    case = next(case for case in kernels.cases(arch) if case.kernel.__name__ == kernel)
+    case = next(case for case in kernels.cases(arch) if case.kernel.__name__ == "_screen_kernel")
     lines = compiled.compile_case(case).asm["ptx"].splitlines()
     budgets = [i for i, line in enumerate(lines) if "ld.global.cg" in line]
     assert len(budgets) == case.constants["BLOCK_T"] // 16

@@ -20,14 +20,6 @@ FLOAT32 = PRECISIONS["float32"]
 TINY = encode.Corpus("encode-tiny", 5, 2, Size("distilbert", 1, 64, 600), length=12)
 
 
-def test_texts_fill_the_length_and_reach_every_part_of_the_vocabulary() -> None:
-    texts = TINY.draw()
-    assert TINY.shape == "5 texts of 12 tokens, batch 2, 1 layers D64 V600"
-    ids = TINY.load(CPU).tokenizer(texts)["input_ids"]
-    assert [len(text) for text in ids] == [12] * 5
-    assert len(texts) == 5
-
-
 def test_stock_and_fused_are_checked_timed_and_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
     weighed = []
 
@@ -42,7 +34,7 @@ def test_stock_and_fused_are_checked_timed_and_weighed(monkeypatch: pytest.Monke
     assert made[1].errors["bands_from_unscreened"] < 1
     assert 0 < made[0].active_share < 1
     text = report.render([result("encode", [asdict(row) for row in made])])
-    (line,) = cells(text, "encode-tiny: 5 texts of 12 tokens")
+    (line,) = cells(text, "encode-tiny: 5 texts of 12 tokens, batch 2, 1 layers D64 V600")
     assert line[4:] == ["7 MiB", "7 MiB"]
 
 
@@ -56,6 +48,6 @@ def test_the_logits_of_a_batch_are_in_the_memory_of_stock_and_not_in_ours() -> N
 
 def test_what_is_measured_by_default() -> None:
     assert [name for name, _ in measure.plan("encode", measure.default_cases("encode", CPU), CPU)] == [*encode.CORPORA]
-    assert measure.default_variants("encode") == ["stock", "ours"]
-    assert not any(measure.takes_model(corpus) for corpus in encode.CORPORA.values())
-    assert measure.takes_model(encode.SQUAD)
+    assert measure.default_variants("encode") == ("stock", "ours")
+    assert not any(corpus.from_text for corpus in encode.CORPORA.values())
+    assert encode.SQUAD.from_text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -13,8 +14,8 @@ from bench import margins, report
 from bench.harness.result_file import load
 from bench.inputs import cases, text_model
 from bench.inputs.cases import PRECISIONS, SCREENING, Case
-from bench.tables import margins as margins_tables
 from bench.tables.markdown import replace_block
+from bench.tables.screening import margins_table
 from splade_kernels.backends import int8_bound
 from splade_kernels.backends.tiled.screening import PLAIN, new_target
 from tests.bench.synthetic import cells
@@ -45,69 +46,35 @@ def test_both_criteria_leave_what_the_backend_computes(share, monkeypatch):
     assert row["best_tokens_per_active_pair"] == pytest.approx(computed / (share * 3 * 300), rel=1e-3)
 
 
-@pytest.mark.parametrize("levels", margins.LEVELS)
-def test_bounds_hold_and_are_no_wider_than_rounding(levels):
-    rows, _, weight, _ = packed(SMALL)
-    tokens, entries = (margins.quantise(x, levels) for x in (rows, weight))
-    step = rows.abs().amax(dim=1) / levels
-    near = tokens[0] / step[:, None]
-    assert (near - near.round()).abs().max() < 1e-4
-    assert near.abs().amax(dim=1).round().eq(levels).all()
-    if levels == int8_bound.LEVELS:
-        near, scale, radius, _ = int8_bound.quantise(rows)
-        assert torch.allclose(tokens[0], near * scale[:, None], atol=1e-6)
-        assert torch.allclose(tokens[1], radius, rtol=1e-4)
-    found, far = margins.bounds(tokens, entries, slice(100, 200))
-    exact = rows.double() @ weight[100:200].double().t()
-    assert ((found - exact).abs() <= far).all()
-    # Residuals of rounding are uniform in half a step to either side; the largest element of a row has none.
-    assert (tokens[1] / (step * (63 / 12) ** 0.5)).mean().item() == pytest.approx(1, abs=0.03)
-
-
-def test_counts_by_hand():
-    layout = margins.Layout(torch.tensor([17, 2, 16]))
-    alive = torch.zeros(35, 2, dtype=torch.bool)
-    alive[[3, 15], 0] = True  # one group of the first sequence
-    alive[[15, 16, 17, 34], 1] = True  # both groups of the first sequence, the second, the third
-    assert layout.counts(alive).tolist() == [1 + 3, 1 + 4, 2 + 4]
-    values = torch.arange(35.0)[:, None]
-    assert layout.largest(values)[:, 0].tolist() == [16.0] * 17 + [18.0] * 2 + [34.0] * 16
-
-
 def test_the_shares_are_those_of_the_definitions():
     """Each pair on its own, in float64, with an allowance A for rounding."""
     rows, offsets, weight, bias = (x.double() if x.is_floating_point() else x for x in packed(SMALL))
     found = {row["levels"]: row for row in margins.survivors(SMALL)}
     assert list(found) == [127, 63]
+    sequences = [slice(*edges) for edges in itertools.pairwise(offsets.tolist())]
     for levels, row in found.items():
-        near = []
-        for x in (rows, weight):
-            step = x.abs().amax(1, keepdim=True) / levels
-            near.append((x / step).round().mul(step))
+        steps = [x.abs().amax(1, keepdim=True) / levels for x in (rows, weight)]
+        near = [(x / step).round() * step for x, step in zip((rows, weight), steps, strict=True)]
         allowed = (64 + 128) * 2**-23
         radius, word_radius = (
             (x - y).norm(dim=1) + allowed * x.norm(dim=1) for x, y in zip((rows, weight), near, strict=True)
         )
         far = radius[:, None] * (weight.norm(dim=1) + word_radius) + rows.norm(dim=1)[:, None] * word_radius
-        stands = near[0] @ near[1].t()
-        assert row["bound"] == pytest.approx((far.mean() / (rows @ weight.t()).std(correction=0)).item(), rel=1e-4)
-        totals = dict.fromkeys(("active", "relu", "best"), 0)
-        pairs, groups, tokens = dict(totals), dict(totals), dict(totals)
-        for first, last in zip(offsets.tolist(), offsets[1:].tolist(), strict=False):
-            some = slice(first, last)
-            relu = stands[some] + far[some] > -bias
-            reached = stands[some] + far[some] >= (stands - far)[some].amax(0)
-            alive = {"active": rows[some] @ weight.t() > -bias, "relu": relu, "best": relu & reached}
-            for name, left in alive.items():
-                pairs[name] += int(left.any(0).sum())
-                groups[name] += sum(int(part.any(0).sum()) for part in left.split(16))
-                tokens[name] += int(left.sum())
-        # 12, 24 and 35 tokens are 1, 2 and 3 groups.
-        for what, counts, every in (("pairs", pairs, 3), ("groups", groups, 6), ("tokens", tokens, len(rows))):
-            for name, count in counts.items():
+        stands, dots = near[0] @ near[1].t(), rows @ weight.t()
+        assert row["bound"] == pytest.approx((far.mean() / dots.std(correction=0)).item(), rel=1e-4)
+        relu = stands + far > -bias
+        reached = torch.cat([(stands + far)[some] >= (stands - far)[some].amax(0) for some in sequences])
+        active = sum(int((dots > -bias)[some].any(0).sum()) for some in sequences)
+        for name, alive in (("active", dots > -bias), ("relu", relu), ("best", relu & reached)):
+            groups = [group for some in sequences for group in alive[some].split(16)]
+            # 12, 24 and 35 tokens are 1, 2 and 3 groups.
+            for what, parts, every in (
+                ("pairs", [alive[some] for some in sequences], 3), ("groups", groups, 6), ("tokens", alive, len(rows))
+            ):  # fmt: skip
+                count = sum(int((part.any(0) if part.dim() == 2 else part).sum()) for part in parts)
                 assert row[f"{name}_{what}"] * every * 300 == pytest.approx(count, abs=0.01), (name, what)
         assert row["best_pairs"] == row["relu_pairs"]
-        assert row["relu_tokens_per_active_pair"] == pytest.approx(tokens["relu"] / pairs["active"])
+        assert row["relu_tokens_per_active_pair"] == pytest.approx(int(relu.sum()) / active)
     assert found[63]["relu_tokens"] > found[127]["relu_tokens"]
 
 
@@ -142,7 +109,7 @@ def test_the_file_and_its_tables(monkeypatch, tmp_path, capsys):
     assert absent["case"] == "trained-squad"
     assert absent["reason"].startswith("no trained model here")
     results = load([path])
-    assert margins_tables.tables(results[0]) in capsys.readouterr().out
+    assert margins_table(results[0]) in capsys.readouterr().out
     document = replace_block(f"a\n{report.BEGIN}\n{report.END}\nb\n", report.screening_block(results))
     (line, _) = cells(document, "small")
     first = content["rows"][0]
@@ -151,5 +118,5 @@ def test_the_file_and_its_tables(monkeypatch, tmp_path, capsys):
     assert line[-2:] == [f"{first['best_tokens']:.3%}", f"{first['best_tokens_per_active_pair']:.2f}"]
     assert f"Left out: trained-squad: {absent['reason']}." in document
     assert "`bench/results/margins.json`" in document
-    assert margins_tables.tables(results[0]) in report.render(results)
+    assert margins_table(results[0]) in report.render(results)
     assert "Not measured." in report.screening_block([])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from bench.harness.rows import Job, Row
 from bench.inputs import cases, distributions, variants
 from bench.inputs.cases import PRECISIONS, Case
 from bench.jobs import operators as jobs
+from tests.bench.synthetic import changed
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 4, 24, hidden_size=16, vocab_size=300, lengths="ragged")
@@ -45,20 +48,26 @@ def test_gooaq_lengths_have_the_means_they_stand_in_for():
 def test_a_cpu_gets_the_batch_halved_then_the_length_and_says_so():
     scaled = cases.for_device(cases.CASES["splade-v3"], CPU)
     assert (scaled.batch_size, scaled.length, scaled.scaled_from) == (2, 256, "B320 S512 D768 V30522")
-    assert scaled.multiply_adds <= cases.CPU_MULTIPLY_ADDS
+    assert 2 * 256 * 768 * 30522 <= cases.CPU_MULTIPLY_ADDS < 2 * 512 * 768 * 30522
     assert cases.for_device(cases.CASES["query"], CPU) is cases.CASES["query"]
     assert cases.for_device(cases.CASES["splade-v3"], torch.device("cuda")) is cases.CASES["splade-v3"]
 
 
-@pytest.mark.parametrize(("name", "active", "hottest"), [("uniform", 1, 0.03), ("hot", 1, 0.46), ("trained", 0.05, 1)])
-def test_distributions_have_the_shares_they_name(name, active, hottest):
-    case = Case("d", 3, 100, vocab_size=4000)
-    output, argmax, grad = distributions.draw(distributions.DISTRIBUTIONS[name], case, BFLOAT16, CPU)
+@pytest.mark.parametrize(("generate", "active", "tolerance", "hottest"), [
+    (distributions.uniform, 1, 0, 0.03),
+    (distributions.hot, 1, 0, 0.46),
+    (distributions.trained, 0.05, 1e-6, None),
+    (partial(distributions.at_share, 0.05), 0.05, 0.01, None),
+    (partial(distributions.at_share, 1.0), 1, 0, 0.03),
+])  # fmt: skip
+def test_distributions_have_the_shares_they_name(generate, active, tolerance, hottest):
+    output, argmax, grad = distributions.draw(generate, Case("d", 3, 100, vocab_size=4000), BFLOAT16, CPU)
     assert (output.dtype, argmax.dtype, grad.dtype) == (torch.bfloat16, torch.int16, torch.bfloat16)
-    assert (output > 0).float().mean().item() == pytest.approx(active, abs=1e-6)
+    assert (output > 0).float().mean().item() == pytest.approx(active, abs=tolerance)
+    assert 0 <= int(argmax.min()) <= int(argmax.max()) < 100
     assert (argmax[output == 0] == 0).all()
-    counts = torch.stack([torch.bincount(row.long(), minlength=100) for row in argmax])
-    if name != "trained":
+    if hottest:
+        counts = torch.stack([torch.bincount(row.long(), minlength=100) for row in argmax])
         assert (counts.amax(1) / 4000 - hottest).abs().max() < 0.03
 
 
@@ -76,9 +85,7 @@ def test_floors_by_hand():
     assert roofline.forward(case, BFLOAT16, 16) == Work(1280, (64 + 40 + 10 + 20) * 2)
     # Two gathers of 4 for each of 7 active entries; y, dy and a of 20 entries; h of 16 tokens, dh, W, dW, dc.
     assert roofline.backward(case, BFLOAT16, 7, 16) == Work(4 * 7 * 4, 20 * 6 + (16 + 16 + 20) * 4 * 2 + 20)
-    assert roofline.flops(3, 5, 4) == Work(15, 60)
-    assert roofline.logits_bytes(case, BFLOAT16) == 2 * 8 * 10 * 2
-    machine = Machine("m", bytes_per_second=100, operations_per_second=1000)
+    machine = Machine(bytes_per_second=100, operations_per_second=1000)
     assert machine.seconds(Work(2000, 100)) == 2
     assert machine.seconds(Work(1000, 300)) == 3
 
@@ -91,7 +98,7 @@ def test_every_variant_is_checked_timed_and_repeats(unweighed):
         row = by_name[name]
         assert (row.status, row.repeatable, row.clock) == ("measured", True, "perf_counter")
         assert row.rounds == len(row.samples) >= 9
-        assert row.spread[0] <= row.median <= row.spread[1]
+        assert row.median == statistics.median(row.samples)
         assert set(row.errors) == {"output", "grad_bias", "grad_hidden_sum", "grad_hidden_dot", "grad_weight_dot"}
         assert max(row.errors.values()) < 1e-5
     assert by_name["ours"].real_tokens == int(TINY.draw_lengths().sum())
@@ -106,7 +113,7 @@ def test_memory_is_measured_in_a_process_of_its_own(monkeypatch):
     case = Case("memory", 8, 64, hidden_size=16, vocab_size=20000)
     # The step at hand is not called, and what this process holds does not count.
     extra = steps.weigher(case, FLOAT32, "unscreened", True, CPU)(lambda: pytest.fail("not this step"))
-    assert 0 < extra < roofline.logits_bytes(case, FLOAT32)
+    assert 0 < extra < 8 * 64 * 20000 * 4, "less than the logits"
 
 
 @LINUX
@@ -123,7 +130,7 @@ def test_extra_memory_of_stock_is_in_logits_whatever_was_freed_before(monkeypatc
 
     monkeypatch.setattr(steps, "make_inputs", leaving_freed_memory)
     extra = steps.host_extra_bytes(case, "float32", "stock", True)
-    assert 0.5 < extra / roofline.logits_bytes(case, FLOAT32) < 8
+    assert 0.5 < extra / (8 * 64 * 500 * 4) < 8
 
 
 def test_extra_memory_is_never_negative(monkeypatch):
@@ -144,23 +151,9 @@ def test_floors_are_timed_beside_the_forward():
 def test_a_wrong_result_is_red_and_not_timed(wrong, unweighed):
     """The output, then each gradient, is off by a rotation of its rows: of the right size, at the wrong place."""
     (job,) = jobs.head(TINY, FLOAT32, "forward_backward", CPU, ["ours"])
-    (step,) = job.steps()
-
-    def broken() -> tuple[torch.Tensor, ...]:
-        found = list(step())
-        found[wrong] = found[wrong].roll(1, 0)
-        return tuple(found)
-
-    job.steps = lambda: [broken]
-    (row,) = rows.run([job], CPU, 0.01)
+    row = changed(job, lambda *found: [one.roll(1, 0) if i == wrong else one for i, one in enumerate(found)])
     assert row.status.startswith("red: beyond 0.001")
     assert row.median is None
-
-
-def test_an_error_of_nan_is_beyond_every_bound():
-    job = Job(Row("c", "s", "float32", "forward", "ours"), lambda: [lambda: (torch.ones(1),)])
-    job.check, job.bound = (lambda found: {"output": float("nan")}), 1.0
-    assert rows.run([job], CPU, 0.01)[0].status.startswith("red: beyond 1.0")
 
 
 def test_a_gradient_that_went_to_another_token_is_red():
@@ -172,26 +165,25 @@ def test_a_gradient_that_went_to_another_token_is_red():
     assert errors["grad_hidden_dot"] > 0.1
 
 
-def test_two_runs_that_differ_are_red_where_bits_are_promised():
+def test_a_status_says_what_is_wrong_and_the_others_are_measured():
+    def fail(error: Exception) -> None:
+        raise error
+
     counter = iter(range(10))
-    job = Job(Row("c", "s", "float32", "forward", "ours"), lambda: [lambda: (torch.tensor(next(counter)),)])
-    job.check, job.strict = (lambda found: {}), True
-    assert rows.run([job], CPU, 0.01)[0].status == "red: two runs differ"
-
-
-def test_running_out_of_memory_is_a_result_and_the_others_are_measured():
-    def full() -> tuple[torch.Tensor, ...]:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-
-    def fails() -> tuple[torch.Tensor, ...]:
-        raise ValueError("no such kernel")
-
+    steps = {
+        "out of memory": lambda: fail(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")),
+        "failed: ValueError: no such kernel": lambda: fail(ValueError("no such kernel")),
+        "red: two runs differ": lambda: (torch.tensor(next(counter)),),
+        "red: beyond 1.0: {'output': nan}": lambda: (torch.tensor(torch.nan),),
+        "measured": lambda: (torch.tensor(1),),
+    }
     made = [
-        Job(Row("c", "s", "bf16", "forward", name), lambda step=step: [step])
-        for name, step in (("stock", full), ("sparton", fails), ("ours", lambda: (torch.ones(1),)))
+        Job(Row("c", "s", "bf16", "forward", name), lambda step=step: [step], lambda found: {"output": found[0].item()})
+        for name, step in steps.items()
     ]
-    found = [row.status for row in rows.run(made, CPU, 0.01)]
-    assert found == ["out of memory", "failed: ValueError: no such kernel", "measured"]
+    for job in made:
+        job.bound, job.strict = 1.0, True
+    assert [row.status for row in rows.run(made, CPU, 0.01)] == [*steps]
 
 
 @pytest.mark.parametrize("distribution", list(distributions.DISTRIBUTIONS))
@@ -205,6 +197,7 @@ def test_the_backward_alone_is_held_against_its_definition(distribution):
 
 def test_flops_are_held_against_float64():
     for job in jobs.flops((30, 50), FLOAT32, "forward_backward", CPU):
+        assert (job.row.operations, job.row.bytes) == (30 * 50, 30 * 50 * 4)
         value, gradient = job.steps()[0]()
         assert max(job.check((value, gradient)).values()) < 1e-6
         assert job.check((value * 1.01, gradient))["value"] == pytest.approx(0.01, rel=1e-3)
@@ -236,11 +229,8 @@ def test_rounds_are_interleaved_and_bounded():
     # Two steps a sample, one of which sleeps.
     assert timed["a"].median >= sorted(slept[::2])[1] / 2
     assert min(timed["a"].samples) == pytest.approx(min(slept[::2]) / 2, rel=0.5)
-
-
-def test_there_are_enough_rounds_for_quartiles():
-    timed = timing.interleave({"a": timing.Sampler([lambda: None], CPU)}, seconds=0)
-    assert len(timed["a"].samples) == 9
+    # Enough for quartiles unless said otherwise.
+    assert len(timing.interleave({"a": timing.Sampler([lambda: None], CPU)}, seconds=0)["a"].samples) == 9
 
 
 def test_stolen_processor_time_counts_as_that_of_others(tmp_path, monkeypatch):
@@ -287,4 +277,4 @@ def test_a_job_begun_too_late_is_left_out(measured, monkeypatch):
 
 
 def test_what_the_sanitizer_runs_computes():
-    assert sanitize.exercise(CPU, (torch.float32,)) == 18
+    assert sanitize.exercise(CPU, torch.float32) == 18

@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 from bench import resources  # noqa: E402
 from bench.jobs import compiled  # noqa: E402
 from splade_kernels.backends.triton import tuning  # noqa: E402
+from tests.bench import synthetic  # noqa: E402
 
 # About a hundred kernels for each: the first target in every run, the others in `make test-all`.
 OTHERS = [arch for arch in tuning.ARCHITECTURES if arch != 86]
@@ -54,23 +55,25 @@ def test_tiles_arrive_asynchronously(rows):
             assert row.instructions.get("LDGSTS"), row
 
 
-def test_a_problem_would_be_seen():
-    row = compiled.Row("k", 86, "bfloat16", {"PRECISION": "ieee"}, 255, 8, 120_000, {}, matmul=True)
-    assert len(row.problems()) == 5
-    config, stores = {"PRECISION": "ieee"}, {"write": 1}
-    exempt = compiled.Row("k", 86, "float32", config, 128, 0, 1000, {"STG": 1}, matmul=True, ptx=stores)
-    assert exempt.problems() == []
+WHOLE = compiled.Row(
+    "k", 86, "bfloat16", {}, 128, 0, 1000, {"HMMA": 4, "STG": 1}, matmul=True, ptx={"multiply": 4, "write": 1}
+)
 
 
-@pytest.mark.parametrize("dropped", [("multiply", "has no matrix instruction"), ("write", "writes no result")])
-def test_a_dropped_product_or_result_would_be_seen(dropped):
-    name, problem = dropped
-    whole = compiled.Row(
-        "k", 90, "bfloat16", {}, 128, 0, 1000, {"HGMMA": 4, "REDG": 1}, matmul=True, ptx={"multiply": 4, "write": 1}
-    )
-    assert whole.problems() == []
-    (found,) = replace(whole, ptx=whole.ptx | {name: 0}).problems()
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"spill_bytes": 8}, "spills 8 bytes"),
+    ({"shared_bytes": 120_000}, "needs 120000 bytes of shared memory"),
+    ({"ptx": {"write": 1}}, "has no matrix instruction"),
+    ({"instructions": {"STG": 1}}, "multiplies without tensor cores"),
+    ({"ptx": {"multiply": 4}}, "writes no result"),
+    ({"instructions": {"HMMA": 4}}, "writes no result"),
+], ids=str)  # fmt: skip
+def test_a_problem_would_be_seen(change, problem):
+    assert WHOLE.problems() == []
+    (found,) = replace(WHOLE, **change).problems()
     assert problem in found
+    exempt = {"dtype": "float32", "config": {"PRECISION": "ieee"}, "instructions": {"STG": 1}, "ptx": {"write": 1}}
+    assert replace(WHOLE, **exempt).problems() == []
 
 
 def test_what_counts_as_a_product_and_as_a_write():
@@ -106,14 +109,4 @@ def test_no_device_function_has_a_plain_string_for_a_default():
 
 
 def test_every_kernel_of_the_package_is_in_the_report(rows):
-    import importlib
-    import pkgutil
-
-    import splade_kernels.backends.triton as package
-
-    launched = set()
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        members = vars(importlib.import_module(module.name))
-        launched |= {name for name, value in members.items() if isinstance(value, triton.JITFunction)}
-    kernels = {name.strip("_") for name in launched if name.endswith("_kernel")}
-    assert kernels == {row.kernel for row in rows}
+    assert {name.strip("_") for name in synthetic.kernels(triton.JITFunction)} == {row.kernel for row in rows}

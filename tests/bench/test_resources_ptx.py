@@ -36,32 +36,22 @@ def instructions(text: str, pattern: str) -> set[str]:
     return set(re.findall(rf"(?<![\w.]){pattern}(?=\s)", text))
 
 
-def test_float_instructions_are_those_that_the_bounds_were_made_for(ptx):
-    seen = {
-        name: instructions(text, r"(?:div|sqrt|rsqrt|rcp|lg2|ex2|sin|cos|tanh)\.[\w.]*f32")
-        for name, text in ptx.items()
-    }
-    approximate = {name: found for name, found in seen.items() if found}
-    assert approximate == {
-        "finalise": {"div.full.f32"},
-        "sum": {"div.full.f32"},
-        "logit_grad": {"div.full.f32"},
-        "quantise": {"div.full.f32", "sqrt.rn.f32"},
-        "gradient": {"ex2.approx.f32"},
-        "weight": {"ex2.approx.f32"},
-    }
+DIVIDES = dict.fromkeys(("finalise", "sum", "logit_grad"), "div.full.f32")
+EXPONENTIAL = dict.fromkeys(("gradient", "weight"), "ex2.approx.f32")
+LOGARITHM = dict.fromkeys(("finalise", "sum", "logit_grad"), "fma.rn.ftz.f32")
 
 
-def test_denormals_are_flushed_in_the_logarithm_and_in_floor_only(ptx):
-    """Both from libdevice. Arguments of the logarithm are at least 1."""
-    flushing = {name: instructions(text, r"[\w.]*\.ftz[\w.]*") for name, text in ptx.items()}
-    logarithm = {"fma.rn.ftz.f32"}
-    assert {name: found for name, found in flushing.items() if found} == {
-        "finalise": logarithm,
-        "sum": logarithm,
-        "logit_grad": logarithm,
-        "quantise": {"cvt.rmi.ftz.f32.f32"},
-    }
+@pytest.mark.parametrize(("pattern", "expected"), [
+    # Approximations: those that the bounds were made for.
+    (r"(?:div|sqrt|rsqrt|rcp|lg2|ex2|sin|cos|tanh)\.[\w.]*f32",
+     DIVIDES | EXPONENTIAL | {"quantise": "div.full.f32 sqrt.rn.f32"}),
+    # Denormals are flushed in the logarithm, whose arguments are at least 1, and in floor; both are from libdevice.
+    (r"[\w.]*\.ftz[\w.]*", LOGARITHM | {"quantise": "cvt.rmi.ftz.f32.f32"}),
+    (r"cvt\.r\w+\.[su]\d+\.f32", {"quantise": "cvt.rzi.s16.f32"}),
+], ids=["approximate", "flushing", "to integers"])  # fmt: skip
+def test_instructions_of_a_kind_are_the_known_ones(pattern, expected, ptx):
+    found = {name: instructions(text, pattern) for name, text in ptx.items()}
+    assert {name: " ".join(sorted(some)) for name, some in found.items() if some} == expected
 
 
 def test_floats_are_narrowed_to_the_nearest(ptx):
@@ -69,8 +59,6 @@ def test_floats_are_narrowed_to_the_nearest(ptx):
     for name in ("finalise", "sum", "logit_grad", "hidden", "weight"):
         assert narrowing[name]
         assert narrowing[name] <= {"cvt.rn.bf16.f32", "cvt.rn.bf16x2.f32"}
-    integers = {name: instructions(text, r"cvt\.r\w+\.[su]\d+\.f32") for name, text in ptx.items()}
-    assert {name: found for name, found in integers.items() if found} == {"quantise": {"cvt.rzi.s16.f32"}}
 
 
 def test_maxima_keep_nan_and_zeros_are_made_one(ptx):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from bench.inputs import cases, text_model, variants
 from bench.inputs.cases import PRECISIONS, SCREENING, Case
 from bench.jobs import encode, screening
 from splade_kernels.backends.tiled import screening as screening_backend
+from tests.bench.synthetic import changed
 
 CPU = torch.device("cpu")
 FLOAT32 = PRECISIONS["float32"]
@@ -92,20 +94,14 @@ def test_one_lost_pair_is_red_however_small(unweighed):
     """The smallest active entry goes: the norm of the difference is far within the bound for norms."""
     case = replace(TINY, active_share=0.5)
     (job, _) = screening.head(case, FLOAT32, "forward", CPU, ["screened"])
-    (step,) = job.steps()
 
-    def lossy() -> tuple[torch.Tensor, ...]:
-        (output,) = step()
-        output = output.clone()
-        smallest = output.masked_fill(output == 0, torch.inf).flatten().argmin()
-        output.view(-1)[smallest] = 0
-        return (output,)
+    def lossy(output: torch.Tensor) -> tuple[torch.Tensor]:
+        smallest = output.masked_fill(output == 0, torch.inf).amin()
+        return (output.masked_fill(output == smallest, 0),)
 
-    errors = job.check(lossy())
-    assert errors["output"] < truth.BOUNDS["float32"]
-    assert errors["bands_from_unscreened"] > 1
-    job.steps = lambda: [lossy]
-    (row,) = rows.run([job], CPU, 0.01)
+    row = changed(job, lossy)
+    assert row.errors["output"] < truth.BOUNDS["float32"]
+    assert row.errors["bands_from_unscreened"] > 1
     assert row.status.startswith("red: beyond {'bands_from_unscreened': 1.0, 'bands_from_truth': 1.0}")
 
 
@@ -117,32 +113,22 @@ def test_a_wrong_gradient_of_screened_training_is_red(unweighed):
     assert max(job.check((output, hidden, weight, bias)).values()) < 1
 
 
-def test_training_and_first_calls_quantise_the_weight_in_every_step(unweighed, monkeypatch):
-    plain, prepared, given = screening_backend.PLAIN, [], []
-
-    def prepare(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        prepared.append(weight.shape)
-        return plain.prepare(weight)
-
-    def maximise(*arguments: object) -> int:
-        given.append(len(arguments) > 5)
-        return plain.maximise(*arguments)
-
+@pytest.mark.parametrize(
+    ("job", "name", "counted"),
+    [("forward", "screened", 1), ("forward", "screened-first", 3), ("forward_backward", "screened", 0)],
+)
+def test_training_and_first_calls_quantise_the_weight_in_every_step(job, name, counted, unweighed, monkeypatch):
+    plain = screening_backend.PLAIN
+    made = screening.head(TINY, FLOAT32, job, CPU, [name])[0]
+    (step,) = made.steps()
+    prepare, maximise = (Mock(wraps=function) for function in (plain.prepare, plain.maximise))
     monkeypatch.setattr(screening_backend, "PLAIN", replace(plain, prepare=prepare, maximise=maximise))
     monkeypatch.setattr(screening_backend, "compiled_kernels", lambda: None)
-    for job, name, counted in (
-        ("forward", "screened", 1),
-        ("forward", "screened-first", 3),
-        ("forward_backward", "screened", 0),
-    ):
-        made = screening.head(TINY, FLOAT32, job, CPU, [name])[0]
-        (step,) = made.steps()
-        prepared.clear()
-        given.clear()
-        for _ in range(3):
-            step()
-        # Without a quantised weight at hand the kernels quantise it.
-        assert (len(prepared), given) == (counted, [job == "forward"] * 3)
+    for _ in range(3):
+        step()
+    # Without a quantised weight at hand the kernels quantise it.
+    given = [len(call.args) > 5 for call in maximise.call_args_list]
+    assert (prepare.call_count, given) == (counted, [job == "forward"] * 3)
 
 
 def test_points_of_the_curve_over_the_share_are_inference_alone():
@@ -174,16 +160,15 @@ def test_the_band_by_hand():
 
 def test_survivors_are_the_dots_that_the_backend_computes():
     """As many as ``maximise`` counts: everything where all bounds reach, none where relu cuts all."""
-    hidden, weight, bias = (leaf.detach() for leaf in cases.make_inputs(TINY, FLOAT32, CPU).leaves)
-    mask = cases.make_inputs(TINY, FLOAT32, CPU).mask
+    inputs = cases.make_inputs(TINY, FLOAT32, CPU)
+    (hidden, weight, bias), mask = (leaf.detach() for leaf in inputs.leaves), inputs.mask
     pairs = int(mask.sum()) * 300
     assert screening.survivors(hidden, weight, bias - 1000, mask) == (0, pairs)
     assert screening.survivors(hidden * 0 + 1, weight, None, mask)[1] == pairs
     computed, _ = screening.survivors(hidden, weight, bias, mask)
     active = (sk.splade_pool(hidden, weight, bias, mask) > 0).sum()
     assert active <= computed < pairs
-    inputs = cases.make_inputs(TINY, FLOAT32, CPU)
-    assert screening.surviving_share(inputs, FLOAT32) == computed / pairs
+    assert screening.head(TINY, FLOAT32, "forward", CPU, ["screened"])[0].row.survivors == computed / pairs
 
 
 def test_the_flags_of_the_cpu_are_in_the_environment():
@@ -240,34 +225,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert 0 <= record["ndcg@10"] <= 1
         assert 0 < record["passage_active_share"] < 1
         patch.setattr(text_model, "FOLDER", folder)
-        text_model.passages.cache_clear()
         yield folder
-    text_model.passages.cache_clear()
 
 
 def test_inputs_from_text_are_what_the_decoder_gets(trained):
-    assert text_model.why_not() is None
     case = Case("text", 3, 8, hidden_size=16, vocab_size=65, lengths="ragged", from_text=True)
+    assert text_model.why_absent(case) is None
     inputs = cases.make_inputs(case, FLOAT32, CPU)
     assert (inputs.hidden.shape, inputs.weight.shape, inputs.bias.shape) == ((3, 8, 16), (65, 16), (65,))
     assert inputs.mask.sum(1).tolist() == case.draw_lengths().tolist()
     model = text_model.load()
+    tokens = iter(model.tokenizer(text_model.passages(), truncation=True, max_length=case.length)["input_ids"])
     for sequence, length in enumerate(case.draw_lengths().tolist()):
-        # Of a passage that is long enough, the first words; the separator ends the text.
-        ids = next_passage(model, case, sequence)[:length]
+        # Of the next passage that is long enough, the first words; the separator ends the text.
+        ids = next(ids for ids in tokens if len(ids) >= length)[:length]
         ids[-1] = model.tokenizer.sep_token_id
         with torch.no_grad():
             expected = model.transformers_model(input_ids=torch.tensor([ids])).logits[0]
         found = inputs.hidden[sequence, :length] @ inputs.weight.t() + inputs.bias
         assert (found.detach() - expected).abs().max() < 1e-5
-
-
-def next_passage(model: object, case: Case, sequence: int) -> list[int]:
-    """The passage that a sequence is cut from: every sequence takes the next one that has its length."""
-    tokens = iter(model.tokenizer(text_model.passages(), truncation=True, max_length=case.length)["input_ids"])
-    for wanted in case.draw_lengths().tolist()[: sequence + 1]:
-        found = next(ids for ids in tokens if len(ids) >= wanted)
-    return found
 
 
 def test_what_is_known_of_the_model_is_in_the_results_and_documents(trained, measured):
@@ -311,12 +287,11 @@ def test_encode_runs_every_mode_on_the_same_texts(trained, monkeypatch):
 def test_a_pair_that_encode_loses_is_red_however_small(trained):
     """Of the values beyond what summation orders explain, the smallest goes."""
     (job,) = encode.jobs(encode.Corpus("encode-squad", 6, 4), FLOAT32, CPU, ["screened"])
-    (step,) = job.steps()
-    indices, values = step()
-    assert job.check((indices, values))["bands_from_unscreened"] < 1
-    smallest = values.argsort()
-    lost = smallest[values[smallest] > 1e-4][0]
-    kept = torch.arange(len(values)) != lost
-    job.steps = lambda: [lambda: (indices[:, kept], values[kept])]
-    (row,) = rows.run([job], CPU, 0)
+
+    def lossy(indices: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert job.check((indices, values))["bands_from_unscreened"] < 1
+        kept = values != values[values > 1e-4].min()
+        return indices[:, kept], values[kept]
+
+    row = changed(job, lossy)
     assert row.status.startswith("red: beyond {'bands_from_unscreened': 1.0}")

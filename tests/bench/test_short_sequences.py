@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -21,20 +22,13 @@ CPU = torch.device("cpu")
 TINY = "--device cpu --batch-size 3 --hidden-size 16 --vocab-size 70 --length 3 5 --seconds 0.01".split()
 
 
-@pytest.fixture
-def rates_of_a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(short_sequences.timing, "copy_rate", lambda device: 1e10)
-    monkeypatch.setattr(short_sequences.timing, "matmul_rate", lambda device, dtype: 1e11)
-
-
 def test_rows_that_are_gathered_cost_twice_the_intensity_over_the_length():
     """2 p B V D e bytes against 2 B S D V operations: p e R / (M S) forwards, and what is streamed beside the rows."""
-    for length in (14, 60, 256):
-        for share in (0.05, 1.0):
-            shape, rates = Shape(length), Rates.of(135.0)
-            streamed = shape.hidden_bytes + shape.weight_bytes + shape.entry_bytes + 24 * share * shape.entries
-            beside = streamed / (2 * shape.tokens * 768 * 30522 / 135.0)
-            assert costs(shape, share, rates).gather == pytest.approx(270 * share / length + beside)
+    for length, share in itertools.product((14, 60, 256), (0.05, 1.0)):
+        tokens, entries = 32 * length, 32 * 30522
+        streamed = tokens * 768 * 2 + 30522 * 768 * 2 + 6 * entries + 24 * share * entries
+        beside = streamed / (2 * tokens * 768 * 30522 / 135.0)
+        assert costs(Shape(length), share, Rates.of(135.0)).gather == pytest.approx(270 * share / length + beside)
     assert costs(Shape(14), 1.0, Rates.of(135.0)).gather == pytest.approx(270 / 14, rel=0.05)
 
 
@@ -45,21 +39,20 @@ def test_rows_of_h_from_a_cache_make_gathering_cheaper_and_scattering_not():
 
 
 def test_scattering_costs_two_products_and_the_bytes_of_g():
-    shape, intensity = Shape(60), 150.0
-    forward = 2 * shape.tokens * 768 * 30522 / intensity
-    zeroed, sectors, entries = shape.tokens * 30522 * 2, 64 * shape.entries, 6 * shape.entries
-    found = costs(shape, 1.0, Rates.of(intensity)).scatter
+    tokens, entries, intensity = 32 * 60, 32 * 30522, 150.0
+    forward = 2 * tokens * 768 * 30522 / intensity
+    zeroed, sectors, entries = tokens * 30522 * 2, 64 * entries, 6 * entries
+    found = costs(Shape(60), 1.0, Rates.of(intensity)).scatter
     assert found == pytest.approx(2 + (zeroed + sectors + entries) / forward)
     # Zeroing G takes e R / (2 D M) forwards whatever the length.
     assert zeroed / forward == pytest.approx(2 * intensity / (2 * 768))
 
 
 def test_a_product_cannot_take_less_than_its_bytes():
-    shape = Shape(1, batch_size=1)
-    rates = Rates.of(1e9)
-    moved = shape.weight_bytes + shape.hidden_bytes + 4 * shape.entries
-    assert model.forward_seconds(shape, rates) == moved
-    assert model.scatter_seconds(shape, 0.0, rates) > 2 * shape.weight_bytes
+    found = costs(Shape(1, batch_size=1), 0.0, Rates.of(1e9))
+    weight_bytes = 30522 * 768 * 2
+    assert found.forward == weight_bytes + 768 * 2 + 4 * 30522
+    assert found.scatter * found.forward > 2 * weight_bytes
 
 
 @pytest.mark.parametrize("intensity", model.INTENSITIES)
@@ -79,10 +72,7 @@ def test_the_ways_cross_where_it_says(intensity):
         assert shorter.scatter < shorter.gather
         assert longer.scatter >= longer.gather
     assert model.crossing_length(0.005, rates, lengths=(14, 60)) is None
-
-
-def test_the_first_intensity_is_the_datasheets():
-    assert model.INTENSITIES[0] == pytest.approx(71e12 / 936e9)
+    assert model.INTENSITIES[0] == pytest.approx(71e12 / 936e9), "the datasheet's"
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "bf16-autocast"])
@@ -91,28 +81,19 @@ def test_scattered_gradients_are_right_in_one_tile_and_in_many(precision, tile_b
     monkeypatch.setattr(short_sequences, "TILE_BYTES", tile_bytes)
     case, chosen = Case("", 3, 5, 16, 70), PRECISIONS[precision]
     inputs = make_inputs(case, chosen, CPU)
-    drawn = draw(at_share(0.5), case, chosen, CPU)
+    drawn = draw(partial(at_share, 0.5), case, chosen, CPU)
     found = short_sequences.scatter_step(chosen, inputs, drawn)()
     assert [tensor.dtype for tensor in found] == [chosen.dtype] * 3
     exact = truth.backward(*drawn, inputs)
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in exact]
     for ours, theirs in zip(found, exact, strict=True):
-        assert truth.relative_distance(ours, theirs) < short_sequences.BOUNDS[precision] / 2
+        assert truth.relative_distance(ours, theirs) < short_sequences.BOUNDS[precision] / 4
     width = short_sequences.tile_width(15, 70, chosen.compute_dtype)
     assert width == (70 if tile_bytes > 1000 else tile_bytes // 15 // chosen.compute_dtype.itemsize)
 
 
-def test_the_share_of_active_entries_is_the_one_asked_for():
-    case = Case("", 4, 9, 8, 5000)
-    for share in (0.05, 1.0):
-        output, argmax, _ = draw(at_share(share), case, PRECISIONS["float32"], CPU)
-        assert (output > 0).double().mean().item() == pytest.approx(share, abs=0.01)
-        assert 0 <= int(argmax.min()) <= int(argmax.max()) < 9
-        assert not argmax[output == 0].any()
-
-
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_both_ways_are_checked_and_measured(precision, tmp_path, rates_of_a_small_machine):
+def test_both_ways_are_checked_and_measured(precision, tmp_path, rates):
     path = tmp_path / "result.json"
     shares = ["--share", "0.05", "1.0", "--budget", "300", "--precision", precision]
     result = short_sequences.main(["--output", str(path), *TINY, *shares])
@@ -127,7 +108,10 @@ def test_both_ways_are_checked_and_measured(precision, tmp_path, rates_of_a_smal
         assert row["median"] > 0
         both = row["variant"] in ("gather", "scatter")
         assert set(row["errors"]) == ({"grad_hidden", "grad_weight", "grad_bias"} if both else set())
-        assert all(error <= short_sequences.BOUNDS[precision] for error in row["errors"].values())
+        assert all(
+            error <= short_sequences.BOUNDS[precision] / (1 + (row["variant"] == "gather"))
+            for error in row["errors"].values()
+        )
         assert (row["predicted_forwards"] is not None) == both
     assert [row["variant"] for row in result["rows"][:4]] == list(short_sequences_tables.VARIANTS)
     shape = Shape(3, 3, 16, 70, 4 if precision == "float32" else 2)
@@ -138,7 +122,7 @@ def test_both_ways_are_checked_and_measured(precision, tmp_path, rates_of_a_smal
     assert text.count("| S3 (B3 S3 D16 V70)") == text.count("| S5 (B3 S5 D16 V70)") == 2
 
 
-def test_a_wrong_gradient_is_red_and_not_timed(tmp_path, monkeypatch, rates_of_a_small_machine):
+def test_a_wrong_gradient_is_red_and_not_timed(tmp_path, monkeypatch, rates):
     right = short_sequences.scatter_step
 
     def scaled(*arguments: object) -> object:
@@ -154,23 +138,11 @@ def test_a_wrong_gradient_is_red_and_not_timed(tmp_path, monkeypatch, rates_of_a
     assert "- S3 float32 active-100% scatter: red" in report.render(load([path]))
 
 
-def test_what_there_is_no_time_for_is_named(tmp_path, rates_of_a_small_machine):
-    path = tmp_path / "result.json"
-    result = short_sequences.main(["--output", str(path), *TINY, "--share", "0.5", "--budget", "0"])
-    assert result["rows"] == []
-    assert json.loads(path.read_text())["left_out"] == [
-        {"case": name, "precision": "float32", "job": "active-50%", "reason": "no time"} for name in ("S3", "S5")
-    ]
-
-
 def test_without_an_output_the_command_prints_or_writes_the_models_tables(tmp_path, capsys):
     assert short_sequences.main([]) is None
     block = short_sequences_tables.block()
     assert capsys.readouterr().out.strip() == block
-    page: Path = tmp_path / "page.md"
+    page = tmp_path / "page.md"
     page.write_text(f"before\n\n{short_sequences_tables.BEGIN}\nold\n{short_sequences_tables.END}\n\nafter\n")
     short_sequences.main(["--document", str(page)])
     assert page.read_text() == f"before\n\n{block}\n\nafter\n"
-    page.write_text("no markers")
-    with pytest.raises(ValueError, match="expected the markers"):
-        short_sequences.main(["--document", str(page)])

@@ -21,7 +21,8 @@ def half(number: int) -> float:
 
 
 def test_what_hangs_is_given_up():
-    assert side_by_side(waits, [(0,), (1,), (2,)], 10) == [0, "failed: no answer after 10 s", 2]
+    # Last, since one process may have to do all before it.
+    assert side_by_side(waits, [(0,), (2,), (1,)], 8) == [0, 2, "failed: no answer after 8 s"]
     assert side_by_side(waits, [(3,)]) == [3]
 
 

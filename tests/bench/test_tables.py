@@ -59,11 +59,6 @@ def test_the_head_table_compares_with_stock_matmul_and_roofline():
     assert "Where ours screens it computes few of these dots" in text
 
 
-def test_slower_is_called_slower():
-    rows = [row("dev", "stock", 1e-3, "forward_backward"), row("dev", "ours", 2e-3, "forward_backward")]
-    assert "2.0x slower (2.0 to 2.0)" in cells(report.readme_block([result("head", rows)]), "dev")[0]
-
-
 def test_a_red_result_is_shown_and_counted():
     wrong = copy.deepcopy(HEAD)
     wrong["rows"][2] |= {"status": "red: two runs differ", "median": None, "repeatable": False}
@@ -130,11 +125,14 @@ def test_the_caption_names_every_run_and_the_cases_of_the_later_ones():
     del later["command"]
     made["runs"].append(later)
     made["rows"].append(row("query", "ours", 1.0, run=later))
-    made["left_out"] = [{"case": "long", "precision": "bf16", "reason": "no time"}, {"kind": "maximum", "arch": 90}]
+    made["left_out"] = [
+        {"case": "long", "precision": "bf16", "reason": "no time"},
+        {"kind": "maximum", "arch": 90, "reason": "late"},
+    ]
     assert markdown.caption(made) == (
         "Test CPU (AVX2), 2 threads; python 3.11, torch 2.11; commit abc, `python -m bench`, load average at the start "
         "33.9; query: commit def, the command was not recorded. File: `bench/results/head.json`. "
-        "Left out: long bf16: no time; kind maximum arch 90."
+        "Left out: long bf16: no time; kind maximum arch 90: late."
     )
 
 
@@ -198,12 +196,11 @@ def test_curves_are_plotted_with_their_roofline_and_the_gain_against_the_share(t
         for size in (32, 64)
         for name, cost in (("stock", 2e-4), ("ours", 1e-4))
     ]
-    (curves,) = figures.plot_curves([result("head", rows), result("flops", [])], tmp_path)
     made = screening({"sparse-normal": TIMES, "dense": TIMES, "trained-squad": TIMES})
-    (shares,) = figures.plot_shares([made, result("head", [])], tmp_path)
-    assert (curves.name, shares.name) == ("head-curves.png", "screening-shares.png")
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (curves, shares))
-    assert figures.plot_curves([HEAD], tmp_path) == figures.plot_shares([screening({"dense": TIMES})], tmp_path) == []
+    paths = figures.plot([made, result("flops", []), result("head", rows)], tmp_path)
+    assert [path.name for path in paths] == ["head-curves.png", "screening-shares.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert figures.plot([HEAD, screening({"dense": TIMES})], tmp_path) == []
     assert "![Screening against the share of active pairs](x-shares.png)" in report.render([made], ["x-shares.png"])
 
 
@@ -215,13 +212,13 @@ def test_the_documents_are_those_of_the_checked_in_results():
     assert report.screening_block(results) in (ROOT / "docs/screening.md").read_text()
 
 
-STEADY = {"median": 1.0, "spread": (1.0, 4.0), "samples": [1.0, 4.0, 1.0, 2.0, 1.0]}
+STEADY = {"median": 1.0, "samples": [1.0, 4.0, 1.0, 2.0, 1.0]}
 
 
 def scaled(*factors: float) -> dict[str, object]:
     """Times beside those of :data:`STEADY`, so that their ratios are the factors."""
     samples = [factor * base for factor, base in zip(factors, STEADY["samples"], strict=True)]
-    return {"median": sorted(samples)[2], "spread": (min(samples), max(samples)), "samples": samples}
+    return {"median": sorted(samples)[2], "samples": samples}
 
 
 def test_a_ratio_is_the_median_of_the_rounds_own_and_not_that_of_the_medians():

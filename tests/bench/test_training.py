@@ -16,7 +16,7 @@ from bench.harness.result_file import by_device, load
 from bench.inputs import encoders
 from bench.jobs import training as training_run
 from bench.jobs.training import Job
-from bench.tables.training import predictions, table
+from bench.tables.training import limits_table, predictions, training_table
 from tests.bench.synthetic import cells
 
 VOCAB_SIZE, MAX_LENGTH = 300, 24
@@ -25,8 +25,9 @@ TINY += [str(MAX_LENGTH), "--timed-steps", "2"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models this small only wait for a second thread."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,14 +35,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+def jobs() -> dict[str, Job]:
     """A job for each architecture, on a CPU."""
     made = {}
     for name, size in encoders.SIZES.items():
-        folder = tmp_path_factory.mktemp(name)
-        encoders.build(replace(size, layers=1, hidden_size=64, vocab_size=VOCAB_SIZE), MAX_LENGTH, folder)
+        folder = encoders.build(replace(size, layers=1, hidden_size=64, vocab_size=VOCAB_SIZE), MAX_LENGTH)
         made[name] = Job(
-            str(folder), "fused", 4, MAX_LENGTH, "full", "fp32", "cpu",
+            folder, "fused", 4, MAX_LENGTH, "full", "fp32", "cpu",
             active_terms=20, warm_up_steps=1, timed_steps=3, profiled_steps=0,
         )  # fmt: skip
     return made
@@ -86,11 +86,9 @@ def test_texts_have_the_lengths_and_ids_they_should(jobs: dict[str, Job]) -> Non
 
 
 def test_a_run_writes_a_file_and_a_table_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(training, "_run", lambda work, job: work(job))
-    monkeypatch.setattr(training, "cases", lambda job, _: [replace(job, lengths="full", gradient_checkpointing=True)])
     path = tmp_path / "result.json"
-    result = training.main(["--output", str(path), "--model", "distilbert", *TINY])
+    result = training.main(["--output", str(path), "--model", "distilbert", *TINY, "--case", "full-checkpointing"])
     assert json.loads(path.read_text()) == result
     assert result["kind"] == "training"
     (run,) = result["provenance"]
@@ -98,24 +96,18 @@ def test_a_run_writes_a_file_and_a_table_of_it(tmp_path: Path, monkeypatch: pyte
     check = run["checks"]["distilbert"]["fp32"]
     assert len(check["stock_losses"]) == training.CHECK_STEPS
     assert check["largest_relative_difference"] <= check["tolerance"] == 1e-4
-    assert [(row["head"], row["lengths"], row["gradient_checkpointing"]) for row in result["rows"]] == [
-        ("stock", "full", True),
-        ("fused", "full", True),
+    columns = ("head", "lengths", "active_terms", "gradient_checkpointing")
+    assert [tuple(row[name] for name in columns) for row in result["rows"]] == [
+        ("stock", "full", None, True),
+        ("fused", "full", None, True),
     ]
     assert result["left_out"] == []
-    (shown,) = map(table, by_device(result, path.name))
+    (shown,) = map(training_table, by_device(result, path.name))
     assert shown.count("distilbert, 1 layers, 64 wide, V 300") == 1
     assert "RTX 3090" not in shown
-
-
-def test_the_cases_begin_with_the_seeds_and_cover_both_lengths_and_checkpointing(jobs: dict[str, Job]) -> None:
-    found = [(job.lengths, job.active_terms, job.gradient_checkpointing) for job in training.cases(jobs["distilbert"])]
-    assert found == [
-        ("gooaq", training.SPARSE_TERMS, False),
-        ("full", None, False),
-        ("gooaq", None, False),
-        ("full", None, True),
-    ]
+    # The first case is the seed's.
+    asked = [tuple(map(case.get, ("lengths", "active_terms"))) for case in training.CASES.values()]
+    assert asked == [("gooaq", training.SPARSE_TERMS), ("full", None), ("gooaq", None), ("full", None)]
 
 
 def test_heads_that_disagree_are_not_timed(jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +126,7 @@ def test_heads_that_disagree_are_not_timed(jobs: dict[str, Job], monkeypatch: py
         training.check(jobs["distilbert"])
 
 
-def test_without_time_everything_is_named_as_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_without_time_everything_is_named_as_left_out() -> None:
     result = training.main(["--model", "distilbert", *TINY, "--budget", "0"])
     assert result["rows"] == []
     assert result["left_out"] == [{"model": "distilbert", "reason": "no time"}]
@@ -186,19 +177,16 @@ def seed_rows(**changes: object) -> list[dict[str, object]]:
 
 
 def test_predicted_hours_are_steps_times_the_wall_clock() -> None:
-    (found,) = predictions(seed_rows())
-    assert found["stock_hours"] == pytest.approx(94_110 * 0.120 / 3600)
-    assert found["fused_hours"] == pytest.approx(94_110 * 0.060 / 3600)
-    text = table({"kind": "training", "rows": seed_rows()})
+    text = training_table({"rows": seed_rows()})
     assert "Predicted for GPU X, not run: 94,110 steps" in text
-    assert "3.14 h stock and 1.57 h fused (2.00x)" in text
+    assert "with every term active take 3.14 h stock and 1.57 h fused (2.00x)" in text
 
 
 @pytest.mark.parametrize(
     "change", [{"layers": 2}, {"device": "cpu"}, {"pairs_per_batch": 4}, {"lengths": "full"}, {"out_of_memory": True}]
 )
 def test_other_steps_predict_nothing(change: dict[str, object]) -> None:
-    assert predictions(seed_rows(**change)) == []
+    assert [*predictions(seed_rows(**change))] == []
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 8, 9, 100, 421])
@@ -211,7 +199,7 @@ def test_the_largest_batch_is_found_to_within_the_resolution(limit: int) -> None
 
     exact = limits.largest(fits, 8, 0.0, lambda: True)
     assert (exact.fits, exact.fails, exact.complete(0.0)) == (limit, limit + 1, True)
-    assert exact.trials == len(tried) == len(set(tried)) <= 17
+    assert len(tried) == len(set(tried)) <= 17
     rough = limits.largest(fits, 8, 0.05, lambda: True)
     assert rough.fits <= limit < rough.fails
     assert rough.fails - rough.fits <= max(1, 0.05 * rough.fits)
@@ -222,8 +210,7 @@ def test_a_search_that_ends_early_says_so() -> None:
     assert (found.fits, found.fails, found.complete(0.03)) == (16, None, False)
 
 
-def test_limits_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_limits_need_a_gpu() -> None:
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         limits.main([])
 
@@ -235,12 +222,10 @@ def test_the_table_of_limits() -> None:
     }  # fmt: skip
     limit = {"total_gib": 24.0, "allowance_gib": 1.0, "precision": "bf16", "resolution": 0.03}
     rows = [row | {"head": "stock", "largest_pairs": 16}, row | {"head": "fused", "largest_pairs": 400}]
-    text = table({"kind": "limits", "rows": rows, "runs": [{"limit": limit, "environment": {"device": "GPU X"}}]})
+    text = limits_table({"rows": rows, "runs": [{"limit": limit, "environment": {"device": "GPU X"}}]})
     (line,) = cells(text, "xlm-roberta, 12 layers, V 250002")
     assert line[1:] == ["256", "on", "sdpa, adamw_torch_fused", "16", "400", "25.00x"]
     assert "24.0 GiB less 1.0 GiB" in text
-    with pytest.raises(ValueError, match="kind: expected one of"):
-        table({"kind": "head"})
 
 
 def test_a_search_on_a_gpu_trains_until_memory_runs_out(jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +242,7 @@ def test_a_search_on_a_gpu_trains_until_memory_runs_out(jobs: dict[str, Job], mo
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 20)
     found = limits.search(replace(jobs["distilbert"], batch_size=2, gradient_checkpointing=True), 0.0, lambda: True)
     assert trained == [(size, 2 * size, True) for size in (2, 4, 8, 6, 5)]
-    assert (found["largest_pairs"], found["smallest_pairs_that_failed"], found["trials"]) == (5, 6, 5)
+    assert (found["largest_pairs"], found["smallest_pairs_that_failed"]) == (5, 6)
     assert found["complete"] is True
     assert (found["attention"], found["optimizer"], found["peak_memory_mib_at_largest"]) == ("sdpa", "adamw", 3.0)
 
@@ -268,20 +253,22 @@ def test_limits_are_written_for_both_heads_of_every_case(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(limits, "hold_memory", lambda: 0.3)
     monkeypatch.setattr(limits, "search", search)
-    monkeypatch.setattr(encoders, "build", lambda size, max_length, folder: None)
+    monkeypatch.setattr(encoders, "build", lambda size, max_length: "")
     path = tmp_path / "limits.json"
     result = limits.main(["--output", str(path), "--max-length", "64", "256"])
     assert json.loads(path.read_text()) == result
     assert len(result["rows"]) == 2 * 2 * 2 * 2
     (shown,) = by_device(result, path.name)
-    assert [line[-3:] for name in encoders.SIZES for line in cells(table(shown), name)] == [["20", "60", "3.00x"]] * 8
+    assert [line[-3:] for name in encoders.SIZES for line in cells(limits_table(shown), name)] == [
+        ["20", "60", "3.00x"]
+    ] * 8
 
 
 def test_the_checked_in_result_is_a_cpus_and_forecasts_nothing() -> None:
     (result,) = load([Path(__file__).parents[2] / "bench/results/training-cpu.json"])
     assert {row["device"] for row in result["rows"]} == {"cpu"}
-    assert predictions(result["rows"]) == result["left_out"] == []
-    assert len(table(result).splitlines()) == 2 + len(result["rows"]) // 2
+    assert [*predictions(result["rows"])] == result["left_out"] == []
+    assert len(training_table(result).splitlines()) == 2 + len(result["rows"]) // 2
     (run,) = result["runs"]
     assert run["command"].startswith("python -m bench.training")
     for check in run["checks"].values():

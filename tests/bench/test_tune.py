@@ -29,18 +29,7 @@ def test_candidates_are_distinct_and_begin_with_what_is_shipped(arch):
 
 
 def test_a_dry_run_compiles_and_says_what_it_would_measure(capsys):
-    options = [
-        "--dry-run",
-        "--arch",
-        "86",
-        "--dtype",
-        "bfloat16",
-        "--limit",
-        "1",
-        "--kind",
-        "maximum",
-        "backward-hidden",
-    ]
+    options = "--dry-run --arch 86 --dtype bfloat16 --limit 1 --kind maximum backward-hidden".split()
     result = tune.main(options)
     kinds = {row["kind"]: row for row in result["rows"]}
     assert set(kinds) == {"maximum", "backward-hidden"}
@@ -53,18 +42,14 @@ def test_a_dry_run_compiles_and_says_what_it_would_measure(capsys):
     assert "V 250002" in printed
 
 
-def test_a_candidate_that_exceeds_shared_memory_or_spills_is_dropped():
-    question = Shape("maximum", 86, "bfloat16", 768, 30522)
-    _, problems = tune_candidates.examine(question, MatmulConfig(128, 256, 32, 4, 6))
-    assert any("shared memory" in problem for problem in problems)
-    assert any("spills" in problem for problem in problems)
-
-
-def test_a_candidate_that_does_not_compile_is_dropped():
-    question = Shape("maximum", 86, "bfloat16", 768, 30522)
-    rows, (problem,) = tune_candidates.examine(question, MatmulConfig(96, 128, 32, 8, 3))
-    assert rows == []
-    assert problem.startswith("does not compile")
+@pytest.mark.parametrize(("config", "reasons"), [
+    (MatmulConfig(128, 256, 32, 4, 6), ["spills", "shared memory"]),
+    (MatmulConfig(96, 128, 32, 8, 3), ["does not compile"]),
+], ids=str)  # fmt: skip
+def test_a_candidate_that_spills_exceeds_shared_memory_or_does_not_compile_is_dropped(config, reasons):
+    rows, problems = tune_candidates.examine(Shape("maximum", 86, "bfloat16", 768, 30522), config)
+    assert all(any(reason in problem for problem in problems) for reason in reasons)
+    assert (rows == []) == (reasons == ["does not compile"])
 
 
 def test_without_a_gpu_it_says_what_is_missing(capsys, monkeypatch):
