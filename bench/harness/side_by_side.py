@@ -56,7 +56,8 @@ def _round(
         _pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
     pool = _pool
     futures: dict[int, Future[Result | str | None]] = {}
-    with contextlib.suppress(BrokenProcessPool):
+    # A pool that breaks during a submission has closed the pipes that a further process would be given.
+    with contextlib.suppress(BrokenProcessPool, OSError):
         for number in numbers:
             futures[number] = pool.submit(_try, work, tasks[number])
     _, late = wait(futures.values(), seconds)
@@ -65,10 +66,10 @@ def _round(
             result = f"failed: no answer after {seconds:.0f} s" if future in late else future.result()
             if result is not None:
                 found[number] = result
-    if late:
+    if late or any(number not in found for number in numbers):
+        # One that hangs, and one that started while the pool broke, would not end by itself.
         for process in list(pool._processes.values()):
             process.kill()
-    if late or any(number not in found for number in numbers):
         pool.shutdown()
         _pool = None
 

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from bench.harness.side_by_side import side_by_side
 
 
@@ -26,6 +28,9 @@ def test_what_hangs_is_given_up():
     assert side_by_side(waits, [(3,)]) == [3]
 
 
-def test_every_result_is_there_beside_an_error_and_a_crash():
-    found = side_by_side(half, [(1,), (0,), (2,), (3,), (4,)])
-    assert found == [1.0, "failed: ZeroDivisionError: division by zero", 0.5, "failed: it took its process down", 0.25]
+@pytest.mark.parametrize("number", range(5))
+def test_every_result_is_there_beside_an_error_and_crashes(number):
+    """Several times, since a crash may meet any moment of a submission."""
+    crash, error = "failed: it took its process down", "failed: ZeroDivisionError: division by zero"
+    tasks = [(1,), (3,), (0,), (2,), (3,), (4,), (3,), (5,)]
+    assert side_by_side(half, tasks) == [1.0, crash, error, 0.5, crash, 0.25, crash, 0.2]
