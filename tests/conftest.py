@@ -97,7 +97,7 @@ def on_accelerator() -> Iterator[None]:
     torch.set_default_device(None)
 
 
-@pytest.fixture(params=["as NumPy", "as a GPU"])
+@pytest.fixture(params=["as NumPy", pytest.param("as a GPU", marks=pytest.mark.slow)])
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Division, logarithm and exponential of the interpreter: NumPy's, or as approximate as a GPU's."""
     if request.param == "as a GPU":

@@ -35,7 +35,7 @@ def _measure(pooling_strategy: str, results: multiprocessing.Queue) -> None:
     results.put(run(BATCH, VOCAB))
 
 
-@pytest.mark.parametrize("pooling_strategy", ["max", "sum"])
+@pytest.mark.parametrize("pooling_strategy", ["max", pytest.param("sum", marks=pytest.mark.slow)])
 def test_forward_and_backward_stay_far_below_the_logits(pooling_strategy):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

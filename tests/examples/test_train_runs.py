@@ -87,6 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, squad: Path
     }
 
 
+@pytest.mark.slow
 def test_each_head_is_the_one_asked_for(runs: dict[str, Run]) -> None:
     assert runs["fused"].fused_parts == ["fuse", "FlopsLoss", "FlopsLoss"]
     assert runs["stock"].fused_parts == []
@@ -94,6 +95,7 @@ def test_each_head_is_the_one_asked_for(runs: dict[str, Run]) -> None:
     assert {name: run.summary["head"] for name, run in runs.items()} == {"fused": "fused", "stock": "stock"}
 
 
+@pytest.mark.slow
 def test_fused_and_stock_have_the_same_losses(runs: dict[str, Run]) -> None:
     fused, stock = runs["fused"].losses, runs["stock"].losses
     assert len(stock) == STEPS
@@ -106,6 +108,7 @@ def test_fused_and_stock_have_the_same_losses(runs: dict[str, Run]) -> None:
         assert last[part] > 0.05 * last["loss"]
 
 
+@pytest.mark.slow
 def test_fused_and_stock_have_the_same_evaluation(runs: dict[str, Run]) -> None:
     fused, stock = (runs[name].summary["metrics"] for name in ("fused", "stock"))
     assert fused == pytest.approx(stock, abs=0.02, rel=0.02)
@@ -113,6 +116,7 @@ def test_fused_and_stock_have_the_same_evaluation(runs: dict[str, Run]) -> None:
     assert 1 < stock["test_corpus_active_dims"] < 15000
 
 
+@pytest.mark.slow
 def test_results_are_written(runs: dict[str, Run]) -> None:
     for run in runs.values():
         output = Path(run.summary["arguments"]["output"])
@@ -133,6 +137,7 @@ def test_results_are_written(runs: dict[str, Run]) -> None:
         assert written["test"] == pytest.approx([run.summary["metrics"]["test_dot_ndcg@10"]])
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_saved_model_needs_nothing_of_ours(runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs["fused"]
@@ -155,6 +160,7 @@ def repeated_rows(batch: torch.Tensor) -> int:
     return len(batch) - len({tuple(row) for row in batch.tolist()})
 
 
+@pytest.mark.slow
 def test_a_batch_never_holds_a_passage_twice(runs: dict[str, Run], squad: Path) -> None:
     """Several questions share a passage; in one batch, each would be the other's negative."""
     passages = [passage for _, passage in read_beir(squad).pairs("train")]

@@ -59,6 +59,7 @@ def test_the_code_on_search_runs(monkeypatch, capsys):
     assert torch.allclose(names["cosines"].gather(1, names["cosine_ids"]), names["cosine_scores"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["examples/train.py"])
 def test_scripts_explain_themselves(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
