@@ -234,7 +234,7 @@ def run(names: Sequence[str], result: Result, seconds: float) -> None:
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=left)
         except subprocess.TimeoutExpired as late:
-            return f"no answer after {seconds:.0f} s", str(late.output or "")
+            return f"no answer after {seconds:.0f} s", (late.output or b"").decode(errors="replace")
         return f"failed: exit {done.returncode}", done.stdout
 
     with ThreadPoolExecutor(PROCESSES) as pool:

@@ -2,7 +2,7 @@
 
 bfloat16 is kept as uint16 there: conversions cut it off, arithmetic and comparisons take its bits for integers.
 :func:`forbid_bfloat16` makes them errors. :func:`approximate` puts a GPU's approximations in the place of NumPy's
-exactly rounded functions. :func:`remember` spares it what it does again at every call.
+exactly rounded functions. :func:`remember` makes it do once what it repeats at every call.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import pytest
 def remember(patch: pytest.MonkeyPatch) -> None:
     """Functions of ``triton.language`` are replaced once for each kernel and helper, and NumPy's types looked up once.
 
-    The interpreter replaces them at every launch and at every call of a helper, and puts them back after the launch: a
-    third of its time. Nothing is compiled in a process that interprets, so they can stay replaced.
+    By itself the interpreter replaces them at every launch and at every call of a helper, which takes much of its time,
+    and restores them after the launch. A process that interprets compiles nothing, so they can stay replaced.
     """
     from triton.runtime import interpreter
 
     replace = functools.cache(interpreter._patch_lang)
-    numpy_dtype = functools.cache(interpreter._get_np_dtype)
     original = interpreter._get_np_dtype
+    numpy_dtype = functools.cache(original)
 
     def replace_once(function: Any) -> SimpleNamespace:
         replace(function)

@@ -11,7 +11,7 @@ import torch
 import splade_kernels as sk
 from bench.harness.memory import peak, reset_peak
 
-BATCH, LENGTH, HIDDEN, VOCAB = 8, 256, 64, 30522
+BATCH, LENGTH, VOCAB = 8, 256, 30522
 LOGITS_BYTES = BATCH * LENGTH * VOCAB * 4
 
 pytestmark = pytest.mark.skipif(
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _measure(pooling_strategy: str, results: multiprocessing.Queue) -> None:
+def _measure(pooling_strategy: str, hidden_size: int, results: multiprocessing.Queue) -> None:
     def run(batch: int, vocab_size: int) -> int:
-        hidden = torch.randn(batch, LENGTH, HIDDEN, requires_grad=True)
-        weight = torch.randn(vocab_size, HIDDEN, requires_grad=True)
+        hidden = torch.randn(batch, LENGTH, hidden_size, requires_grad=True)
+        weight = torch.randn(vocab_size, hidden_size, requires_grad=True)
         bias = torch.zeros(vocab_size, requires_grad=True)
         grad = torch.randn(batch, vocab_size)
         before = reset_peak()
@@ -35,11 +35,13 @@ def _measure(pooling_strategy: str, results: multiprocessing.Queue) -> None:
     results.put(run(BATCH, VOCAB))
 
 
+# The larger size also shows a copy of the weight or of its gradient.
+@pytest.mark.parametrize("hidden_size", [64, pytest.param(768, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pooling_strategy", ["max", pytest.param("sum", marks=pytest.mark.slow)])
-def test_forward_and_backward_stay_far_below_the_logits(pooling_strategy):
+def test_forward_and_backward_stay_far_below_the_logits(pooling_strategy, hidden_size):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=_measure, args=(pooling_strategy, results))
+    process = context.Process(target=_measure, args=(pooling_strategy, hidden_size, results))
     process.start()
     extra = results.get(timeout=300)
     process.join()

@@ -15,9 +15,9 @@ PATTERNS = ["ragged", "full", "left", "holes", "one", "empty"]
 SHAPES = [(3, 7, 13, 101), (1, 1, 8, 33), (5, 40, 32, 150), (2, 3, 1, 7), (2, 150, 24, 33), (17, 12, 16, 64)]
 # Many tiles of the vocabulary, and of long sequences: seconds in the interpreter.
 SHAPES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ((5, 40, 32, 500), (4, 150, 24, 77))]
-DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float64]
-POOLINGS = ["max", "sum"]
 HALF = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16)]
+DTYPES = [torch.float32, torch.bfloat16, HALF[1], torch.float64]
+POOLINGS = ["max", "sum"]
 ONE_ACTIVATION = [ACTIVATIONS[0], *(pytest.param(other, marks=pytest.mark.slow) for other in ACTIVATIONS[1:])]
 
 
