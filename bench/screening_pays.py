@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness.options import plain
 from bench.harness.result_file import load
 from bench.tables.ratios import ratio
 
@@ -58,8 +58,10 @@ def objections(results: Sequence[Result], arch: int) -> list[str]:
     return said
 
 
-def main(paths: Sequence[str]) -> None:
-    results = load(map(Path, paths))
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = plain(__doc__)
+    parser.add_argument("result", nargs="+", type=Path, help="a result file of `python -m bench.measure screening`")
+    results = load(parser.parse_args(arguments).result)
     architectures = {arch for result in results if (arch := architecture(result)) is not None}
     if not architectures:
         raise SystemExit("expected results of `python -m bench.measure screening` from a GPU, got none")
@@ -70,4 +72,4 @@ def main(paths: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
