@@ -60,7 +60,7 @@ def survivors(hidden: Tensor, weight: Tensor, bias: Tensor | None, attention_mas
     rows = hidden.detach()[real]
     offsets = torch.nn.functional.pad(real.sum(dim=1).cumsum(0), (1, 0))
     call = padded_call(attention_mask, hidden.dtype, screening="on", need_argmax=True)
-    chosen = screen(call, weight.detach(), bias, native_half=False)
+    chosen = screen(call, weight.detach(), bias)
     if chosen is None:
         most = int8_bound.MAX_HIDDEN_SIZE
         raise ValueError(f"weight: expected [V, D] with V > 0 and 0 < D <= {most}, got {list(weight.shape)}")

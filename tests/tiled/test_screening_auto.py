@@ -188,7 +188,7 @@ def test_auto_asks_words_from_all_over_the_vocabulary(words, screened, kernels, 
     call = new_call(batch_size=8, screening="auto")
     monkeypatch.setattr(screening_plain, "int_mm_is_fast", lambda: True)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int())
-    asked = screening.screen(call, case.weight.detach(), case.bias.detach(), native_half=False)
+    asked = screening.screen(call, case.weight.detach(), case.bias.detach())
     assert asked.pays(case.hidden.detach()[:, 0], torch.arange(9)) is screened
 
 

@@ -4,8 +4,13 @@ The real tokens are packed first (padding is a third of a real batch), in the or
 vocabulary is then processed in tiles whose ``[tokens, tile]`` dots stay in cache: one matmul, one reduction over the
 tokens, one store of ``[sequences, tile]``. Nothing of size tokens × vocabulary exists, forward or backward.
 
-Where the CPU has bfloat16 matmul instructions, bfloat16 dots are rounded to bfloat16 before the maximum is taken, as in
-the dense head, because PyTorch's CPU matmul has no wider output. Every other half-precision dot is computed in float32.
+PyTorch's CPU matmul rounds its result to the dtype of its operands and has no wider output. Dots rounded to bfloat16
+tie or change places, and then the gradient of their maximum goes to a wrong token (docs/numerics.md). So half-precision
+dots of which a maximum is taken are computed in float32, and screened ones from the exact rows. In a sum of logits
+nothing is chosen: where the CPU has bfloat16 matmul instructions, it is taken of rounded ones, as in the dense head.
+
+Not built: the rounded product as a bound, from which only the tokens that may attain the maximum would be computed in
+float32. Every CPU with bfloat16 instructions has int8 ones too, whose bound costs less.
 """
 
 from __future__ import annotations
@@ -60,22 +65,20 @@ def max_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
     dtype = call.accumulation_dtype
     largest = hidden.new_full(shape, -torch.inf, dtype=dtype)
     argmax = call.new_argmax(hidden, weight.shape[0]).zero_()
-    screen = screening.screen(call, weight, bias, native_half=_rounds_dots(call))
+    screen = screening.screen(call, weight, bias)
     for part in _slices(call, hidden, ARGMAX_GROUP):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         rows, offsets = packed[: len(part.rows)], part.offsets()
         if screen is not None and screen.pays(rows, offsets):
             positions = argmax if call.need_argmax else None
             screen.maximise(rows, offsets, Target(part.sequences, part.positions, largest, positions))
-            if bias is not None and _rounds_dots(call):
-                largest.index_add_(0, part.sequences, bias.to(dtype).expand(len(part.sequences), -1))
             continue
-        for columns, dots in _tiles(packed, part, weight, bias, call, TILE_ELEMENTS):
+        for columns, dots in _tiles(packed, part, weight, call, dtype, TILE_ELEMENTS):
             values, positions = _segment_maximum(dots, part, call.need_argmax)
-            largest[:, columns].index_copy_(0, part.sequences, values.to(dtype))
+            largest[:, columns].index_copy_(0, part.sequences, values)
             if positions is not None:
                 argmax[:, columns].index_copy_(0, part.sequences, positions.to(argmax.dtype))
-    if bias is not None and not _rounds_dots(call):
+    if bias is not None:
         largest += bias.to(dtype)
     output = activate(largest, call).to(call.out_dtype)
     _, lengths = call.real_rows()
@@ -89,8 +92,8 @@ def sum_pool_forward(call: PoolingCall, hidden: Tensor, weight: Tensor, bias: Te
     output = hidden.new_zeros(call.batch_size, weight.shape[0], dtype=call.out_dtype)
     for part in _slices(call, hidden, 1):
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
-        for columns, dots in _tiles(packed, part, weight, bias, call, SUM_TILE_ELEMENTS):
-            values = activate(_logits(dots, bias, columns, call), call)
+        for columns, logits in _logits(packed, part, weight, bias, call):
+            values = activate(logits, call)
             sums = torch.cat([block.sum(dim=0, keepdim=True) for block in values.split(part.lengths)])
             output[:, columns].index_copy_(0, part.sequences, sums.to(call.out_dtype))
     return output, call.new_argmax(hidden, weight.shape[0])
@@ -108,8 +111,8 @@ def sum_pool_backward(
         packed = _gather_rows(hidden, part.rows, call.compute_dtype)
         exact, repeats = packed.to(dtype), torch.tensor(part.lengths)
         grad_packed = torch.zeros_like(exact) if call.need_hidden else None
-        for columns, dots in _tiles(packed, part, weight, bias, call, SUM_TILE_ELEMENTS):
-            values = activate(_logits(dots, bias, columns, call), call)
+        for columns, logits in _logits(packed, part, weight, bias, call):
+            values = activate(logits, call)
             grad_tokens = grad[:, columns].index_select(0, part.sequences).to(dtype).repeat_interleave(repeats, dim=0)
             grad_logits = activation_gradient(grad_tokens, values, call)
             if grad_bias is not None:
@@ -169,14 +172,12 @@ def _gather_rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _tiles(
-    packed: Tensor, part: Slice, weight: Tensor, bias: Tensor | None, call: PoolingCall, elements: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(columns, dots [R, columns])``, about ``elements`` dots at a time, all written into the same buffer.
-
-    If the matmul rounds its result to half precision, the bias is added in its accumulator: dots lie further from zero
-    than logits, and would be rounded more coarsely and tie more often.
+    packed: Tensor, part: Slice, weight: Tensor, call: PoolingCall, dtype: torch.dtype, elements: int,
+    bias: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    """Yield ``(columns, dots [R, columns])`` multiplied in ``dtype``, about ``elements`` dots at a time, all written
+    into the same buffer. A ``bias`` is added in the matmul's accumulator.
     """
-    dtype = _matmul_dtype(call)
     packed = packed.to(dtype)
     vocab_size = weight.shape[0]
     width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, elements // max(len(part.rows), 1)))
@@ -187,27 +188,32 @@ def _tiles(
         count = columns.stop - columns.start
         tile = buffer[: len(packed) * count].view(len(packed), count)
         words = weight[columns].to(call.compute_dtype).to(dtype).t()
-        if bias is not None and _rounds_dots(call):
-            torch.addmm(bias[columns].to(dtype), packed, words, out=tile)
-        else:
+        if bias is None:
             torch.mm(packed, words, out=tile)
+        else:
+            torch.addmm(bias[columns].to(dtype), packed, words, out=tile)
         yield columns, tile[: len(part.rows)]
 
 
-def _matmul_dtype(call: PoolingCall) -> torch.dtype:
+def _logits(
+    packed: Tensor, part: Slice, weight: Tensor, bias: Tensor | None, call: PoolingCall
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(columns, logits [R, columns])`` for a sum of them, in the accumulation dtype.
+
+    Where the matmul rounds its result to half precision, the bias is added before: dots lie further from zero than
+    logits, and would be rounded more coarsely.
+    """
+    wide, dtype = call.accumulation_dtype, _sum_dtype(call)
+    rounded = dtype != wide
+    for columns, dots in _tiles(packed, part, weight, call, dtype, SUM_TILE_ELEMENTS, bias if rounded else None):
+        logits = dots.to(wide)
+        yield columns, logits if bias is None or rounded else logits + bias[columns].to(wide)
+
+
+def _sum_dtype(call: PoolingCall) -> torch.dtype:
     """The compute dtype if this CPU multiplies it natively, else that of the accumulation: emulation is slower."""
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if call.compute_dtype == torch.bfloat16 and has_bfloat16 else call.accumulation_dtype
-
-
-def _rounds_dots(call: PoolingCall) -> bool:
-    """Whether the matmul's result is rounded to half precision, and so includes the bias."""
-    return _matmul_dtype(call) != call.accumulation_dtype
-
-
-def _logits(dots: Tensor, bias: Tensor | None, columns: slice, call: PoolingCall) -> Tensor:
-    logits = dots.to(call.accumulation_dtype)
-    return logits if bias is None or _rounds_dots(call) else logits + bias[columns].to(call.accumulation_dtype)
 
 
 def _segment_maximum(dots: Tensor, part: Slice, need_position: bool) -> tuple[Tensor, Tensor | None]:

@@ -93,11 +93,8 @@ class Screen:
         return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
-def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: bool) -> Screen | None:
-    """How to screen a call, None for not at all.
-
-    ``native_half``: this CPU multiplies the call's half precision natively, about as fast as int8.
-    """
+def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None) -> Screen | None:
+    """How to screen a call, None for not at all."""
     if call.need_argmax:
         weight_cache.forget(weight)
     vocab_size, hidden_size = weight.shape
@@ -106,7 +103,7 @@ def screen(call: PoolingCall, weight: Tensor, bias: Tensor | None, native_half: 
     single = call.accumulation_dtype == torch.float32
     kernels = compiled_kernels() if single else None
     fast = kernels is not None or (single and screening_plain.int_mm_is_fast())
-    if call.screening == "auto" and (native_half or not fast):
+    if call.screening == "auto" and not fast:
         return None
     if not fast:
         _warn_slow()
