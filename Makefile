@@ -49,7 +49,8 @@ test-cpus: $(VENV)/.ready extension
 
 # Every document that is made from result files, again.
 report: $(VENV)/.ready
-	$(RUN) -m bench.report bench/results/*.json --readme README.md --screening docs/screening.md --figures docs/bench
+	$(RUN) -m bench.report bench/results/*.json --readme README.md --screening docs/screening.md \
+		--numerics docs/numerics.md --figures docs/bench
 	$(RUN) -m bench.short_sequences --document docs/kernels.md
 
 # On a GPU, into $(OUT): what runs and what it costs (3.5 minutes), the tuner (3), the benchmarks (4), or all. docs/gpu.md.

@@ -76,7 +76,8 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         Stage("smoke", 40, "bench.smoke"),
         Stage("headline", 50, f"bench.measure head {_TWO} stock ours unscreened screened", "dev splade-v3"),
         Stage("tests", 50, "-m pytest -v --tb=short -p no:cacheprovider TESTS", needs=("pytest",)),
-        Stage("memcheck", 45, "-m bench.sanitize --tool=memcheck"),
+        Stage("numerics", 15, "bench.numerics --precision bf16 --case S128-D768 --variant stock ours screened"),
+        Stage("memcheck", 30, "-m bench.sanitize --tool=memcheck"),
     ),
     "tune": (
         _EXTENSION,

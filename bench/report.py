@@ -1,8 +1,8 @@
-"""Result files to ``bench/RESULTS.md`` and the blocks of README.md and docs/screening.md; every number in them comes
-from a file named there.
+"""Result files to ``bench/RESULTS.md`` and the blocks of README.md, docs/screening.md and docs/numerics.md; every
+number in them comes from a file named there.
 
     python -m bench.report bench/results/*.json [--output bench/RESULTS.md] [--readme README.md]
-                           [--screening docs/screening.md] [--figures docs/bench]
+                           [--screening docs/screening.md] [--numerics docs/numerics.md] [--figures docs/bench]
 
 A file's ``kind`` chooses its section; a kind without one is shown as a plain table of its rows.
 """
@@ -18,6 +18,7 @@ from bench.harness.result_file import load
 from bench.tables import operators, ratios
 from bench.tables.head import floors_section, head_section, readme_part
 from bench.tables.markdown import Result, badge, joined, replace_block, section
+from bench.tables.numerics import numerics_block, numerics_section
 from bench.tables.screening import margins_block, margins_section, screening_section
 from bench.tables.short_sequences import short_sequences_section
 from bench.tables.training import limits_table, training_table
@@ -28,6 +29,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "encode": operators.encode_section,
     "screening": screening_section,
     "margins": margins_section,
+    "numerics": numerics_section,
     "backward": operators.backward_section,
     "short-sequences": short_sequences_section,
     "flops": operators.flops_section,
@@ -70,6 +72,12 @@ def screening_block(results: Sequence[Result]) -> str:
     return joined(BEGIN, *(margins or ["Not measured."]), END)
 
 
+def errors_block(results: Sequence[Result]) -> str:
+    """How far each head is from float64, a table a device."""
+    numerics = [numerics_block(result) for result in results if result["kind"] == "numerics"]
+    return joined(BEGIN, *(numerics or ["Not measured."]), END)
+
+
 def _picture(figure: str) -> str:
     shows = "Screening against the share of active pairs" if figure.endswith("-shares.png") else "Cost against one size"
     return f"![{shows}]({figure})"
@@ -81,6 +89,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench/RESULTS.md"))
     parser.add_argument("--readme", type=Path, help="replace the block between its markers")
     parser.add_argument("--screening", type=Path, help="docs/screening.md: replace the block between its markers")
+    parser.add_argument("--numerics", type=Path, help="docs/numerics.md: replace the block between its markers")
     parser.add_argument("--figures", type=Path, help="folder for the plots; needs matplotlib")
     args = parser.parse_args()
     results = load(args.results)
@@ -99,6 +108,8 @@ def main() -> None:
         args.readme.write_text(replace_block(args.readme.read_text(), readme_block(results, links(args.readme))))
     if args.screening:
         args.screening.write_text(replace_block(args.screening.read_text(), screening_block(results)))
+    if args.numerics:
+        args.numerics.write_text(replace_block(args.numerics.read_text(), errors_block(results)))
 
 
 if __name__ == "__main__":

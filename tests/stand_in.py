@@ -27,6 +27,7 @@ SMALLER = {
 }
 MORE = {
     "bench.training": "--layers 1 --hidden-size 64 --vocab-size 300 --batch-size 2 --max-length 16 --timed-steps 1",
+    "bench.numerics": "--batch-size 2 --vocab-size 64",
     "bench.compaction": "--length 8 --seconds 0",
     "bench.short_sequences": "--batch-size 2 --hidden-size 32 --vocab-size 64 --seconds 0",
 }

@@ -178,7 +178,7 @@ class Precision:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False)
 
 
-_F32, _BF16 = torch.float32, torch.bfloat16
+_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 PRECISIONS = {
     precision.name: precision
     for precision in (
@@ -187,6 +187,7 @@ PRECISIONS = {
         # Under autocast the layer before the decoder, a LayerNorm, returns float32.
         Precision("bf16-autocast", _F32, _BF16, _F32, autocast=True),
         Precision("bf16", _BF16, _BF16, _BF16),
+        Precision("fp16", _F16, _F16, _F16),
     )
 }
 

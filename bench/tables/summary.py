@@ -15,6 +15,7 @@ from typing import Any
 from bench.harness.environment import describe
 from bench.harness.result_file import left_out_text, load
 from bench.tables import markdown
+from bench.tables.numerics import numerics_table
 from bench.tables.training import limits_table, training_table
 
 MAX_LINES = 60
@@ -167,6 +168,7 @@ def _plain(result: Result) -> Iterator[str]:
 SECTIONS: dict[str, Callable[[Result], Iterator[str]]] = {
     "smoke": _smoke,
     **dict.fromkeys(("head", "backward", "flops", "screening", "short-sequences"), _measured),
+    "numerics": partial(_table, numerics_table),
     "tuning": _tuning,
     "training": partial(_table, training_table),
     "limits": partial(_table, limits_table),
