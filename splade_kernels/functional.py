@@ -40,10 +40,11 @@ def splade_pool(
     """Fused SPLADE head: vocabulary projection, activation and masked pooling, without the logits.
 
     ``y[b, v] = act(max_s h[b, s] · W[v] + c[v])`` over the real tokens ``s``, with ``act = log1p ∘ relu`` or
-    ``log1p ∘ log1p ∘ relu``; ``pooling_strategy="sum"``: ``y[b, v] = Σ_s act(h[b, s] · W[v] + c[v])``. The gradient of
-    the maximum goes to the token that attains it (the lowest position on ties) and is exact and sparse. Outputs and
-    gradients are bitwise repeatable, and the same for padded, packed and more-padded input. Second derivatives, forward
-    mode and the transforms of ``torch.func`` raise.
+    ``log1p ∘ log1p ∘ relu``; ``pooling_strategy="sum"``: ``y[b, v] = Σ_s act(h[b, s] · W[v] + c[v])``. The maximum is
+    taken of dots summed in float32 (float64 for float64), in half precision too. Its gradient goes to the token that
+    attains it (the lowest position on ties) and is exact and sparse. Outputs and gradients are bitwise repeatable, and
+    the same for padded, packed and more-padded input. Second derivatives, forward mode and the transforms of
+    ``torch.func`` raise.
 
     Args:
         hidden_states: ``[B, S, D]`` padded, or packed ``[T, D]`` / ``[1, T, D]`` with ``cu_seqlens``; float32, float16,
