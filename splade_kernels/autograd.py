@@ -40,9 +40,12 @@ class SpladePool(torch.autograd.Function):
         options: ops.PoolOptions = ctx.options
         # The gradient of the bias does not depend on which token attains the maximum.
         need_argmax = options.pooling_strategy == "max" and any(ctx.needs_input_grad[:2])
+        if options.pooling_strategy == "max":
+            # The backward takes the slope exp(-y) from y, whose rounding to half precision would be an error of it.
+            options = options._replace(out_dtype=torch.promote_types(options.out_dtype, torch.float32))
         output, argmax = ops.pool_forward(*tensors, *options, need_argmax)
         ctx.save_for_backward(output, argmax, *tensors)
-        return output  # type: ignore[no-any-return]
+        return output.to(ctx.options.out_dtype)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

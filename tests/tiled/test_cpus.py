@@ -77,15 +77,15 @@ def gradients_in_double(dtype: torch.dtype) -> tuple[Case, list[Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kinds", [(), ("bf16",), ("bf16", "plain"), ("vnni", "bf16", "plain")], ids="-".join)
 def test_no_cpu_takes_the_maximum_of_rounded_dots(kinds, dtype, screen, cpu):
-    """Each gradient is as near to float64 as its own rounding and that of the output leave it.
+    """Each gradient is as near to float64 as its own rounding leaves it.
 
     The maximum of dots that were rounded to bfloat16 is often attained by another token: then the gradients of hidden
-    states and weight are 40 times as far off as is allowed here.
+    states and weight are 60 times as far off as is allowed here.
     """
     for kind in kinds:
         cpus.simulate(kind, cpu)
     case, expected = gradients_in_double(dtype)
     found = torch.autograd.grad(pool(case, screen), case.parameters(), case.grad)
-    bound = {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+    bound = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}[dtype]
     errors = [float((one.double() - exact).norm() / exact.norm()) for one, exact in zip(found, expected, strict=True)]
     assert max(errors) <= bound, errors
