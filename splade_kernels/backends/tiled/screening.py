@@ -53,7 +53,15 @@ class InstructionSet:
     paying_share: float = AVX2_PAYING_SHARE
 
 
-INSTRUCTION_SETS = {"avx512_vnni": InstructionSet(("AVX512",)), "avx2": InstructionSet(("AVX2", "AVX512"))}
+# Of each architecture, fastest first. On Arm any capability allows them: its lowest, DEFAULT, is NEON. On x86 DEFAULT
+# is SSE.
+INSTRUCTION_SETS = {
+    "avx512_vnni": InstructionSet(("AVX512",)),
+    "avx_vnni": InstructionSet(("AVX2", "AVX512")),
+    "avx2": InstructionSet(("AVX2", "AVX512")),
+    "neon_i8mm": InstructionSet(("",)),
+    "neon_dotprod": InstructionSet(("",)),
+}
 PLAIN = Kernels("plain", int8_bound.quantise, screening_plain.maximise)
 
 
