@@ -1,9 +1,8 @@
-// Eight lanes, 16 words per block, as on AVX2, and vpdpbusd on them: AVX-VNNI is what Intel's client CPUs have of VNNI,
-// which have no AVX-512. Four products are added in 32 bits without saturating. Hence 127 levels, and an offset of 128
+// Eight lanes, 16 words per block, as on AVX2, and vpdpbusd on them: AVX-VNNI is what Intel's client CPUs, which have no
+// AVX-512, have of VNNI. Four products are added in 32 bits without saturating. Hence 127 levels, and an offset of 128
 // that makes tokens unsigned.
 #pragma once
 
-#include <cpuid.h>
 #include <immintrin.h>
 
 #include "screening.h"
@@ -13,13 +12,9 @@
 namespace splade_kernels::cpu::avx_vnni {
 
 constexpr const char* kName = "avx_vnni";
-// GCC 12 does not know "avxvnni" by name: bit 4 of EAX in leaf 7, subleaf 1. Leaf 7 counts its subleaves in EAX. That
-// the operating system saves the registers is part of "avx2".
 inline bool supported() {
-  unsigned subleaves = 0, eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-         __get_cpuid_count(7, 0, &subleaves, &ebx, &ecx, &edx) && subleaves >= 1 &&
-         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) == 1;
+         __builtin_cpu_supports("avxvnni");
 }
 
 constexpr int kTokens = 4;

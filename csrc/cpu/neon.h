@@ -12,9 +12,10 @@
 namespace splade_kernels::cpu {
 
 #if defined(__linux__)
-// Bits of Linux's interface, by their number because older headers do not name all of them.
-inline bool has_dotprod() { return (getauxval(AT_HWCAP) >> 20 & 1) == 1; }  // HWCAP_ASIMDDP
-inline bool has_i8mm() { return (getauxval(AT_HWCAP2) >> 13 & 1) == 1; }    // HWCAP2_I8MM
+// HWCAP_ASIMDDP and HWCAP2_I8MM of Linux, which the headers of an older system do not name.
+constexpr unsigned long kDotprodBit = 1UL << 20, kI8mmBit = 1UL << 13;
+inline bool has_dotprod() { return (getauxval(AT_HWCAP) & kDotprodBit) != 0; }
+inline bool has_i8mm() { return (getauxval(AT_HWCAP2) & kI8mmBit) != 0; }
 #elif defined(__APPLE__)
 inline bool has_feature(const char* name) {
   int value = 0;

@@ -13,7 +13,6 @@
 #include "../../csrc/cpu/screening.h"
 
 #if defined(EMULATED) || defined(EVEX)
-#include <cpuid.h>
 #include <immintrin.h>
 #if defined(EMULATED)
 #include "x86_emulation.h"
@@ -28,6 +27,10 @@ constexpr bool kEverySet = true;
 #else
 #include "../../csrc/cpu/instruction_sets.h"
 constexpr bool kEverySet = false;
+#endif
+
+#if defined(__aarch64__) && defined(HWCAP2_I8MM)
+static_assert(splade_kernels::cpu::kDotprodBit == HWCAP_ASIMDDP && splade_kernels::cpu::kI8mmBit == HWCAP2_I8MM);
 #endif
 
 using namespace splade_kernels::cpu;
