@@ -23,6 +23,7 @@ ARM_CXX, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 ARM_SETS = [name for name in INSTRUCTION_SETS if name.startswith("neon_")]
 X86_SETS = [name for name in INSTRUCTION_SETS if name.startswith("avx")]
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason=f"for x86 alone, this is {platform.machine()}")
 cross = pytest.mark.skipif(
@@ -75,9 +76,7 @@ def test_what_this_cpu_has_as_it_is_shipped(tmp_path):
 @pytest.mark.skipif("avx2" not in cpu_flags(), reason="no AVX2, on which the other instruction sets are emulated")
 def test_every_instruction_set_of_x86_under_sanitizers(tmp_path):
     """What is beyond AVX2 on emulated intrinsics, so that it is tested on any machine."""
-    driver = build(
-        tmp_path, "-O1", "-g1", "-DEMULATED", *AVX2, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-    )
+    driver = build(tmp_path, *SANITIZERS, "-DEMULATED", *AVX2)
     assert passed(run([driver]).stdout) == X86_SETS
 
 
@@ -113,6 +112,16 @@ def test_arm_cpus_are_asked_what_they_have(arm_driver, cpu, expected):
 def test_every_instruction_set_of_arm_on_an_emulated_cpu(arm_driver, products):
     """As it is shipped. The emulator executes about 0.17 G products a second, hence the limit of a case."""
     assert passed(run([QEMU, "-cpu", "max", arm_driver, str(products)]).stdout) == ARM_SETS
+
+
+@cross
+@emulated
+@pytest.mark.slow
+def test_every_instruction_set_of_arm_under_sanitizers(tmp_path):
+    """Dynamically linked, which the address sanitizer needs, and without its search for leaks, which needs ptrace."""
+    driver = build(tmp_path, *SANITIZERS, compiler=ARM_CXX)
+    command = [QEMU, "-L", "/usr/aarch64-linux-gnu", "-cpu", "max", driver, "100000"]
+    assert passed(run(command, ASAN_OPTIONS="detect_leaks=0").stdout) == ARM_SETS
 
 
 @cross
