@@ -117,7 +117,7 @@ def test_arm_cpus_are_asked_what_they_have(arm_driver, cpu, expected):
     ],
 )
 def test_every_instruction_set_of_arm_on_an_emulated_cpu(arm_driver, cpu, products, expected):
-    """As it is shipped. The emulator executes about 0.17 G products a second, hence the limit of a case."""
+    """As it is shipped. The emulator is slow, hence the limit of products of a case."""
     assert passed(run([QEMU, "-cpu", cpu, arm_driver, str(products)]).stdout) == expected
 
 
