@@ -39,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(patch.undo)
     for kind in config.getoption("cpu"):
         cpus.simulate(kind, patch)
+    cpus.forget_answers()
     if INTERPRETED:
         interpreter.remember(patch)
 

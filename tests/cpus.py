@@ -37,7 +37,7 @@ def simulate(kind: str, patch: pytest.MonkeyPatch) -> None:
 
 def forget_answers() -> None:
     """What the package asks once a process is asked again."""
-    for answer in (screening.compiled_kernels, screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
+    for answer in (screening.chosen_kernels, screening_plain.int_mm_is_right, screening_plain.int_mm_is_fast):
         answer.cache_clear()
 
 

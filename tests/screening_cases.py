@@ -17,7 +17,8 @@ def need_compiled() -> None:
     if not compiled.serves(torch.device("cpu")):
         pytest.skip(f"csrc: {compiled.why_not()}")
     capability = torch.backends.cpu.get_cpu_capability()
-    if not any(capability.startswith(known.allowed_by) for known in screening.INSTRUCTION_SETS.values()):
+    known = [screening.INSTRUCTION_SETS[name] for name in screening._names()]
+    if not any(capability.startswith(instruction_set.allowed_by) for instruction_set in known):
         pytest.skip(f"no kernels for this CPU, or for what ATEN_CPU_CAPABILITY allows of it ({capability})")
 
 

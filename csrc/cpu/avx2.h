@@ -15,48 +15,12 @@ inline bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-constexpr int kLanes = 8;
 constexpr int kTokens = 4;
 constexpr int kLevels = 63;
 constexpr int kOffset = 64;
+constexpr int kGroup = 4;
 
-using Float = __m256;
-using Int = __m256i;
-using Mask = __m256;
-
-SK_TARGET inline Float spread(float x) { return _mm256_set1_ps(x); }
-SK_TARGET inline Float load(const float* p) { return _mm256_loadu_ps(p); }
-SK_TARGET inline Float load(const BFloat16Bits* p) {
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-SK_TARGET inline Float load(const Float16Bits* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-SK_TARGET inline void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
-SK_TARGET inline Float add(Float x, Float y) { return _mm256_add_ps(x, y); }
-SK_TARGET inline Float subtract(Float x, Float y) { return _mm256_sub_ps(x, y); }
-SK_TARGET inline Float multiply(Float x, Float y) { return _mm256_mul_ps(x, y); }
-SK_TARGET inline Float multiply_add(Float x, Float y, Float z) { return _mm256_fmadd_ps(x, y, z); }
-// Returns y where x is NaN.
-SK_TARGET inline Float larger(Float x, Float y) { return _mm256_max_ps(x, y); }
-SK_TARGET inline Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
-SK_TARGET inline Int load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Int*>(p)); }
-SK_TARGET inline Int subtract(Int x, Int y) { return _mm256_sub_epi32(x, y); }
-SK_TARGET inline void store(int32_t* p, Int x) { _mm256_storeu_si256(reinterpret_cast<Int*>(p), x); }
-SK_TARGET inline Int larger_magnitude(Int m, Float x) {
-  return _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF)));
-}
-SK_TARGET inline Int nearest(Float x) { return _mm256_cvtps_epi32(x); }
-SK_TARGET inline void store_bytes(int8_t* p, Int x) {
-  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
-}
-SK_TARGET inline Int zero() { return _mm256_setzero_si256(); }
-SK_TARGET inline Mask none() { return _mm256_setzero_ps(); }
-SK_TARGET inline Mask not_at_most(Float x, Float y) { return _mm256_cmp_ps(x, y, _CMP_NLE_UQ); }
-SK_TARGET inline Mask either(Mask x, Mask y) { return _mm256_or_ps(x, y); }
-SK_TARGET inline uint32_t bits(Mask x) { return static_cast<uint32_t>(_mm256_movemask_ps(x)); }
+#include "avx_lanes.inc"
 
 // Adds the products of eight hidden dimensions of one token with both vectors of words.
 SK_TARGET inline void eight(const uint8_t* token, Int w0, Int w1, Int w2, Int w3, Int& low, Int& high) {

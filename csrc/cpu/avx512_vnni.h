@@ -20,6 +20,7 @@ constexpr int kLanes = 16;
 constexpr int kTokens = 8;
 constexpr int kLevels = 127;
 constexpr int kOffset = 128;
+constexpr int kGroup = 4;
 
 using Float = __m512;
 using Int = __m512i;

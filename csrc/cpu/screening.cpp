@@ -8,40 +8,13 @@
 #include <string>
 
 #include "../checks.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC's own AVX-512 intrinsics start from `__m512 y = y` (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
-#if defined(__x86_64__)
-#include "avx2.h"
-#include "avx512_vnni.h"
-#endif
+#include "instruction_sets.h"
 
 namespace splade_kernels::cpu {
 namespace {
 
-// Fastest first. The null pointer ends the list, which is empty on other processors.
-constexpr const InstructionSet* kInstructionSets[] = {
-#if defined(__x86_64__)
-    &avx512_vnni::instruction_set,
-    &avx2::instruction_set,
-#endif
-    nullptr};
-
 // Words per strip: the quantised and exact rows of a strip are used for all tokens before the next strip is touched.
 constexpr int64_t kStrip = 128;
-
-// The names of the instruction sets that this CPU has, fastest first.
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const auto* set = kInstructionSets; *set != nullptr; ++set) {
-    if ((*set)->supported()) names.emplace_back((*set)->name);
-  }
-  return names;
-}
 
 // How many pieces of `work` multiply-adds each are worth a thread.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, work)); }
@@ -91,7 +64,8 @@ void quantise(
   }
 }
 
-// Blocks [blocks, depth / 4, words, 4] int8, bounds [3, blocks · words] float32 (scale, radius, reach), shift int32.
+// Blocks [blocks, depth / group, words, group] int8 (`Words`), bounds [3, blocks · words] float32 (scale, radius, reach),
+// shift int32.
 std::tuple<Tensor, Tensor, Tensor> quantise_words(Tensor weight, std::string instruction_set) {
   check_weight(weight);
   const int64_t vocab_size = weight.size(0), hidden_size = weight.size(1), stride = weight.stride(0);

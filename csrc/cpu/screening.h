@@ -1,7 +1,7 @@
 // Exact maxima over tokens by int8 bounds: what the kernels of all instruction sets share. docs/screening.md derives
 // the bounds.
 //
-// An instruction set is a header like avx2.h and a line in the table of screening.cpp.
+// An instruction set is a header like avx2.h and a line in the table of instruction_sets.h.
 #pragma once
 
 #include <algorithm>
@@ -56,7 +56,8 @@ inline Slacks slacks(int64_t hidden_size) {
   return {static_cast<float>(hidden_size + kNormSlack) * unit, static_cast<float>(hidden_size + kDotSlack) * unit};
 }
 
-// Quantised words, a block at a time: [depth / 4][words][4] int8.
+// Quantised words, a block at a time: [depth / group][words][group] int8, where the instruction set determines how many
+// hidden dimensions of a word are a group.
 struct Words {
   const int8_t* blocks;
   const float* scale;
@@ -68,7 +69,7 @@ struct Words {
 // Consecutive tokens of one sequence.
 struct Tokens {
   const float* rows;        // [count, hidden_size]
-  const uint8_t* quantised;  // [count, depth]
+  const uint8_t* quantised;  // [count, depth], plus the offset of the instruction set
   const Bounds* bounds;
   int64_t count;
   int32_t first;  // position of the first one in its sequence

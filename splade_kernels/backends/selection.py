@@ -18,10 +18,13 @@ BACKENDS = ("torch", "triton")
 def available_backends() -> dict[str, str]:
     """Name of each backend and ``"available"``, or the reason why it cannot run.
 
-    ``"csrc"``, the compiled operators that both use where they were built, cannot be chosen as a backend.
+    ``"csrc"``, the compiled operators that both use where they were built, cannot be chosen as a backend. Nor can
+    ``"screening"``: which kernels screen CPU tensors, and why these.
     """
+    from .tiled import screening
+
     reasons = {"torch": None, "triton": _why_not_triton(), "csrc": compiled.why_not()}
-    return {name: reason or "available" for name, reason in reasons.items()}
+    return {name: reason or "available" for name, reason in reasons.items()} | {"screening": screening.in_use()}
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:

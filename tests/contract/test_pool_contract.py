@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -279,10 +280,11 @@ def test_screening_can_be_off(backend):
 
 def test_backends_are_named_with_reasons():
     names = sk.available_backends()
-    assert set(names) == {"torch", "triton", "csrc"}
+    assert set(names) == {"torch", "triton", "csrc", "screening"}
     assert names["torch"] == "available"
     assert names["csrc"] == "available" or "was not built" in names["csrc"]
     assert names["triton"] == "available" or "no CUDA device" in names["triton"] or "not installed" in names["triton"]
+    assert re.match(r"(avx|neon)\w+: the fastest |torch\._int_mm, which|off unless screening=True", names["screening"])
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,17 +1,37 @@
-// The screening kernels of both instruction sets against dots in double, to be built with sanitizers for a CPU with
-// AVX2; those of AVX-512 on emulated intrinsics.
-#include "avx512_emulation.h"
-
+// The screening kernels against dots in double, to be built with sanitizers too. Without arguments it tests every
+// instruction set that this CPU has, as it is shipped. `screening PRODUCTS` leaves out cases of more int8 products, for
+// emulated CPUs; `screening names` only prints which sets this CPU has, fastest first.
+//
+// Two other builds for x86, compiled for the instructions that they name, test every set of the table:
+// -DEMULATED, on any CPU with AVX2, what is beyond AVX2 on emulated intrinsics;
+// -DEVEX, on a CPU with AVX-512 VL and VNNI, the kernels of AVX-VNNI with AVX-512's spelling of the same instruction.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <string>
 
-#include "../../csrc/cpu/avx2.h"
-// Compiled for what the emulation is compiled for.
+#include "../../csrc/cpu/screening.h"
+
+#if defined(EMULATED) || defined(EVEX)
+#include <immintrin.h>
+#if defined(EMULATED)
+#include "x86_emulation.h"
+#else
+#define _mm256_dpbusd_avx_epi32 _mm256_dpbusd_epi32
+#endif
+// Functions are compiled for what the program is compiled for.
 #define __attribute__(x)
-#include "../../csrc/cpu/avx512_vnni.h"
+#include "../../csrc/cpu/instruction_sets.h"
 #undef __attribute__
+constexpr bool kEverySet = true;
+#else
+#include "../../csrc/cpu/instruction_sets.h"
+constexpr bool kEverySet = false;
+#endif
+
+#if defined(__aarch64__) && defined(HWCAP2_I8MM)
+static_assert(splade_kernels::cpu::kDotprodBit == HWCAP_ASIMDDP && splade_kernels::cpu::kI8mmBit == HWCAP2_I8MM);
+#endif
 
 using namespace splade_kernels::cpu;
 
@@ -25,6 +45,27 @@ struct Case {
   const char* kind;  // "normal", "extreme": all elements at the last level, "hostile"
 };
 
+// Rounded to the nearest, in plain C++: what the kernels load is compared with it.
+uint16_t half_bits(float x) {
+  const int sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::abs(x);
+  if (std::isnan(x)) return static_cast<uint16_t>(sign | 0x7E00);
+  if (magnitude >= 65520) return static_cast<uint16_t>(sign | 0x7C00);
+  if (magnitude == 0) return static_cast<uint16_t>(sign);
+  // Numbers of this size are 2^unit apart; subnormal ones 2^-24.
+  const int unit = std::max(std::ilogb(magnitude) - 10, -24);
+  const auto count = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -unit)));
+  return static_cast<uint16_t>(sign | (((unit + 24) << 10) + count));
+}
+
+float from_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float magnitude = std::ldexp(static_cast<float>(fraction), -24);
+  if (exponent > 0) magnitude = std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  if (exponent == 31) magnitude = fraction == 0 ? INFINITY : NAN;
+  return bits >> 15 == 0 ? magnitude : -magnitude;
+}
+
 template <class W>
 W narrow(float x) {
   if constexpr (std::is_same_v<W, float>) {
@@ -32,7 +73,7 @@ W narrow(float x) {
   } else if constexpr (std::is_same_v<W, BFloat16Bits>) {
     return {static_cast<uint16_t>(std::bit_cast<uint32_t>(x) >> 16)};
   } else {
-    return {_cvtss_sh(x, 0)};
+    return {half_bits(x)};
   }
 }
 
@@ -43,7 +84,7 @@ float widen(W x) {
   } else if constexpr (std::is_same_v<W, BFloat16Bits>) {
     return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
   } else {
-    return _cvtsh_ss(x.bits);
+    return from_half(x.bits);
   }
 }
 
@@ -155,28 +196,40 @@ void check(const Kernels<W>& kernels, const char* isa, const Case& c, std::mt199
   ++passed;
 }
 
-}  // namespace
-
-int main() {
+// All cases up to a number of int8 products.
+void check(const InstructionSet& set, int64_t limit) {
   std::mt19937 random(0);
   constexpr int64_t tokens[] = {1, 3, 4, 6, 9, 29, 128, 300};
   constexpr int64_t sizes[] = {1, 7, 8, 17, 64, 100, 771};
   constexpr int64_t words[] = {1, 15, 16, 33, 77};
   for (const int64_t t : tokens) {
     for (const int64_t d : sizes) {
+      const int64_t v = words[static_cast<size_t>(t + d) % std::size(words)];
+      if (t * d * v > limit) continue;
       for (const char* kind : {"normal", "extreme", "hostile"}) {
-        const int64_t v = words[static_cast<size_t>(t + d) % std::size(words)];
         for (const float bias : {0.0F, -2.5F}) {
           const Case c{t, d, v, bias, kind};
-          check(avx2::kernels<float>, "avx2", c, random);
-          check(avx2::kernels<BFloat16Bits>, "avx2", c, random);
-          check(avx2::kernels<Float16Bits>, "avx2", c, random);
-          check(avx512_vnni::kernels<float>, "avx512_vnni", c, random);
-          check(avx512_vnni::kernels<BFloat16Bits>, "avx512_vnni", c, random);
-          check(avx512_vnni::kernels<Float16Bits>, "avx512_vnni", c, random);
+          check(set.float32, set.name, c, random);
+          check(set.bfloat16, set.name, c, random);
+          check(set.float16, set.name, c, random);
         }
       }
     }
   }
-  std::printf("%d passed, 0 failed\n", passed);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1 && arguments[1] == std::string("names")) {
+    for (const std::string& name : instruction_sets()) std::printf("%s\n", name.c_str());
+    return 0;
+  }
+  const int64_t limit = count > 1 ? std::atoll(arguments[1]) : std::numeric_limits<int64_t>::max();
+  for (const auto* set = kInstructionSets; *set != nullptr; ++set) {
+    if (!kEverySet && !(*set)->supported()) continue;
+    passed = 0;
+    check(**set, limit);
+    std::printf("%s: %d passed\n", (*set)->name, passed);
+  }
 }

@@ -26,6 +26,17 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     cpus.forget_answers()
 
 
+def test_what_was_asked_before_the_simulation_began_is_asked_again(pytestconfig):
+    """`--cpu vnni` would otherwise run what this CPU has under its own name."""
+    kinds = pytestconfig.getoption("cpu")
+    if "plain" in kinds:
+        assert screening.compiled_kernels() is None
+    elif "vnni" in kinds and compiled.serves(torch.device("cpu")):
+        assert screening.compiled_kernels().name == "avx512_vnni"
+    else:
+        pytest.skip("neither --cpu plain, nor --cpu vnni and compiled operators")
+
+
 def test_vnni_chooses_the_kernels_of_avx512(cpu):
     need_compiled()
     cpus.simulate("vnni", cpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import splade_kernels as sk
 from bench.jobs.screening import survivors
-from splade_kernels.backends import weight_cache
+from splade_kernels.backends import compiled, weight_cache
 from splade_kernels.backends.tiled import screening, screening_plain
-from tests import oracle
+from tests import cpus, oracle
 from tests.cpus import forget_answers
 from tests.oracle import Case, make_case, new_call
 from tests.screening_cases import assert_within_band, hopeless_case, need_compiled, pool, sparse_case, tail
@@ -91,7 +93,7 @@ def test_kernels_that_are_wrong_are_not_used(largest_wrong):
 
 def test_every_instruction_set_of_csrc_is_in_the_table():
     need_compiled()
-    source = (Path(__file__).parents[2] / "csrc/cpu/screening.cpp").read_text()
+    source = (Path(__file__).parents[2] / "csrc/cpu/instruction_sets.h").read_text()
     assert re.findall(r"&(\w+)::instruction_set,", source) == list(screening.INSTRUCTION_SETS)
     names = screening._names()
     assert names == [name for name in screening.INSTRUCTION_SETS if name in names]
@@ -102,17 +104,71 @@ def test_every_instruction_set_of_csrc_is_in_the_table():
             torch.ops.splade_kernels_csrc.quantise_words(weight, name)
 
 
+X86, ARM = ["avx512_vnni", "avx_vnni", "avx2"], ["neon_i8mm", "neon_dotprod"]
+
+
 @pytest.mark.parametrize(
-    ("capability", "expected"),
-    [("AVX512", "avx512_vnni"), ("AVX2", "avx2"), ("DEFAULT", None), ("NO AVX", None), ("SVE256", None)],
+    ("there", "capability", "expected"),
+    [
+        (X86, "AVX512", "avx512_vnni"),
+        (X86[1:], "AVX512", "avx_vnni"),
+        (X86, "AVX2", "avx_vnni"),
+        (X86[::2], "AVX2", "avx2"),
+        (X86, "DEFAULT", None),
+        (X86, "NO AVX", None),
+        ([], "AVX512", None),
+        # What PyTorch says on Arm, with and without SVE.
+        (ARM, "DEFAULT", "neon_i8mm"),
+        (ARM, "SVE256", "neon_i8mm"),
+        (ARM[1:], "DEFAULT", "neon_dotprod"),
+        ([], "DEFAULT", None),
+    ],
 )
-def test_pytorchs_limit_holds_for_the_compiled_kernels(capability, expected, monkeypatch):
+def test_pytorchs_limit_holds_for_the_compiled_kernels(there, capability, expected, monkeypatch):
     need_compiled()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(screening, "_names", lambda: ["avx512_vnni", "avx2"])
+    monkeypatch.setattr(screening, "_names", lambda: there)
     monkeypatch.setattr(screening, "_agrees", lambda kernels: True)
-    kernels = screening.compiled_kernels.__wrapped__()
+    kernels, reason = screening.chosen_kernels.__wrapped__()
     assert (kernels and kernels.name) == expected
+    if expected is None:
+        assert ("this CPU has none of" in reason) == (not there)
+    forbidden = there[: there.index(expected)] if expected else there
+    said = f"{', '.join(forbidden)} is there, but PyTorch's limit (ATEN_CPU_CAPABILITY) is {capability}"
+    assert (said in reason) == bool(forbidden)
+
+
+def test_what_screens_is_named_with_the_reason(monkeypatch):
+    """As available_backends() says it."""
+
+    def said() -> str:
+        forget_answers()
+        return sk.available_backends()["screening"]
+
+    monkeypatch.setattr(screening_plain, "int_mm_is_fast", functools.cache(lambda: False))
+    try:
+        if compiled.serves(torch.device("cpu")):
+            monkeypatch.setattr(screening, "_names", lambda: ["avx2"])
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+            monkeypatch.setattr(screening, "_agrees", lambda kernels: True)
+            assert said() == "avx2: the fastest instruction set with compiled kernels that this CPU has"
+            monkeypatch.setattr(screening, "_agrees", lambda kernels: False)
+            with pytest.warns(UserWarning, match="fail their self-test"):
+                assert said().endswith("slow here: the compiled kernels for avx2 fail their self-test on this CPU")
+        cpus.simulate("plain", monkeypatch)
+        assert re.match("off unless screening=True, which is slow here: _csrc.so was not built", said())
+        monkeypatch.setattr(screening_plain, "int_mm_is_fast", functools.cache(lambda: True))
+        assert re.match("torch._int_mm, which is fast on this CPU: _csrc.so was not built", said())
+    finally:
+        monkeypatch.undo()
+        forget_answers()
+
+
+def test_the_default_device_does_not_matter_to_what_screens():
+    before = sk.available_backends()["screening"]
+    forget_answers()
+    with torch.device("meta"):
+        assert sk.available_backends()["screening"] == before
 
 
 def test_the_share_that_pays_is_that_of_the_kernels(monkeypatch):

@@ -53,7 +53,15 @@ class InstructionSet:
     paying_share: float = AVX2_PAYING_SHARE
 
 
-INSTRUCTION_SETS = {"avx512_vnni": InstructionSet(("AVX512",)), "avx2": InstructionSet(("AVX2", "AVX512"))}
+# Of each architecture, fastest first. On Arm any capability allows them: its lowest, DEFAULT, is NEON. On x86 DEFAULT
+# is SSE.
+INSTRUCTION_SETS = {
+    "avx512_vnni": InstructionSet(("AVX512",)),
+    "avx_vnni": InstructionSet(("AVX2", "AVX512")),
+    "avx2": InstructionSet(("AVX2", "AVX512")),
+    "neon_i8mm": InstructionSet(("",)),
+    "neon_dotprod": InstructionSet(("",)),
+}
 PLAIN = Kernels("plain", int8_bound.quantise, screening_plain.maximise)
 
 
@@ -116,7 +124,8 @@ def _warn_slow() -> None:
     warnings.warn(
         "splade_kernels: screening=True takes several times longer than screening=False here: it multiplies int8 rows "
         "in float64. Fast int8 products need the compiled operators, `pip install --no-build-isolation .` in a clone, "
-        "and AVX2, or a CPU with VNNI or AMX, and are not there for float64 inputs; 'auto' leaves screening off.",
+        "and AVX2 or NEON's dot products, or a CPU with VNNI or AMX, and are not there for float64 inputs; 'auto' "
+        "leaves screening off.",
         stacklevel=2,
     )
 
@@ -137,15 +146,23 @@ def _probe(vocab_size: int) -> Tensor:
     return (first[:, None] + torch.arange(width)).view(-1)
 
 
-@functools.cache
 def compiled_kernels() -> Kernels | None:
     """The fastest compiled kernels for this CPU, within PyTorch's own limit; None if there are none, or wrong ones."""
+    return chosen_kernels()[0]
+
+
+@functools.cache
+def chosen_kernels() -> tuple[Kernels | None, str]:
+    """The compiled kernels that are used, and why these; or None, and why none are."""
     if not compiled.serves(torch.device("cpu")):
-        return None
+        return None, str(compiled.why_not())
     capability = torch.backends.cpu.get_cpu_capability()
-    names = [name for name in _names() if capability.startswith(INSTRUCTION_SETS[name].allowed_by)]
+    there = _names()
+    names = [name for name in there if capability.startswith(INSTRUCTION_SETS[name].allowed_by)]
+    forbidden = [name for name in there if name not in names]
+    limit = f"{', '.join(forbidden)} is there, but PyTorch's limit (ATEN_CPU_CAPABILITY) is {capability}"
     if not names:
-        return None
+        return None, limit if forbidden else f"this CPU has none of {', '.join(INSTRUCTION_SETS)}"
     kernels = _kernels_for(names[0])
     if not _agrees(kernels):
         warnings.warn(
@@ -153,8 +170,20 @@ def compiled_kernels() -> Kernels | None:
             "which costs speed; please report it with the name of the CPU",
             stacklevel=2,
         )
-        return None
-    return kernels
+        return None, f"the compiled kernels for {names[0]} fail their self-test on this CPU"
+    reason = "the fastest instruction set with compiled kernels that this CPU has"
+    return kernels, f"{reason} and PyTorch allows; {limit}" if forbidden else reason
+
+
+def in_use() -> str:
+    """What screens float32 rows on this CPU, and why that; also for :func:`splade_kernels.available_backends`."""
+    with torch.device("cpu"):  # of the self-tests' tensors, whatever the default is
+        kernels, reason = chosen_kernels()
+        if kernels is not None:
+            return f"{kernels.name}: {reason}"
+        if screening_plain.int_mm_is_fast():
+            return f"torch._int_mm, which is fast on this CPU: {reason}"
+    return f"off unless screening=True, which is slow here: {reason}"
 
 
 def _names() -> list[str]:

@@ -1,4 +1,5 @@
-// The AVX-512 intrinsics of csrc/cpu/avx512_vnni.h in plain loops, so that its kernels run on any CPU with AVX2.
+// The intrinsics of csrc/cpu/avx512_vnni.h, and what csrc/cpu/avx_vnni.h has beyond AVX2, in plain loops: their kernels
+// run on any CPU with AVX2.
 #pragma once
 
 #include <immintrin.h>
@@ -63,16 +64,27 @@ __mmask16 compare(Floats x, Floats y) {
   return static_cast<__mmask16>(mask);
 }
 
-// Four unsigned bytes of x times four signed bytes of y, added to a lane without saturation.
+// Four unsigned bytes of x times four signed bytes of y, added without saturation.
+inline int32_t dot_of_four(int32_t sum, uint32_t x, uint32_t y) {
+  for (int k = 0; k < 32; k += 8) {
+    sum += static_cast<uint8_t>(x >> k) * static_cast<int8_t>(static_cast<uint8_t>(y >> k));
+  }
+  return sum;
+}
+
 inline Ints dot_bytes(Ints sums, Ints x, Ints y) {
   const auto a = same_bits<Lanes<uint32_t>>(x), b = same_bits<Lanes<uint32_t>>(y);
-  return each<int32_t>([&](int i) {
-    int32_t sum = sums.x[i];
-    for (int k = 0; k < 32; k += 8) {
-      sum += static_cast<uint8_t>(a.x[i] >> k) * static_cast<int8_t>(static_cast<uint8_t>(b.x[i] >> k));
-    }
-    return sum;
-  });
+  return each<int32_t>([&](int i) { return dot_of_four(sums.x[i], a.x[i], b.x[i]); });
+}
+
+inline __m256i dot_bytes(__m256i sums, __m256i x, __m256i y) {
+  int32_t lanes[8];
+  uint32_t a[8], b[8];
+  std::memcpy(lanes, &sums, sizeof(lanes));
+  std::memcpy(a, &x, sizeof(a));
+  std::memcpy(b, &y, sizeof(b));
+  for (int i = 0; i < 8; ++i) lanes[i] = dot_of_four(lanes[i], a[i], b[i]);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
 }
 
 inline __m128i low_bytes(Ints x) {
@@ -110,4 +122,5 @@ inline __m128i low_bytes(Ints x) {
 #define _mm512_and_si512(a, b) emulated::each<int32_t>([w = a, z = b](int i) { return w.x[i] & z.x[i]; })
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
 #define _mm512_dpbusd_epi32 emulated::dot_bytes
+#define _mm256_dpbusd_avx_epi32 emulated::dot_bytes
 #define _mm512_cvtepi32_epi8 emulated::low_bytes
