@@ -26,9 +26,10 @@ from .screening_plain import Target
 
 # "auto" first screens this many vocabulary entries, in so many runs spread over the vocabulary.
 PROBE_ENTRIES, PROBE_RUNS = 256, 8
-# Share of computed dots up to which screening pays: with AVX2 an exact dot takes about seven times as long as one in a
-# matmul, an int8 dot three tenths (bench/results/screening-cpu.json: time over `computed`). No others have been timed.
-AVX2_PAYING_SHARE = 1 / 12
+# Share of computed dots up to which screening pays. An exact dot takes seven (AVX2) or eight times (AVX-512 VNNI) as
+# long as one in a matmul, an int8 dot three or one and a half tenths (bench/results/screening-cpu*.json: time over
+# `computed`), which breaks even at a tenth. No other instruction sets have been timed.
+PAYING_SHARE = 1 / 12
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ class Kernels:
     name: str
     prepare: Callable[[Tensor], tuple[Tensor, ...]]
     maximise: Callable[..., int]
-    paying_share: float = AVX2_PAYING_SHARE
+    paying_share: float = PAYING_SHARE
 
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """One that csrc has kernels for (``instruction_sets()`` in csrc/cpu/screening.cpp says which this CPU has)."""
+    """One that csrc has kernels for (``instruction_sets()`` in csrc/cpu/instruction_sets.h says which this CPU has)."""
 
     allowed_by: tuple[str, ...]  # how PyTorch's CPU capability begins where ATEN_CPU_CAPABILITY does not forbid it
-    paying_share: float = AVX2_PAYING_SHARE
+    paying_share: float = PAYING_SHARE
 
 
 # Of each architecture, fastest first. On Arm any capability allows them: its lowest, DEFAULT, is NEON. On x86 DEFAULT
