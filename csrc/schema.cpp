@@ -1,4 +1,4 @@
-// The operators. Their fakes: splade_kernels/backends/compiled.py; the same in PyTorch: compaction.py there.
+// The operators. Their fakes: splade_kernels/backends/compiled.py; the same in PyTorch: compaction.py and tiled/ there.
 #include <torch/csrc/stable/library.h>
 
 namespace {

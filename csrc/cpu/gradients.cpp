@@ -58,7 +58,7 @@ Matrix<T> result_of(const Tensor& tensor) {
 void check_gradients(
     const Tensor& gradient, const Tensor& argmax, const Tensor& edges, const Tensor& hidden, const Tensor& weight) {
   STD_TORCH_CHECK(hidden.dim() == 2, "hidden: expected shape [N, D]");
-  check_bucket(argmax, gradient, edges, hidden.size(0));
+  check_bucket(argmax, "gradient", gradient, edges, hidden.size(0));
   STD_TORCH_CHECK(hidden.size(0) <= std::numeric_limits<int32_t>::max(), "hidden: expected N < 2^31");
   STD_TORCH_CHECK(
       weight.dim() == 2 && weight.size(0) == gradient.size(1) && weight.size(1) == hidden.size(1),

@@ -102,6 +102,7 @@ void pack_tile(Matrix<const H> hidden, int64_t rows, int64_t hidden_size, int64_
   }
 }
 
+// `grad_hidden` has its columns side by side.
 template <class H>
 void unpack_tile(const float* tile, int64_t rows, int64_t hidden_size, int64_t t, Matrix<H> grad_hidden) {
   const int64_t width = width_of(t, hidden_size);

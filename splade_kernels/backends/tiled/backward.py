@@ -13,8 +13,10 @@ from .. import compiled, dispatch
 from ..pooling import Gradients, PoolingCall, activation_gradient
 from . import segments
 
-# (sequence, vocabulary) entries per block of the backward: bounds the memory of its index, about 60 bytes an entry.
-BACKWARD_ENTRIES = 1 << 18
+# (sequence, vocabulary) entries per block of the bags: bounds the memory of their index, about 60 bytes an entry.
+BACKWARD_ENTRIES = 1 << 20
+# The same where only g is computed: 1 MiB for each of its terms, which stay in cache.
+GRADIENT_ENTRIES = 1 << 18
 # Inactive entries per spare bag (see _bag_sum).
 SPARE_BAG = 64
 
@@ -38,7 +40,7 @@ def _in_one_pass(
 ) -> Gradients:
     """By the compiled operator. Only g is computed here, block by block, so that its terms stay in cache."""
     gradient = grad.new_empty(grad.shape, dtype=call.accumulation_dtype)
-    for columns in _blocks(call, weight.shape[0]):
+    for columns in _blocks(call, weight.shape[0], GRADIENT_ENTRIES):
         gradient[:, columns] = activation_gradient(grad[:, columns], output[:, columns], call)
     grad_hidden = grad_weight = None
     if call.need_hidden or call.need_weight:
@@ -65,7 +67,7 @@ def _by_bags(
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if call.need_weight else None
     grad_bias = torch.empty_like(bias) if call.need_bias and bias is not None else None
 
-    for columns in _blocks(call, vocab_size):
+    for columns in _blocks(call, vocab_size, BACKWARD_ENTRIES):
         gradient = activation_gradient(grad[:, columns], output[:, columns], call)
         values = gradient.t().contiguous()  # [v, B]
         if grad_bias is not None:
@@ -98,8 +100,8 @@ def _by_bags(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _blocks(call: PoolingCall, vocab_size: int) -> Iterator[slice]:
-    step = max(1, BACKWARD_ENTRIES // max(call.batch_size, 1))
+def _blocks(call: PoolingCall, vocab_size: int, entries: int) -> Iterator[slice]:
+    step = max(1, entries // max(call.batch_size, 1))
     return (slice(first, min(first + step, vocab_size)) for first in range(0, vocab_size, step))
 
 
