@@ -28,9 +28,8 @@ CSRC = Path("csrc")
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 COMMON_FLAGS = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020A000000000000ULL")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
-CPU = Extension(
-    "splade_kernels._csrc", [str(CSRC / name) for name in ("schema.cpp", "cpu/ops.cpp", "cpu/screening.cpp")]
-)
+CPU_SOURCES = ("schema.cpp", "cpu/ops.cpp", "cpu/gradients.cpp", "cpu/screening.cpp")
+CPU = Extension("splade_kernels._csrc", [str(CSRC / name) for name in CPU_SOURCES])
 
 
 def torch_folder() -> Path | None:

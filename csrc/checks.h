@@ -10,16 +10,18 @@ namespace splade_kernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check_bucket(const Tensor& argmax, const Tensor& grad, const Tensor& edges, int64_t rows) {
-  STD_TORCH_CHECK(argmax.dim() == 2 && grad.dim() == 2, "argmax, grad: expected shape [n, V]");
+// `name` is what the operator calls the gradient.
+inline void check_bucket(
+    const Tensor& argmax, const char* name, const Tensor& grad, const Tensor& edges, int64_t rows) {
+  STD_TORCH_CHECK(argmax.dim() == 2 && grad.dim() == 2, "argmax, ", name, ": expected shape [n, V]");
   STD_TORCH_CHECK(
-      argmax.size(0) == grad.size(0) && argmax.size(1) == grad.size(1), "argmax, grad: expected equal shapes");
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, "grad: expected float32");
+      argmax.size(0) == grad.size(0) && argmax.size(1) == grad.size(1), "argmax, ", name, ": expected equal shapes");
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, name, ": expected float32");
   STD_TORCH_CHECK(edges.dim() == 1 && edges.size(0) == grad.size(0) + 1, "edges: expected shape [n + 1]");
   STD_TORCH_CHECK(
       argmax.device() == grad.device() && edges.device() == grad.device(),
-      "argmax, edges: expected on the device of grad");
-  STD_TORCH_CHECK(grad.size(1) <= std::numeric_limits<int32_t>::max(), "grad: expected V < 2^31");
+      "argmax, edges: expected on the device of ", name);
+  STD_TORCH_CHECK(grad.size(1) <= std::numeric_limits<int32_t>::max(), name, ": expected V < 2^31");
   STD_TORCH_CHECK(rows >= 0, "rows: expected at least 0, got ", rows);
 }
 

@@ -1,11 +1,11 @@
-// The operators. Their fakes: splade_kernels/backends/compiled.py; the same in PyTorch: compaction.py there.
+// The operators. Their fakes: splade_kernels/backends/compiled.py; the same in PyTorch: compaction.py and tiled/ there.
 #include <torch/csrc/stable/library.h>
 
 namespace {
 
 // Incremented whenever an operator is added, or its arguments or results change: compiled.py refuses a library built
 // with another number.
-int64_t schema_version() { return 2; }
+int64_t schema_version() { return 3; }
 
 }  // namespace
 
@@ -23,6 +23,11 @@ STABLE_TORCH_LIBRARY(splade_kernels_csrc, library) {
   // Vocabulary ids and values of the entries in the mask; row b's begin at crow[b].
   library.def(
       "gather_active(Tensor embeddings, Tensor crow, Tensor mask, SymInt capacity) -> (Tensor col, Tensor values)");
+  // CPU only, one pass over the vocabulary: dh [N, D] and dW [V, D] of the active entries, each in its parameter's dtype;
+  // without rows where it is not needed.
+  library.def(
+      "max_pool_gradients(Tensor gradient, Tensor argmax, Tensor edges, Tensor hidden, Tensor weight, bool need_hidden,"
+      " bool need_weight) -> (Tensor grad_hidden, Tensor grad_weight)");
   // CPU only, docs/screening.md: the instruction sets that there are screening kernels for and that this CPU has,
   // fastest first; the int8 form of a weight; the maxima over the tokens of each sequence, and how many dots were
   // computed for them. The last two run the kernels of the named instruction set.

@@ -20,7 +20,7 @@ T* data_of(const Tensor& tensor) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> bucket_by_token(Tensor argmax, Tensor grad, Tensor edges, int64_t rows) {
-  check_bucket(argmax, grad, edges, rows);
+  check_bucket(argmax, "grad", grad, edges, rows);
   const int64_t n = grad.size(0), vocab_size = grad.size(1);
   Tensor bounds = torch::stable::new_zeros(grad, {rows, 2}, ScalarType::Long);
   Tensor words = torch::stable::new_empty(grad, {n * vocab_size}, ScalarType::Int);

@@ -44,7 +44,7 @@ uint32_t grid_of(int64_t blocks) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> bucket_by_token(Tensor argmax, Tensor grad, Tensor edges, int64_t rows) {
-  check_bucket(argmax, grad, edges, rows);
+  check_bucket(argmax, "grad", grad, edges, rows);
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const int64_t n = grad.size(0), vocab_size = grad.size(1);
   Tensor bounds = torch::stable::new_empty(grad, {rows, 2}, ScalarType::Long);

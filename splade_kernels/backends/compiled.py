@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # What csrc/schema.cpp returns: a library built with another number has other operators or arguments.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _PACKAGE = Path(__file__).parents[1]
 _BUILD = "build it in a clone with `python setup.py build_ext --inplace`, or `pip install --no-build-isolation .`"
 
@@ -73,6 +73,13 @@ def _register_fakes() -> None:
         words = grad.new_empty(entries, dtype=torch.int32)
         return grad.new_empty((rows, 2), dtype=torch.int64), words, grad.new_empty(entries)
 
+    def max_pool_gradients(
+        gradient: Tensor, argmax: Tensor, edges: Tensor, hidden: Tensor, weight: Tensor, *need: bool
+    ) -> tuple[Tensor, Tensor]:
+        need_hidden, need_weight = need
+        grad_hidden = hidden.new_empty((hidden.shape[0] if need_hidden else 0, hidden.shape[1]))
+        return grad_hidden, weight.new_empty((weight.shape[0] if need_weight else 0, weight.shape[1]))
+
     def active_mask(embeddings: Tensor, count: int) -> tuple[Tensor, Tensor]:
         rows, columns = embeddings.shape
         mask = embeddings.new_empty((rows, (columns + 31) // 32), dtype=torch.int32)
@@ -81,7 +88,7 @@ def _register_fakes() -> None:
     def gather_active(embeddings: Tensor, crow: Tensor, mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         return embeddings.new_empty(capacity, dtype=torch.int64), embeddings.new_empty(capacity)
 
-    for fake in (bucket_by_token, sparsify_fake, active_mask, gather_active):
+    for fake in (bucket_by_token, max_pool_gradients, sparsify_fake, active_mask, gather_active):
         torch.library.register_fake(f"splade_kernels_csrc::{fake.__name__.removesuffix('_fake')}", fake)
 
 

@@ -10,6 +10,7 @@
 #include <random>
 
 #include "../../csrc/cpu/bucket.h"
+#include "../../csrc/cpu/gradients.h"
 #include "../../csrc/cpu/sparsify.h"
 #include "../../csrc/cuda/bucket.cuh"
 #include "../../csrc/cuda/sparsify.cuh"
@@ -150,6 +151,120 @@ void check_buckets() {
   check_bucket<int16_t, int64_t>({"sparse", {0, 100, 150, 400}, 400, 30522, 0.01, 0.3, false}, random);
 }
 
+// ---------------------------------------------------------------- max_pool_gradients
+
+// A dtype that has to be converted. The numbers below are small and whole, so that every sum is exact.
+struct Narrow {
+  int8_t value = 0;
+  Narrow() = default;
+  explicit Narrow(float x) : value(static_cast<int8_t>(x)) {}
+  explicit operator float() const { return value; }
+};
+
+struct GradientCase {
+  const char* name;
+  std::vector<int64_t> edges;
+  int64_t vocab_size;
+  int64_t hidden_size;
+  double active;
+  bool transposed;  // every matrix that is read
+};
+
+template <class T>
+std::vector<T> whole_numbers(int64_t size, double active, std::mt19937& random) {
+  std::vector<T> numbers(static_cast<size_t>(size));
+  std::uniform_real_distribution<double> unit(0, 1);
+  for (T& x : numbers) x = T(unit(random) < active ? static_cast<float>(random() % 3) - 1.0F : 0.0F);
+  return numbers;
+}
+
+template <class Position, class T>
+void check_gradients(const GradientCase& c, std::mt19937& random) {
+  const auto n = static_cast<int64_t>(c.edges.size()) - 1;
+  const int64_t rows = c.edges.back(), tiles = divide_up(c.hidden_size, cpu::kTile), columns = c.hidden_size;
+  const auto matrix = [&]<class U>(std::vector<U>& data, int64_t height, int64_t width) {
+    return cpu::Matrix<U>{data.data(), c.transposed ? 1 : width, c.transposed ? height : 1};
+  };
+  const auto read = []<class U>(cpu::Matrix<U> m) { return cpu::Matrix<const U>{m.data, m.row_stride, m.column_stride}; };
+  auto gradient = whole_numbers<float>(n * c.vocab_size, c.active, random);
+  auto hidden = whole_numbers<T>(rows * columns, 1, random), weight = whole_numbers<T>(c.vocab_size * columns, 1, random);
+  std::vector<Position> argmax(gradient.size());
+  std::vector<T> grad_hidden(hidden.size(), T(7)), grad_weight(weight.size(), T(7));
+  const auto g = matrix(gradient, n, c.vocab_size);
+  const auto a = matrix(argmax, n, c.vocab_size);
+  const auto h = matrix(hidden, rows, columns);
+  const auto w = matrix(weight, c.vocab_size, columns);
+  const cpu::Matrix<T> dh{grad_hidden.data(), columns, 1}, dw{grad_weight.data(), columns, 1};
+
+  std::vector<float> expected_hidden(hidden.size()), expected_weight(weight.size());
+  const int64_t step = 2 * kWord;  // several lists
+  std::vector<cpu::Pair> pairs(static_cast<size_t>(step * n));
+  std::vector<int32_t> counts(static_cast<size_t>(step));
+  std::vector<float> packed(static_cast<size_t>(tiles * rows * cpu::kTile)), sums(packed.size());
+  for (int64_t t = 0; t < tiles; ++t) cpu::pack_tile(read(h), rows, columns, t, packed.data() + t * rows * cpu::kTile);
+  for (cpu::AddTile* add_tile : {cpu::baseline::add_tile_for(true, true), cpu::fastest_add_tile(true, true)}) {
+    std::fill(expected_hidden.begin(), expected_hidden.end(), 0.0F);
+    std::fill(expected_weight.begin(), expected_weight.end(), 0.0F);
+    std::fill(sums.begin(), sums.end(), 0.0F);
+    for (int64_t b = 0; b < n; ++b) {
+      const int64_t begin = c.edges[static_cast<size_t>(b)], length = c.edges[static_cast<size_t>(b) + 1] - begin;
+      for (int64_t v = 0; v < c.vocab_size; ++v) {
+        const int64_t position = static_cast<int64_t>(random() % static_cast<uint64_t>(length + 3)) - 1;
+        *a.at(b, v) = static_cast<Position>(position);
+        if (position < 0 || position >= length) continue;
+        for (int64_t d = 0; d < columns; ++d) {
+          const int64_t row = begin + position;
+          expected_hidden[static_cast<size_t>(row * columns + d)] += *g.at(b, v) * static_cast<float>(*w.at(v, d));
+          expected_weight[static_cast<size_t>(v * columns + d)] += *g.at(b, v) * static_cast<float>(*h.at(row, d));
+        }
+      }
+    }
+    for (int64_t first = 0; first < c.vocab_size; first += step) {
+      const cpu::Lists lists{n, first, std::min(c.vocab_size, first + step), pairs.data(), counts.data()};
+      std::fill(counts.begin(), counts.end(), 0);
+      for (int64_t word = first / kWord; word < divide_up(lists.last, kWord); ++word) {
+        for (int64_t b = 0; b < n; ++b) {
+          const auto at = static_cast<size_t>(b);
+          cpu::list_word<Position>(
+              {a.at(b, 0), a.column_stride}, {reinterpret_cast<const uint32_t*>(g.at(b, 0)), g.column_stride},
+              c.vocab_size, word, segment_between(c.edges[at], c.edges[at + 1], 0, rows), lists);
+        }
+      }
+      // Two threads' shares of the tiles.
+      cpu::add_lists<T>(lists, 0, tiles / 2, rows, columns, packed.data(), read(w), sums.data(), dw, add_tile);
+      cpu::add_lists<T>(lists, tiles / 2, tiles, rows, columns, packed.data(), read(w), sums.data(), dw, add_tile);
+    }
+    for (int64_t t = 0; t < tiles; ++t) cpu::unpack_tile(sums.data() + t * rows * cpu::kTile, rows, columns, t, dh);
+    for (int64_t d = 0; d < columns; ++d) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const auto at = static_cast<size_t>(row * columns + d);
+        require(static_cast<float>(*dh.at(row, d)) == expected_hidden[at], "dh", c.name);
+      }
+      for (int64_t v = 0; v < c.vocab_size; ++v) {
+        const auto at = static_cast<size_t>(v * columns + d);
+        require(static_cast<float>(*dw.at(v, d)) == expected_weight[at], "dW", c.name);
+      }
+    }
+  }
+  ++passed;
+}
+
+void check_gradients() {
+  std::mt19937 random(3);
+  const std::vector<GradientCase> cases = {
+      {"one narrow tile", {0, 4, 9}, 100, 5, 1, false},
+      {"whole tiles and a narrow one", {0, 3, 3, 8}, 77, 100, 0.5, false},
+      {"transposed", {0, 3, 8}, 200, 70, 0.5, true},
+      {"nothing active", {0, 3}, 40, 64, 0, false},
+      {"more rows than leave room for two tiles", {0, 900, 1100}, 300, 96, 0.3, false},
+      {"more vocabulary entries than a block, sparse", {0, 5}, 3000, 40, 0.05, false},
+  };
+  for (const GradientCase& c : cases) {
+    check_gradients<int16_t, float>(c, random);
+    check_gradients<int32_t, Narrow>(c, random);
+  }
+}
+
 // ---------------------------------------------------------------- sparsify
 
 template <class F>
@@ -248,6 +363,7 @@ void check_sparsifies() {
 
 int main() {
   check_buckets();
+  if constexpr (!kKernels) check_gradients();
   check_sparsifies();
   std::printf("%d passed, 0 failed\n", passed);
 }
