@@ -15,8 +15,11 @@ from splade_kernels.integrations import _encode
 from splade_kernels.integrations.sentence_transformers import encode_sparse, fuse
 from tests.st_models import TEXTS, sparse_encoder
 
-# Texts of 3 to 64 tokens, whose characters tell little of their tokens, in random order; some are equal, one is empty.
-RAGGED = ["", *(" ".join(random.Random(n).choices(" ".join(TEXTS).split(), k=1 + n % 62)) for n in range(200))]
+# Texts of 2 to 64 tokens in random order, half of short and half of long words: their characters tell little of their
+# tokens. Some have equal lengths, and one is empty.
+WORDS = sorted(set(" ".join(TEXTS).split()), key=len)
+HALVES = (WORDS[: len(WORDS) // 2], WORDS[len(WORDS) // 2 :])
+RAGGED = ["", *(" ".join(random.Random(n).choices(HALVES[n % 2], k=1 + n % 62)) for n in range(239))]
 RAGGED = random.Random(0).sample(RAGGED, len(RAGGED))
 
 
@@ -89,7 +92,7 @@ def test_little_of_a_batch_is_padding(model, monkeypatch):
     ours = padding(masks)
     assert sum(len(mask) for mask in masks) == len(RAGGED)
     assert ours <= 1.03
-    assert stock - 1 > 3 * (ours - 1)
+    assert stock >= 1.1
     # As many batches as encode has, give or take what does not fit; none takes more tokens than an average one.
     mean = sum(int(mask.sum()) for mask in masks) / len(RAGGED)
     assert max(mask.numel() for mask in masks) <= 4 * mean
@@ -114,8 +117,8 @@ def test_without_tokens_of_a_transformer_batches_have_batch_size_texts(model, mo
     monkeypatch.setattr(_encode, "_count_tokens", lambda *arguments: None)
     masks = seen_batches(model, monkeypatch)
     ours = list(encode_sparse(model, RAGGED, batch_size=8, batch_tokens=1))
-    assert [len(mask) for mask in masks] == [8] * (len(RAGGED) // 8) + [len(RAGGED) % 8]
-    assert padding(masks) < 1.3
+    assert [len(mask) for mask in masks] == [8] * (len(RAGGED) // 8)
+    assert padding(masks) < 1.5
     assert_same(ours, model.encode(RAGGED, convert_to_sparse_tensor=False))
 
 
