@@ -18,7 +18,7 @@ import torch
 _WRITTEN = ("bench/results", "bench/RESULTS.md", "docs/bench", "docs/screening.md", "README.md")
 # The exit status of a command that cannot do here what it is for; automake's tests have the same.
 NOT_HERE = 77
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers", "onnxruntime", "onnx")
 
 
 def describe() -> dict[str, object]:
