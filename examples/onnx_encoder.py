@@ -71,7 +71,7 @@ def _without_decoder(language_model: Any) -> Iterator[None]:
 
 
 def export(model: SparseEncoder, path: Path, *, decoder: bool = False) -> None:
-    """Write the model in float32, for any batch and length: without ``decoder`` it returns hidden states, else logits."""
+    """Write the model in float32, for any batch and length; without ``decoder`` it returns hidden states."""
     language_model = unfuse(model).eval().cpu().transformers_model
     features = model.preprocess(["a text", "another and longer one"])
     axes = {0: "batch", 1: "length"}
@@ -199,10 +199,10 @@ def render(result: dict[str, Any]) -> str:
         searched = "-" if row["ndcg@10"] is None else f"{row['ndcg@10']:.3f}"
         error = f"{row['relative_error']:.1%}" if row["relative_error"] > 1e-4 else f"{row['relative_error']:.0e}"
         rows.append([VARIANTS[row["variant"]], error, f"{row['support_overlap']:.3f}", searched])
-    environment = result["environment"]
+    environment, model = result["environment"], " ".join(text_model.describe([result]))
     note = (
         f"Error and overlap over the first {min(COMPARED, result['passages'])} of {result['passages']:,} passages, "
-        f"nDCG@10 of {result['queries']} queries ({result['split']}) over all. {' '.join(text_model.describe([result]))} "
+        f"nDCG@10 of {result['queries']} queries ({result['split']}) over all. {model} "
         f"{machine(environment)}; commit {environment['commit']}, `{result['command']}`."
     )
     return f"{table(rows)}\n\n{note}"
