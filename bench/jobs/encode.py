@@ -41,7 +41,7 @@ INT8_BOUND = 0.3
 @dataclass(frozen=True)
 class Corpus:
     """Texts and how many are encoded at a time; ``size``: of a model with random weights, None for the trained one.
-    ``reads_data``: they are passages of SQuAD of at most ``length`` tokens; otherwise random words, that many tokens."""
+    ``reads_data``: they are passages of SQuAD of up to ``length`` tokens; otherwise random words, that many tokens."""
 
     name: str
     texts: int
