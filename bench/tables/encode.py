@@ -31,7 +31,9 @@ def encodes(result: Result) -> str:
     memory = "peak memory beyond the loaded model"
     rows = [["sentence-transformers' `encode`", "stock", "fused", "", f"{memory}, stock", "fused"]]
     for case, precision, _, variants in grouped(result["rows"]):
-        stock, ours = variants["stock"], variants["ours"]
+        stock, ours = variants.get("stock"), variants.get("ours")
+        if stock is None or ours is None:
+            continue
         memories = [mebibytes(row) for row in (stock, ours)]
         first = f"{case}: {ours['shape']}, {precision}"
         rows.append([first, *map(_seconds, (stock, ours)), speedup(stock, ours), *memories])
