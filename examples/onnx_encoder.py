@@ -96,10 +96,11 @@ def export(model: SparseEncoder, path: Path, *, decoder: bool = False) -> None:
 def quantise(source: Path, target: Path) -> None:
     """All products with weights in int8, a scale for each weight; activations are quantised as they come.
 
-    Weights are unsigned: without VNNI, products with signed ones saturate at 16 bits, and ONNX Runtime's own advice is
-    either this or a range of 7 bits.
+    Signed weights where the CPU has VNNI, which multiplies those fastest; without it their products are added in 16 bits,
+    which saturate, so that weights are unsigned there, as ONNX Runtime advises.
     """
-    quantize_dynamic(source, target, weight_type=QuantType.QUInt8)
+    signed = torch.cpu._is_vnni_supported()
+    quantize_dynamic(source, target, weight_type=QuantType.QInt8 if signed else QuantType.QUInt8)
 
 
 def serve(model: SparseEncoder, path: Path, *, decoder: bool = False) -> SparseEncoder:
