@@ -96,7 +96,7 @@ def export(model: SparseEncoder, path: Path, *, decoder: bool = False) -> None:
 def quantise(source: Path, target: Path) -> None:
     """All products with weights in int8, a scale for each weight; activations are quantised as they come.
 
-    Signed weights where the CPU has VNNI, which multiplies those fastest; without it their products are added in 16 bits,
+    Signed weights where the CPU has VNNI, which is fastest with those; without it their products are added in 16 bits,
     which saturate, so that weights are unsigned there, as ONNX Runtime advises.
     """
     signed = torch.cpu._is_vnni_supported()
