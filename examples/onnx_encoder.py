@@ -26,8 +26,9 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 from torch import Tensor, nn
 
 from bench.harness.environment import command, describe
+from bench.harness.result_file import write
 from bench.inputs import text_model
-from bench.tables.markdown import machine, table
+from bench.tables.markdown import machine, replace_block, table
 from examples.beir import BeirFolder, InputError, read_beir
 from splade_kernels import SpladeHead, csr
 from splade_kernels.integrations.sentence_transformers import encode_sparse, fuse, unfuse
@@ -36,6 +37,7 @@ INPUTS = ("input_ids", "attention_mask")
 # Passages whose embeddings are compared entry by entry.
 COMPARED = 512
 DEPTH = 10
+BEGIN, END = "<!-- onnx: python -m examples.onnx_encoder -->", "<!-- onnx end -->"
 VARIANTS = {
     "torch": "float32 in PyTorch",
     "onnx-encoder-float32": "float32 encoder, exact head",
@@ -209,12 +211,19 @@ def render(result: dict[str, Any]) -> str:
     return f"{table(rows)}\n\n{note}"
 
 
+def block(result: Path) -> str:
+    """What a document shows of a result file."""
+    shown = render(json.loads(result.read_text())) if result.is_file() else "Not measured."
+    return "\n\n".join([BEGIN, shown, END])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a SPLADE model (fill-mask, SpladePooling)")
     parser.add_argument("--data", type=Path, required=True, help="BEIR folder to search in")
     parser.add_argument("--split", default="test", help="the queries: qrels/SPLIT.tsv (default: test)")
     parser.add_argument("--output", type=Path, default=Path("outputs/onnx"), help="gets the ONNX files and result.json")
+    parser.add_argument("--document", type=Path, help="docs/onnx.md: write its block and docs/onnx/result.json too")
     args = parser.parse_args(arguments)
     data = read_beir(args.data)
     if args.split not in data.relevant:
@@ -231,8 +240,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "queries": len(data.relevant[args.split]),
         "rows": measure(args.model, data, args.split, args.output),
     }
-    (args.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(args.output / "result.json", result)
     print(render(result))
+    if args.document:
+        path = args.document.with_suffix("") / "result.json"
+        write(path, result)
+        args.document.write_text(replace_block(args.document.read_text(), block(path)))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def not_here(reason: str) -> NoReturn:
 def command(module: str) -> str:
     """The command line that is running, without where it writes."""
     line = " ".join(["python -m", module, *sys.argv[1:]])
-    return re.sub(r" --output[ =]\S+| --append", "", line)
+    return re.sub(r" --(output|document)[ =]\S+| --append", "", line)
 
 
 def cpu_name() -> str:

@@ -81,7 +81,12 @@ def test_a_whole_run(exported: tuple[Path, Path], tmp_path: Path, capsys: pytest
         "qrels/test.tsv": header + "".join(f"q{i}\td{i}\t1\n" for i in range(1, len(PAIRS))),
     }
     data = write_beir(tmp_path, files)
-    example.main(["--model", str(exported[0]), "--data", str(data), "--output", str(tmp_path / "output")])
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{example.block(tmp_path / 'page' / 'result.json')}\n\nafter\n")
+    options = {"--model": exported[0], "--data": data, "--output": tmp_path / "output", "--document": page}
+    example.main([str(word) for option in options.items() for word in option])
+    assert page.read_text() == f"before\n\n{example.block(tmp_path / 'page' / 'result.json')}\n\nafter\n"
+    assert "Not measured" not in page.read_text()
     result = json.loads((tmp_path / "output" / "result.json").read_text())
     assert example.render(result) in capsys.readouterr().out
     rows = {row["variant"]: row for row in result["rows"]}
