@@ -66,19 +66,25 @@ def default_cases(kind: str, device: torch.device) -> list[str]:
 
 
 def default_variants(kind: str) -> Sequence[str]:
-    return {"encode": ("stock", "ours"), "screening": variants.SCREENING}.get(kind, variants.HEADS)
+    return {"encode": ("stock", "ours", encode.SPARSE, *encode.ONNX), "screening": variants.SCREENING}.get(
+        kind, variants.HEADS
+    )
 
 
-def default_precisions(device: torch.device) -> list[str]:
-    return ["bf16", "bf16-autocast", "tf32", "float32"] if device.type == "cuda" else ["float32"]
+def default_precisions(kind: str, device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return ["bf16", "bf16-autocast", "tf32", "float32"]
+    return ["float32", "bf16"] if kind == "encode" else ["float32"]
 
 
 def groups(
-    kind: str, subject: Any, precision: Precision, device: torch.device, names: Sequence[str]
-) -> dict[str, Callable[[], list[Job]]]:
-    """By name, functions that make the jobs to be interleaved with each other."""
+    kind: str, subject: Any, precision: Precision, device: torch.device, names: Sequence[str],
+    beside: Sequence[Precision] = (),
+) -> dict[str, Callable[[], list[Job]]]:  # fmt: skip
+    """By name, functions that make the jobs to be interleaved with each other, of a corpus those of the precisions
+    ``beside`` too."""
     if isinstance(subject, encode.Corpus):
-        return {"encode": partial(encode.jobs, subject, precision, device, names)}
+        return {"encode": partial(encode.together, subject, (precision, *beside), device, names)}
     makers: dict[str, tuple[Callable[..., list[Job]], Iterable[str]]] = {
         "head": (partial(operators.head, names=names), roofline.PASSES),
         "backward": (operators.backward, distributions.DISTRIBUTIONS),
@@ -109,7 +115,7 @@ def measure_jobs(
         for row in result.attempt(budget, what, measure, make, precision, device, seconds, room=False):
             time = row["status"] if row["median"] is None else f"{row['median'] * 1e3:10.3f} ms {row['clock']}"
             extra = "" if row["extra_bytes"] is None else f" extra {row['extra_bytes'] / 2**20:.0f} MiB"
-            names = f"{case:20} {row['shape']:28} {precision.name:14} {job:18} {row['variant']:16}"
+            names = f"{case:20} {row['shape']:28} {row['precision']:14} {job:18} {row['variant']:16}"
             print(f"{names} {time}{extra}", flush=True)
 
 
@@ -119,22 +125,25 @@ def main() -> None:
     known = [*shapes.CASES, CURVES, *shapes.SCREENING, *FLOPS_CASES, *CORPORA]
     parser.add_argument("--case", nargs="+", choices=known, help="default: all of the kind; 'curves': S, V and B")
     parser.add_argument("--precision", nargs="+", choices=list(shapes.PRECISIONS))
-    parser.add_argument("--variant", nargs="+", choices=list(variants.VARIANTS))
+    parser.add_argument("--variant", nargs="+", choices=list(dict.fromkeys((*variants.VARIANTS, *encode.VARIANTS))))
     args = parser.parse_args()
     device = torch.device(args.device)
-    precisions = args.precision or default_precisions(device)
+    precisions = args.precision or default_precisions(args.kind, device)
     machine = timing.machine(device, [shapes.PRECISIONS[name] for name in precisions])
     result = Result(args.kind, "bench.measure", args.output, append=args.append, run={"machine": machine})
     names = args.case or default_cases(args.kind, device)
     chosen = args.variant or default_variants(args.kind)
     budget = Budget(args.budget)
-    for precision in (shapes.PRECISIONS[name] for name in precisions):
+    # Whole encodes of all precisions are timed together: whether bfloat16 pays is asked against float32 and int8.
+    first, *others = (shapes.PRECISIONS[name] for name in precisions)
+    beside = others if args.kind == "encode" else []
+    for precision in [first] if args.kind == "encode" else [first, *others]:
         for name, subject in plan(args.kind, names, device):
             if absent := text_model.why_absent(subject) if budget.has_time() else "no time":
                 result.leave_out(absent, {"case": name, "precision": precision.name})
                 continue
             text_model.note(subject, result.run)
-            jobs = groups(args.kind, subject, precision, device, chosen)
+            jobs = groups(args.kind, subject, precision, device, chosen, beside)
             measure_jobs(result, budget, name, precision, jobs, device, args.seconds)
     result.finish(*variants.OURS)
 

@@ -23,7 +23,7 @@ from bench.tables.numerics import numerics_table
 
 VARIANTS = ("stock", "compile", "unscreened", "ours", "screened")
 # Lengths at one hidden size, and hidden sizes at one length.
-SHAPES = ((32, 768), (128, 768), (512, 768), (128, 128), (128, 2048))
+SHAPES = ((32, 768), (128, 768), (256, 768), (128, 128), (128, 384))
 
 
 def measure(exact: Exact, name: str, device: torch.device) -> Row:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.harness import options
 from bench.harness.result_file import load
-from bench.tables import operators, ratios
+from bench.tables import encode, operators, ratios
 from bench.tables.head import floors_section, head_section, readme_part
 from bench.tables.markdown import Result, badge, joined, replace_block, section
 from bench.tables.numerics import numerics_block, numerics_section
@@ -26,7 +26,7 @@ from bench.tables.training import limits_table, training_table
 BEGIN, END = "<!-- bench: python -m bench.report bench/results/*.json -->", "<!-- bench end -->"
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "head": head_section,
-    "encode": operators.encode_section,
+    "encode": encode.encode_section,
     "screening": screening_section,
     "margins": margins_section,
     "numerics": numerics_section,
@@ -61,7 +61,7 @@ def render(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
 def readme_block(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
     """Forward and backward of the named cases and whole encodes, stock against ours, one table a device."""
     heads = [part for result in results if result["kind"] == "head" for part in readme_part(result)]
-    encodes = [part for result in results if result["kind"] == "encode" for part in operators.encode_part(result)]
+    encodes = [part for result in results if result["kind"] == "encode" for part in encode.encode_part(result)]
     last = "All cases, precisions and floors: [bench/RESULTS.md](bench/RESULTS.md)."
     return joined(BEGIN, badge(results), *heads, *encodes, *map(_picture, figures), last, END)
 

@@ -57,7 +57,7 @@ environment = functools.cache(describe)
 def cases() -> Iterator[Any]:
     """Every variant of everything that is measured on this device."""
     for kind, names in VARIANTS.items():
-        for precision in measure.default_precisions(DEVICE):
+        for precision in measure.default_precisions(kind, DEVICE):
             for case, subject in measure.plan(kind, measure.default_cases(kind, DEVICE), DEVICE):
                 if text_model.why_absent(subject):
                     continue

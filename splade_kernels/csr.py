@@ -205,6 +205,16 @@ def _rows(embeddings: Tensor, rows: slice) -> Tensor:
     return _csr(crow - first, col, values, embeddings.shape[1])
 
 
+def take(embeddings: Tensor, rows: Tensor) -> Tensor:
+    """The rows of a CSR tensor that ``rows [n]``, int64 on its device, names in any order."""
+    crow = embeddings.crow_indices()
+    taken = F.pad(crow.diff()[rows].cumsum(0), (1, 0))
+    # Where each stored value lies in ``embeddings``: its place in the result, moved by as much as its row is.
+    source = (crow[rows] - taken[:-1]).repeat_interleave(taken.diff())
+    source += torch.arange(len(source), device=source.device)
+    return _csr(taken, embeddings.col_indices()[source], embeddings.values()[source], embeddings.shape[1])
+
+
 def _csr(crow: Tensor, col: Tensor, values: Tensor, width: int) -> Tensor:
     size = (crow.shape[0] - 1, width)
     return torch.sparse_csr_tensor(crow, col, values, size=size, device=values.device, check_invariants=False)

@@ -18,7 +18,7 @@ import torch
 _WRITTEN = ("bench/results", "bench/RESULTS.md", "docs/bench", "docs/screening.md", "README.md")
 # The exit status of a command that cannot do here what it is for; automake's tests have the same.
 NOT_HERE = 77
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers", "onnxruntime", "onnx")
 
 
 def describe() -> dict[str, object]:
@@ -63,7 +63,7 @@ def not_here(reason: str) -> NoReturn:
 def command(module: str) -> str:
     """The command line that is running, without where it writes."""
     line = " ".join(["python -m", module, *sys.argv[1:]])
-    return re.sub(r" --output[ =]\S+| --append", "", line)
+    return re.sub(r" --(output|document)[ =]\S+| --append", "", line)
 
 
 def cpu_name() -> str:

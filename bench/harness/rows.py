@@ -66,7 +66,7 @@ class Job:
 
 def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
     """Check all, time those that passed, and return every row."""
-    samplers: dict[str, timing.Sampler] = {}
+    samplers: dict[tuple[str, str], timing.Sampler] = {}
     for job in jobs:
         if job.row.status != "measured":
             continue
@@ -75,15 +75,15 @@ def run(jobs: Sequence[Job], device: torch.device, seconds: float) -> list[Row]:
             job.row.status = _verdict(job, steps[0])
             if job.row.status == "measured":
                 job.row.extra_bytes = job.weigh(steps[0])
-                samplers[job.row.variant] = timing.Sampler(steps, device, job.captured)
+                samplers[job.row.precision, job.row.variant] = timing.Sampler(steps, device, job.captured)
         except Exception as error:  # a rival that fails must not take the others with it
             job.row.status = reason(error)
         if job.row.status != "measured":
             memory.release()  # not in the handler, where the traceback still holds the tensors
     timed = timing.interleave(samplers, seconds)
     for job in jobs:
-        if job.row.variant in timed:
-            result = timed[job.row.variant]
+        result = timed.get((job.row.precision, job.row.variant))
+        if result is not None:
             job.row.median, job.row.rounds, job.row.samples = result.median, len(result.samples), result.samples
             job.row.clock, job.row.others = result.clock, result.others
     return [job.row for job in jobs]

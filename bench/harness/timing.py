@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -115,10 +116,13 @@ class Sampler:
         return graph
 
 
-def interleave(samplers: dict[str, Sampler], seconds: float, rounds: tuple[int, int] = ROUNDS) -> dict[str, Timed]:
+Key = TypeVar("Key")
+
+
+def interleave(samplers: dict[Key, Sampler], seconds: float, rounds: tuple[int, int] = ROUNDS) -> dict[Key, Timed]:
     """Rounds over all samplers until ``seconds`` have passed, within the bounds of ``rounds``. There is no warm-up:
     every step has already run when it was checked."""
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    samples: dict[Key, list[float]] = {name: [] for name in samplers}
     begin, everybody, own = time.perf_counter(), _processor_seconds(), time.process_time()
     for number in range(rounds[1]):
         if number >= rounds[0] and time.perf_counter() - begin > seconds:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ ATTENTION = "sdpa"
 # In the order of their ids; XLM-R counts its positions from the padding id, so that comes second.
 _SPECIAL = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 _SPECIAL_PER_TEXT = 2
-_CALIBRATION_TEXTS = 8
+CALIBRATION_TEXTS = 8
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,15 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def build(size: Size, max_length: int) -> str:
-    """The folder of a masked language model with random weights and its tokenizer; this process removes it."""
+def build(size: Size, max_length: int, vocabulary: Path | None = None) -> str:
+    """The folder of a masked language model with random weights and its tokenizer; this process removes it.
+
+    ``vocabulary``: a file of WordPiece entries, for a tokenizer of text instead of that of the words ``w5``, ``w6``, ….
+    """
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    tokenizer, width = _tokenizer(size.vocab_size, max_length), 4 * size.hidden_size
+    tokenizer = _tokenizer(size.vocab_size, max_length) if vocabulary is None else _wordpiece(vocabulary, max_length)
+    width = 4 * size.hidden_size
     # XLM-R counts its positions from the padding id. The architectures name the feed-forward's width differently.
     first = tokenizer.pad_token_id + 1 if size.architecture == "xlm-roberta" else 0
     names = {"intermediate_size": width, "type_vocab_size": 1} if first else {"hidden_dim": width}
@@ -74,12 +79,15 @@ def build(size: Size, max_length: int) -> str:
     return folder
 
 
-def load(folder: str, max_length: int, device: str, active_terms: int | None) -> SparseEncoder:
+def load(
+    folder: str, max_length: int, device: str, active_terms: int | None, sample: list[str] | None = None
+) -> SparseEncoder:
     """The stock encoder in ``folder``.
 
     Args:
         active_terms: None: nearly every term is active in every text, as at the start of training. A number: about so
             many terms are active in an answer, as late in training.
+        sample: the texts that this is arranged on; None: answers of random words.
     """
     from sentence_transformers import SparseEncoder
     from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
@@ -92,12 +100,12 @@ def load(folder: str, max_length: int, device: str, active_terms: int | None) ->
     vocab_size = decoder.weight.shape[0]
     if len(model.tokenizer) != vocab_size:
         raise RuntimeError(f"tokenizer: expected {vocab_size} entries, got {len(model.tokenizer)}")
-    sample = pairs(_CALIBRATION_TEXTS, "gooaq", max_length, vocab_size, seed=1)
+    pairs_of_words = pairs(CALIBRATION_TEXTS, "gooaq", max_length, vocab_size, seed=1)
     if active_terms is None:
-        _moderate_similarities(model, sample)
+        _moderate_similarities(model, pairs_of_words)
     else:
         # The bias is still zero, so an activated entry is log1p of its largest dot.
-        dots = _embed(model, sample["answer"]).expm1()
+        dots = _embed(model, sample or pairs_of_words["answer"]).expm1()
         with torch.no_grad():
             decoder.bias.fill_(-dots.topk(active_terms, dim=1).values[:, -1].mean())
     return model
@@ -116,7 +124,7 @@ def _moderate_similarities(model: SparseEncoder, sample: Dataset) -> None:
 
 
 def mean_active_terms(model: SparseEncoder, texts: list[str]) -> float:
-    return (_embed(model, texts[:_CALIBRATION_TEXTS]) > 0).sum(dim=1).float().mean().item()
+    return (_embed(model, texts[:CALIBRATION_TEXTS]) > 0).sum(dim=1).float().mean().item()
 
 
 def pairs(count: int, lengths: str, max_length: int, vocab_size: int, seed: int = 0) -> Dataset:
@@ -139,6 +147,13 @@ def pairs(count: int, lengths: str, max_length: int, vocab_size: int, seed: int 
 def _embed(model: SparseEncoder, texts: list[str]) -> Tensor:
     embeddings: Tensor = model.encode(list(texts), convert_to_sparse_tensor=False, show_progress_bar=False)
     return embeddings
+
+
+def _wordpiece(vocabulary: Path, max_length: int) -> Any:
+    from examples.demo.vocabulary import build_tokenizer
+
+    words = vocabulary.read_text(encoding="utf-8").splitlines()
+    return build_tokenizer({word: i for i, word in enumerate(words)}, max_length)
 
 
 def _tokenizer(vocab_size: int, max_length: int) -> Any:

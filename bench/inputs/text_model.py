@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parents[2] / "outputs" / "screening-model"
+# Text that lies beside the repository: ``vocab.txt`` and ``squad/``, as ``bench.screening_model --data`` takes them.
+DATA = Path(__file__).parents[3] / "shared" / "data"
+VOCABULARY = DATA / "vocab.txt"
 
 
 def why_absent(subject: Any) -> str | None:
     """Why a case or corpus has no inputs here, or None."""
+    if getattr(subject, "reads_data", False):
+        missing = [path for path in (VOCABULARY, DATA / "squad" / "corpus.jsonl") if not path.is_file()]
+        return f"no text here: expected {'/'.join(missing[0].parts[-3:])} beside the repository" if missing else None
     if not getattr(subject, "from_text", False) or (FOLDER / "passages.json").is_file():
         return None
     return "no trained model here: python -m bench.screening_model --data DIR makes it"
@@ -46,6 +52,13 @@ def describe(runs: Iterable[dict[str, Any]]) -> list[str]:
             f"{record['passage_active_share']:.2%} of the vocabulary active in a passage."
         )
     return list(dict.fromkeys(said))
+
+
+def squad_passages() -> list[str]:
+    """All passages of SQuAD, in the order of its file."""
+    from examples.beir import read_beir
+
+    return list(dict.fromkeys(read_beir(DATA / "squad").corpus.values()))
 
 
 def passages() -> list[str]:

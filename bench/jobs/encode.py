@@ -1,16 +1,20 @@
-"""A whole ``encode`` of sentence-transformers, stock and fused: tokenizer, transformer, head, sparse embeddings.
+"""A whole ``encode`` of sentence-transformers: tokenizer, transformer, head, sparse embeddings. Stock, fused, by
+``encode_sparse``, and with the transformer in ONNX Runtime, its decoder inside or the exact head in its place.
 
 Before anything is timed, outputs are compared with the unscreened ones within the band that two summation orders span.
-A corpus is either unseen passages of SQuAD, for the model of :mod:`bench.inputs.text_model`, or random text, for a
-model with random weights of which about ``ACTIVE_TERMS`` vocabulary entries are active in a text
+A corpus is either unseen passages of SQuAD, for the model of :mod:`bench.inputs.text_model`, or random words or
+passages, for a model with random weights of which about ``ACTIVE_TERMS`` vocabulary entries are active in a text
 (:mod:`bench.inputs.encoders`).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,18 +29,26 @@ from bench.inputs.variants import MODES, OURS
 from bench.jobs.screening import hold_in_bands
 
 ACTIVE_TERMS = 200
-STEPS = {"stock": None, **MODES}
+# In ONNX Runtime: the model with its decoder in float32 and in int8, and the encoder in int8 with the exact head.
+ONNX = ("onnx", "onnx-int8", "onnx-encoder")
+SPARSE = "encode_sparse"
+HEADS: dict[str, str | bool] = {**MODES, SPARSE: "auto"}
+VARIANTS = ("stock", *HEADS, *ONNX)
+# Largest relative error of an encoder in int8, of which 0.1 is usual: it must be an approximation, not another model.
+INT8_BOUND = 0.3
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts and how many are encoded at a time; ``size``: of a model with random weights, None for the trained one."""
+    """Texts and how many are encoded at a time; ``size``: of a model with random weights, None for the trained one.
+    ``reads_data``: they are passages of SQuAD of up to ``length`` tokens; otherwise random words, that many tokens."""
 
     name: str
     texts: int
     batch_size: int
     size: encoders.Size | None = None
     length: int = 128
+    reads_data: bool = False
 
     @property
     def from_text(self) -> bool:
@@ -47,11 +59,14 @@ class Corpus:
         if self.size is None:
             return f"{self.texts} texts"
         model = f"{self.size.layers} layers D{self.size.hidden_size} V{self.size.vocab_size}"
-        return f"{self.texts} texts of {self.length} tokens, batch {self.batch_size}, {model}"
+        length = f"up to {self.length}" if self.reads_data else f"{self.length}"
+        return f"{self.texts} texts of {length} tokens, batch {self.batch_size}, {model}"
 
     def draw(self) -> list[str]:
         if self.size is None:
             return text_model.passages()[: self.texts]
+        if self.reads_data:
+            return text_model.squad_passages()[: self.texts]
         return list(encoders.pairs(self.texts, "full", self.length, self.size.vocab_size)["answer"])
 
     def load(self, device: torch.device, precision: Precision = PRECISIONS["float32"], name: str = "stock") -> Any:
@@ -61,20 +76,48 @@ class Corpus:
         if self.size is None:
             model = text_model.load(device)
         else:
-            model = encoders.load(encoders.build(self.size, self.length), self.length, str(device), ACTIVE_TERMS)
+            words = text_model.VOCABULARY if self.reads_data else None
+            sample = self.draw()[: encoders.CALIBRATION_TEXTS] if self.reads_data else None
+            folder = encoders.build(self.size, self.length, words)
+            model = encoders.load(folder, self.length, str(device), ACTIVE_TERMS, sample)
+        if name in ONNX:
+            return _in_onnx(model, name)
         model.to(precision.dtype)
-        screening = STEPS[name]
-        return model if screening is None else fuse(model, screening=screening)
+        return fuse(model, screening=HEADS[name]) if name in HEADS else model
 
-    def step(self, texts: Sequence[str], precision: Precision, model: Any) -> Step:
+    def step(self, texts: Sequence[str], precision: Precision, model: Any, name: str = "stock") -> Step:
         """One ``encode``; returns indices and values."""
+        from splade_kernels import csr
+        from splade_kernels.integrations.sentence_transformers import encode_sparse
+
+        def encode() -> Tensor:
+            embeddings: Tensor
+            if name == SPARSE:
+                embeddings = csr.join(encode_sparse(model, texts, batch_size=self.batch_size)).to_sparse_coo()
+            else:
+                embeddings = model.encode(list(texts), batch_size=self.batch_size)
+            return embeddings.coalesce()
 
         def step() -> Tensors:
-            with precision.forward(model.device):
-                embeddings: Tensor = model.encode(list(texts), batch_size=self.batch_size).coalesce()
+            with precision.settings(), precision.forward(model.device):
+                embeddings = encode()
             return embeddings.indices(), embeddings.values()
 
         return step
+
+
+def _in_onnx(model: Any, name: str) -> Any:
+    """The model with ONNX Runtime in place of its transformer (``examples/onnx_encoder.py``)."""
+    from examples import onnx_encoder
+
+    inside = name != "onnx-encoder"
+    with tempfile.TemporaryDirectory() as folder:
+        path, quantised = (Path(folder) / file for file in ("model.onnx", "int8.onnx"))
+        onnx_encoder.export(model, path, decoder=inside)
+        if name != "onnx":
+            onnx_encoder.quantise(path, quantised)
+            path = quantised
+        return onnx_encoder.serve(model, path, decoder=inside)
 
 
 SQUAD = Corpus("encode-squad", 48, 16)
@@ -84,19 +127,34 @@ CORPORA = {
     for corpus in (
         Corpus("encode-small", 64, 64, encoders.Size("distilbert", 2, 128, 30522)),
         Corpus("encode-distilbert", 16, 16, encoders.SIZES["distilbert"]),
+        # Texts of many lengths, which batches differ in.
+        Corpus("encode-passages", 192, 16, encoders.SIZES["distilbert"], length=256, reads_data=True),
     )
 }
 
 
+def together(corpus: Corpus, precisions: Sequence[Precision], device: torch.device, names: Sequence[str]) -> list[Job]:
+    """The jobs of several precisions, to be timed in the same rounds."""
+    return [job for precision in precisions for job in jobs(corpus, precision, device, names)]
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a variant cannot be measured here, or None."""
+    if name in ONNX and device.type != "cpu":
+        return "for CPUs only"
+    missing = [package for package in ("onnxruntime", "onnx") if importlib.util.find_spec(package) is None]
+    return f"the package {missing[0]} is not installed" if name in ONNX and missing else None
+
+
 def jobs(corpus: Corpus, precision: Precision, device: torch.device, names: Sequence[str]) -> list[Job]:
-    """Stock and fused, in batches of ``corpus.batch_size``."""
+    """Stock and others, in batches of ``corpus.batch_size``. What runs in ONNX Runtime belongs to float32."""
     texts = corpus.draw()
     model = corpus.load(device, precision)
     decoder = model.transformers_model.get_output_embeddings()
     vocab_size = len(decoder.weight)
 
     def steps(name: str) -> list[Step]:
-        return [corpus.step(texts, precision, corpus.load(device, precision, name))]
+        return [corpus.step(texts, precision, corpus.load(device, precision, name), name)]
 
     def dense(found: Tensors) -> Tensor:
         (rows, columns), values = found
@@ -119,16 +177,21 @@ def jobs(corpus: Corpus, precision: Precision, device: torch.device, names: Sequ
         return {"bands_from_unscreened": truth.in_bands(dense(found), unscreened, band, precision)}
 
     made = []
-    for name in (name for name in names if name in STEPS):
-        mine, weigh = replace(row, variant=name, errors={}), weigher(corpus, precision, name, device)
-        one = Job(mine, partial(steps, name), check, truth.BOUNDS[precision.name], weigh=weigh)
+    for name in (name for name in names if name in VARIANTS):
+        if name in ONNX and precision.name != "float32":
+            continue
+        absent, weigh = why_not(name, device), weigher(corpus, precision, name, device)
+        mine = replace(row, variant=name, errors={}, status=f"not here: {absent}" if absent else "measured")
+        bound = INT8_BOUND if name in ("onnx-int8", "onnx-encoder") else truth.BOUNDS[precision.name]
+        one = Job(mine, partial(steps, name), check, bound, weigh=weigh)
+        # The batches of encode_sparse are others, whose encoder rounds otherwise: the band is that of the head alone.
         made.append(hold_in_bands(one, distances) if name in OURS else one)
     return made
 
 
 def weigher(corpus: Corpus, precision: Precision, name: str, device: torch.device) -> Weigh:
     """How the memory of a variant is measured: on a CPU in a process of its own, which makes its own step."""
-    if device.type == "cuda" or corpus.size is None:
+    if device.type == "cuda" or corpus.size is None or name in ONNX:
         return weigh_on_gpu(device)
     return lambda step: memory.in_a_process(resident_bytes, corpus, precision.name, name)
 
@@ -138,7 +201,8 @@ def resident_bytes(corpus: Corpus, precision_name: str, name: str) -> int:
     texts = corpus.draw()
     precision = PRECISIONS[precision_name]
     step, short = (
-        corpus.step(some, precision, corpus.load(torch.device("cpu"), precision, name)) for some in (texts, texts[:1])
+        corpus.step(some, precision, corpus.load(torch.device("cpu"), precision, name), name)
+        for some in (texts, texts[:1])
     )
     short()  # libraries and their thread pools, once
 

@@ -1,11 +1,11 @@
-"""Sections that are one table: backward, FLOPS, whole encodes, compiled kernels, and all others."""
+"""Sections that are one table: backward, FLOPS, compiled kernels, and all others."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bench.tables.markdown import Result, caption, cell, checks, grouped, mebibytes, section, table
-from bench.tables.ratios import against, speedup
+from bench.tables.markdown import Result, cell, checks, grouped, section, table
+from bench.tables.ratios import against
 
 
 def backward_section(result: Result) -> str:
@@ -26,27 +26,6 @@ def flops_section(result: Result) -> str:
         shown = [f"{rate / 1e9:.1f}", f"{share:.0%}"] if job == "forward" and rate else ["-", "-"]
         rows.append([ours["shape"], precision, job, cell(variants["stock"]), cell(ours), *shown])
     return section("FLOPS regulariser", result, table(rows), checks(result))
-
-
-def encode_section(result: Result) -> str:
-    return section("Whole `encode`", result, encodes(result), checks(result))
-
-
-def encode_part(result: Result) -> list[str]:
-    """What the README shows of an encode result."""
-    return [encodes(result), caption(result)]
-
-
-def encodes(result: Result) -> str:
-    """Stock and fused encodes: seconds, and what the process grew by."""
-    memory = "peak memory beyond the loaded model"
-    rows = [["sentence-transformers' `encode`", "stock", "fused", "", f"{memory}, stock", "fused"]]
-    for case, precision, _, variants in grouped(result["rows"]):
-        stock, ours = variants["stock"], variants["ours"]
-        times = [f"{row['median']:.3g} s" if row["median"] else cell(row) for row in (stock, ours)]
-        memories = [mebibytes(row) for row in (stock, ours)]
-        rows.append([f"{case}: {ours['shape']}, {precision}", *times, speedup(stock, ours), *memories])
-    return table(rows)
 
 
 def resources_section(result: Result) -> str:

@@ -119,6 +119,27 @@ def test_seconds_of_encodes_are_in_readme_and_results():
         assert line[1:] == ["10 s", "0.5 s", "20.0x faster", "3,000 MiB", "60 MiB"]
 
 
+def test_every_way_to_encode_is_beside_stock_float32_and_fused_bf16():
+    medians = {"stock": 8.0, "ours": 4.0, "onnx": 5.0, "onnx-int8": 2.0, "onnx-encoder": None}
+    rows = [row("encode-x", name, median, "encode", precision="float32") for name, median in medians.items()]
+    rows[3]["errors"] = {"output": 0.097}
+    rows[4]["status"] = "not here: the package onnxruntime is not installed"
+    rows += [row("encode-x", name, median, "encode") for name, median in (("stock", 6.0), ("ours", 2.5))]
+    rows += [row("encode-x", "encode_sparse", 1.25, "encode")]
+    text = report.render([result("encode", rows)])
+    assert [without_quartiles(line)[1:] for line in cells(text, "encode-x ")] == [
+        ["`encode`, stock", "float32", "8 s", "-", "3.2x slower", "-"],
+        ["`encode`, stock", "bf16", "6 s", "1.3x faster", "2.4x slower", "-"],
+        ["`encode`, fused", "float32", "4 s", "2.0x faster", "1.6x slower", "-"],
+        ["`encode`, fused", "bf16", "2.5 s", "3.2x faster", "-", "-"],
+        ["`encode_sparse`, fused", "bf16", "1.25 s", "6.4x faster", "2.0x faster", "-"],
+        ["ONNX Runtime", "float32", "5 s", "1.6x faster", "2.0x slower", "-"],
+        ["ONNX Runtime, int8", "int8", "2 s", "4.0x faster", "1.2x faster", "9.7e-02"],
+        ["int8 encoder in ONNX Runtime, exact head", "int8", "not here", "-", "-", "-"],
+    ]
+    assert "- onnx-encoder not here: the package onnxruntime is not installed" in text
+
+
 def test_the_caption_names_every_run_and_the_cases_of_the_later_ones():
     made, later = result("head", [row("dev", "ours", 1.0)], gpu=False, load_average=33.88), run(gpu=False)
     later["environment"] = later["environment"] | {"commit": "def"}

@@ -28,6 +28,13 @@ def test_the_tables_on_short_sequences_are_the_models():
     assert short_sequences_tables.block() in (ROOT / "docs/kernels.md").read_text()
 
 
+def test_the_page_on_onnx_shows_the_checked_in_result():
+    pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed: pip install '.[onnx]'")
+    from examples import onnx_encoder
+
+    assert onnx_encoder.block(ROOT / "docs/onnx/result.json") in (ROOT / "docs/onnx.md").read_text()
+
+
 def test_local_links_in_documents_exist():
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
