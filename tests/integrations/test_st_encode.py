@@ -17,7 +17,7 @@ from tests.st_models import TEXTS, sparse_encoder
 
 # Texts of 2 to 64 tokens in random order, half of short and half of long words: their characters tell little of their
 # tokens. Some have equal lengths, and one is empty.
-WORDS = sorted(set(" ".join(TEXTS).split()), key=len)
+WORDS = sorted(set(" ".join(TEXTS).split()), key=lambda word: (len(word), word))
 HALVES = (WORDS[: len(WORDS) // 2], WORDS[len(WORDS) // 2 :])
 RAGGED = ["", *(" ".join(random.Random(n).choices(HALVES[n % 2], k=1 + n % 62)) for n in range(239))]
 RAGGED = random.Random(0).sample(RAGGED, len(RAGGED))
@@ -92,11 +92,11 @@ def test_little_of_a_batch_is_padding(model, monkeypatch):
     ours = padding(masks)
     assert sum(len(mask) for mask in masks) == len(RAGGED)
     assert ours <= 1.03
-    assert stock >= 1.1
+    assert stock >= 1.05
     # As many batches as encode has, give or take what does not fit; none takes more tokens than an average one.
     mean = sum(int(mask.sum()) for mask in masks) / len(RAGGED)
     assert max(mask.numel() for mask in masks) <= 4 * mean
-    assert len(masks) < 1.2 * len(RAGGED) / 4
+    assert len(masks) <= 1.25 * len(RAGGED) / 4
 
 
 @pytest.mark.parametrize("prompt", [None, "why is the sea salty "])
