@@ -200,7 +200,7 @@ def render(result: dict[str, Any]) -> str:
     rows = [["", "relative error", "support overlap", "nDCG@10"]]
     for row in result["rows"]:
         searched = "-" if row["ndcg@10"] is None else f"{row['ndcg@10']:.3f}"
-        error = f"{row['relative_error']:.1%}" if row["relative_error"] > 1e-4 else f"{row['relative_error']:.0e}"
+        error = f"{row['relative_error']:.1%}" if row["relative_error"] > 1e-4 else f"{row['relative_error']:.0g}"
         rows.append([VARIANTS[row["variant"]], error, f"{row['support_overlap']:.3f}", searched])
     environment, model = result["environment"], " ".join(text_model.describe([result]))
     note = (
