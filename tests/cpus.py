@@ -17,7 +17,7 @@ from splade_kernels.backends.tiled import screening, screening_plain
 # Kinds add up: `--cpu vnni --cpu bf16 --cpu plain` is a Zen 4 without a compiler.
 KINDS = {
     "vnni": "AVX-512 VNNI: torch._int_mm multiplies int8 rows, and the compiled kernels are asked for AVX-512",
-    "bf16": "AVX-512 BF16: bfloat16 rows are multiplied as they are, and their dots rounded",
+    "bf16": "AVX-512 BF16: sum pooling multiplies bfloat16 rows as they are, which rounds the logits",
     "plain": "no compiled operators",
 }
 
