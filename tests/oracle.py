@@ -187,13 +187,14 @@ def call_of(case: Case, **options: Any) -> PoolingCall:
 
 
 def forward_with_argmax(case: Case, backend: str, activation_function: str = "relu") -> tuple[Tensor, Tensor]:
+    """What the forward keeps for the backward: the output in at least float32, and the argmax."""
     dtype = case.hidden.dtype
     bias = None if case.bias is None else case.bias.detach()
     options = pool_options(
         max_seqlen=case.hidden.shape[1],
         activation_function=activation_function,
         compute_dtype=dtype,
-        out_dtype=dtype,
+        out_dtype=torch.promote_types(dtype, torch.float32),
         backend=backend,
     )
     output, argmax = ops.pool_forward(

@@ -142,6 +142,7 @@ def _results(
             places = torch.tensor(order, device=joined.device).argsort()
             for first in range(0, len(part), rows):
                 yield csr.take(joined, places[first : first + rows])
+            del joined  # before the next window is computed
     finally:
         bar.close()
         if own_pool is not None:
@@ -164,14 +165,16 @@ def _sizes(lengths: list[int], batch_size: int, batch_tokens: int | None, pooled
 def _count_tokens(
     model: SparseEncoder, texts: list[str], task: str | None, options: dict[str, Any]
 ) -> list[int] | None:
-    """Tokens of each text as the model's ``preprocess`` makes them, with prompt and truncation; None where they are not
-    tokenised for a Transformer module."""
+    """Tokens of each text as the model's ``preprocess`` makes them, with prompt and truncation; None where they are no
+    texts or not tokenised for a Transformer module."""
     module: Any = model[0]
     if isinstance(module, Router):
         routes: Any = module.sub_modules
         route = task or module.default_route
         module = routes[route][0] if route in routes else None
-    if not isinstance(module, Transformer):
+    # Where a mapping chooses the route, what ``preprocess`` returns decides.
+    tokenised = module is None or isinstance(module, Transformer)
+    if not tokenised or not all(isinstance(text, str) for text in texts):
         return None
     names = _PROMPTS[task] if options.get("prompt_name") is None else (options["prompt_name"],)
     prompts = [model.prompts[name] for name in (*names, model.default_prompt_name) if name in model.prompts]
