@@ -128,16 +128,14 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", choices=list(dict.fromkeys((*variants.VARIANTS, *encode.VARIANTS))))
     args = parser.parse_args()
     device = torch.device(args.device)
-    precisions = args.precision or default_precisions(args.kind, device)
-    machine = timing.machine(device, [shapes.PRECISIONS[name] for name in precisions])
+    precisions = [shapes.PRECISIONS[name] for name in args.precision or default_precisions(args.kind, device)]
+    machine = timing.machine(device, precisions)
     result = Result(args.kind, "bench.measure", args.output, append=args.append, run={"machine": machine})
     names = args.case or default_cases(args.kind, device)
     chosen = args.variant or default_variants(args.kind)
     budget = Budget(args.budget)
     # Whole encodes of all precisions are timed together: whether bfloat16 pays is asked against float32 and int8.
-    first, *others = (shapes.PRECISIONS[name] for name in precisions)
-    beside = others if args.kind == "encode" else []
-    for precision in [first] if args.kind == "encode" else [first, *others]:
+    for precision, *beside in [precisions] if args.kind == "encode" else [[precision] for precision in precisions]:
         for name, subject in plan(args.kind, names, device):
             if absent := text_model.why_absent(subject) if budget.has_time() else "no time":
                 result.leave_out(absent, {"case": name, "precision": precision.name})

@@ -19,9 +19,9 @@ from bench.harness.result_file import Budget, Result, Row
 from bench.inputs.cases import PRECISIONS, Case
 from bench.inputs.variants import why_not
 from bench.jobs.numerics import Exact, errors
-from bench.tables.numerics import numerics_table
+from bench.tables.numerics import LABELS, numerics_table
 
-VARIANTS = ("stock", "compile", "unscreened", "ours", "screened")
+VARIANTS = tuple(LABELS)
 # Lengths at one hidden size, and hidden sizes at one length.
 SHAPES = ((32, 768), (128, 768), (256, 768), (128, 128), (128, 384))
 

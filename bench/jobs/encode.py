@@ -30,7 +30,8 @@ from bench.jobs.screening import hold_in_bands
 
 ACTIVE_TERMS = 200
 # In ONNX Runtime: the model with its decoder in float32 and in int8, and the encoder in int8 with the exact head.
-ONNX = ("onnx", "onnx-int8", "onnx-encoder")
+INT8 = ("onnx-int8", "onnx-encoder")
+ONNX = ("onnx", *INT8)
 SPARSE = "encode_sparse"
 HEADS: dict[str, str | bool] = {**MODES, SPARSE: "auto"}
 VARIANTS = ("stock", *HEADS, *ONNX)
@@ -114,7 +115,7 @@ def _in_onnx(model: Any, name: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path, quantised = (Path(folder) / file for file in ("model.onnx", "int8.onnx"))
         onnx_encoder.export(model, path, decoder=inside)
-        if name != "onnx":
+        if name in INT8:
             onnx_encoder.quantise(path, quantised)
             path = quantised
         return onnx_encoder.serve(model, path, decoder=inside)
@@ -182,7 +183,7 @@ def jobs(corpus: Corpus, precision: Precision, device: torch.device, names: Sequ
             continue
         absent, weigh = why_not(name, device), weigher(corpus, precision, name, device)
         mine = replace(row, variant=name, errors={}, status=f"not here: {absent}" if absent else "measured")
-        bound = INT8_BOUND if name in ("onnx-int8", "onnx-encoder") else truth.BOUNDS[precision.name]
+        bound = INT8_BOUND if name in INT8 else truth.BOUNDS[precision.name]
         one = Job(mine, partial(steps, name), check, bound, weigh=weigh)
         # The batches of encode_sparse are others, whose encoder rounds otherwise: the band is that of the head alone.
         made.append(hold_in_bands(one, distances) if name in OURS else one)

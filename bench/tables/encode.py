@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.jobs.encode import INT8
 from bench.tables.markdown import Result, Row, caption, cell, checks, grouped, mebibytes, section, table
 from bench.tables.ratios import speedup
 
@@ -14,7 +15,6 @@ WAYS = {
     "onnx-int8": "ONNX Runtime, int8",
     "onnx-encoder": "int8 encoder in ONNX Runtime, exact head",
 }
-INT8 = ("onnx-int8", "onnx-encoder")
 
 
 def encode_section(result: Result) -> str:

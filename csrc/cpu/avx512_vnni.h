@@ -59,8 +59,7 @@ SK_TARGET inline Mask not_at_most(Float x, Float y) { return _mm512_cmp_ps_mask(
 SK_TARGET inline Mask either(Mask x, Mask y) { return static_cast<Mask>(x | y); }
 SK_TARGET inline uint32_t bits(Mask x) { return x; }
 
-// sums[t][j] = tokens[t] · words of vector j, four hidden dimensions at a time. The indices are constants because GCC
-// keeps an array in memory, not in registers, if a loop indexes it.
+// Four hidden dimensions at a time.
 template <size_t... T>
 SK_TARGET inline void products(
     std::index_sequence<T...>, const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[sizeof...(T)][2]) {

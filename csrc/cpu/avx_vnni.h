@@ -32,8 +32,7 @@ SK_TARGET inline void four(const uint8_t* token, Int w0, Int w1, Int& low, Int& 
   high = _mm256_dpbusd_avx_epi32(high, x, w1);
 }
 
-// sums[t][j] = tokens[t] · words of vector j, four hidden dimensions at a time. The indices are constants because GCC
-// keeps an array in memory, not in registers, if a loop indexes it.
+// Four hidden dimensions at a time.
 template <size_t... T>
 SK_TARGET inline void products(
     std::index_sequence<T...>, const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[sizeof...(T)][2]) {

@@ -21,8 +21,8 @@ constexpr int64_t kPairs = 1 << 20;
 // Smaller tensors may lie in memory that the allocator uses again for others.
 constexpr int64_t kHugeBytes = 64 << 20;
 
-// Asks for pages of 2 MiB for memory that will be written as a whole: where the system gives them on request, dW of 768
-// MB then takes 400 page faults instead of 190,000, which took longer than all the rest.
+// Asks for pages of 2 MiB for memory that will be written as a whole. Where the system gives them on request, it then
+// takes one page fault instead of 512; the faults of a fresh dW would take longer than its computation.
 void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;

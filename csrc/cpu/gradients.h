@@ -118,7 +118,8 @@ template <class W>
 void add_lists(
     const Lists& lists, int64_t begin, int64_t end, int64_t rows, int64_t hidden_size, const float* hidden,
     Matrix<const W> weight, float* grad_hidden, Matrix<W> grad_weight, AddTile* add_tile) {
-  const int64_t at_once = std::max<int64_t>(1, kCacheBytes / (2 * static_cast<int64_t>(sizeof(float)) * kTile * std::max<int64_t>(1, rows)));
+  const int64_t bytes_per_tile = 2 * static_cast<int64_t>(sizeof(float)) * kTile * std::max<int64_t>(1, rows);
+  const int64_t at_once = std::max<int64_t>(1, kCacheBytes / bytes_per_tile);
   float row_of_weight[kTile] = {}, row_of_gradient[kTile];
   for (int64_t block = lists.first; block < lists.last; block += kVocabularyBlock) {
     const int64_t block_end = std::min(lists.last, block + kVocabularyBlock);

@@ -24,8 +24,7 @@ SK_TARGET inline void eight(
   high = vdotq_lane_s32(vdotq_lane_s32(high, w1, x, 0), w3, x, 1);
 }
 
-// sums[t][j] = tokens[t] · words of vector j, eight hidden dimensions at a time. The indices are constants because GCC
-// keeps an array in memory, not in registers, if a loop indexes it.
+// Eight hidden dimensions at a time.
 template <size_t... T>
 SK_TARGET inline void products(
     std::index_sequence<T...>, const uint8_t* tokens, int64_t depth, const int8_t* block, Int (&sums)[sizeof...(T)][2]) {

@@ -56,8 +56,7 @@ SK_TARGET inline void products_of_pairs(
   ((sums[T][0] = row<T % 2>(pairs[T / 2], 0), sums[T][1] = row<T % 2>(pairs[T / 2], 1)), ...);
 }
 
-// sums[t][j] = tokens[t] · words of vector j, eight hidden dimensions at a time. The indices are constants because GCC
-// keeps an array in memory, not in registers, if a loop indexes it.
+// Eight hidden dimensions at a time.
 template <size_t... T>
 SK_TARGET inline void products(
     std::index_sequence<T...> all, const uint8_t* tokens, int64_t depth, const int8_t* block,

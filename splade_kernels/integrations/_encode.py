@@ -19,7 +19,7 @@ from ..functional import check_count, sparsify
 
 # Texts of one result, in batches.
 BATCHES = 16
-# Texts that are sorted together: in 100 batches of them, about 1 % of the tokens are padding.
+# Texts that are sorted together: so many that neighbours have nearly the same length, and few enough to be held.
 WINDOW = 16_384
 # A batch has at most so many times ``batch_size`` texts, however short they are: its embeddings are dense.
 MOST = 4

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from bench.inputs import text_model
 from examples.beir import read_beir
 
 # Relative, as a user would name them.
-DATA = Path(os.path.relpath(Path(__file__).resolve().parents[3] / "shared" / "data"))
+DATA = Path(os.path.relpath(text_model.DATA))
 PASSAGES = {"train": 12, "dev": 6, "test": 6}
 
 
