@@ -134,6 +134,14 @@ def test_a_static_route_is_not_tokenised_twice():
         assert_same(encode_sparse(routed, TEXTS, task=task), method(TEXTS, convert_to_sparse_tensor=False))
 
 
+def test_a_route_that_a_mapping_chooses_is_tokenised():
+    document = sparse_encoder("distilbert")
+    router = Router({"text": list(document.children())}, route_mappings={("query", None): "text"})
+    routed = fuse(SparseEncoder(modules=[router], device="cpu"))
+    lengths = [len(ids) for ids in document.tokenizer(TEXTS)["input_ids"]]
+    assert _encode._count_tokens(routed, TEXTS, "query", {}) == lengths
+
+
 @pytest.mark.parametrize(("level", "asked", "bars"), [("WARNING", True, 1), ("INFO", None, 1), ("INFO", False, 0)])
 def test_one_progress_bar_over_all_texts(model, monkeypatch, capsys, level, asked, bars):
     """Asked for, or where the logger of sentence-transformers has it shown; none for each batch."""
