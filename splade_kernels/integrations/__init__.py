@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_MODULES = ("sentence_transformers",)
+_MODULES = ("sentence_transformers", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,17 +1,24 @@
-"""What a fused decoder is: the ``nn.Linear`` that it was, with another ``forward`` on the instance.
+"""The hand-off of the decoder, which every integration shares.
 
-Called by its model while a fused encoder runs, it returns its input, the hidden states. Called by the pooling with
-``pooling=...``, it computes :func:`splade_kernels.splade_pool` of them with its weight and bias. Any other call gives
-the logits.
+A fused decoder is the ``nn.Linear`` that it was, with another ``forward`` on the instance. Called by its model while a
+fused encoder runs in this thread, it keeps its input, the hidden states, and returns ``[..., 0]`` in place of logits.
+Called with ``pooling=...``, it computes :func:`splade_kernels.splade_pool` with its weight and bias. Any other call
+gives the logits.
 
 The pooling calls the module instead of reading its parameters, so that whatever loads or gathers parameters around a
 module's call (accelerate's offloading, DeepSpeed ZeRO-3) does so for the embeddings too.
+
+There is one such forward a decoder. Each encoder on the decoder is a user of it, and the last one to leave removes it.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any, cast
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +33,7 @@ if torch.distributed.is_available():
 
     _SHARDED = (DTensor, FSDPModule)
 
-UNFUSE_FIRST = "call unfuse(model) first, change the model, then fuse it again"
+UNFUSE_FIRST = "call unfuse(model), or release() of a SpladeEncoder, first, change the model, then fuse it again"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What to do about a decoder of another class, by the package that the class comes from.
 _REMEDIES = {
@@ -37,39 +44,119 @@ _REMEDIES = {
     "torchao": "quantise the layers of the encoder only (filter_fn)",
     "torch.ao": "quantise the layers of the encoder only, not the decoder",
 }
+# Names under which models' configurations hold what they do to their logits after the decoder.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+SCALES = ("logits_scaling", "logit_scale", "output_multiplier")
+T = TypeVar("T")
+_users_lock = threading.RLock()  # a garbage collection may run a finalizer while its thread holds the lock
 
 
-class HandOff(threading.local):
-    """Whether the decoder returns its input, in this thread. A copied or unpickled one starts afresh.
-
-    ``torch.compile`` cannot trace a ``ContextVar``. Its graphs guard on the attributes that an instance has, so
-    ``active`` exists from the start: added by the first call, it would invalidate the graph traced in that call.
-    """
+class Slot:
+    """Whether the decoder keeps its input, and the input that it kept."""
 
     def __init__(self) -> None:
         self.active = False
+        self.kept: Tensor | None = None
 
-    def __reduce__(self) -> tuple[type[HandOff], tuple[()]]:
-        return HandOff, ()
+
+class HandOff(threading.local):
+    """This thread's slot.
+
+    ``torch.compile`` cannot trace a ``ContextVar``, and what compiled code writes to a thread-local object itself is
+    lost (PyTorch 2.13): hence the slot. Its attributes exist from the start, because graphs guard on the attributes
+    that an object has: added by the first call, they would invalidate the graph traced in that call.
+    """
+
+    def __init__(self) -> None:
+        self.slot = Slot()
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the decoder: ``softcap · tanh(scale · x / softcap)``, or ``scale · x``.
+
+    ``settings`` are the values of its configuration that this was derived from.
+    """
+
+    config: Any
+    settings: tuple[Any, ...]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @staticmethod
+    def of(config: Any) -> LogitTransform:
+        """The identity, with the settings that this configuration has now."""
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        return LogitTransform(config, tuple(getattr(config, name, None) for name in (*SOFTCAPS, *SCALES)))
+
+    def check(self) -> None:
+        for name, old in zip((*SOFTCAPS, *SCALES), self.settings, strict=True):
+            if (new := getattr(self.config, name, None)) != old:
+                raise RuntimeError(
+                    f"config.{name} was {old!r} when the model was fused and is {new!r} now: {UNFUSE_FIRST}"
+                )
 
 
 class DecoderForward:
     """Takes the place of the decoder's ``forward``."""
 
-    def __init__(self, decoder: nn.Linear) -> None:
+    def __init__(self, decoder: nn.Linear, transform: LogitTransform) -> None:
         self.decoder = decoder
+        self.transform = transform
         self.hand_off = HandOff()
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or unpickled decoder is the stock one until a copied encoder joins it."""
+        return getattr, (self.decoder, "forward")
 
     def __call__(self, input: Tensor, *, pooling: dict[str, Any] | None = None) -> Tensor:
         if pooling is not None:
+            if torch.onnx.is_in_onnx_export():
+                raise RuntimeError(f"ONNX has no operator for the fused head: {UNFUSE_FIRST}")
             self._check(input)
+            transform = self.transform
+            if transform.scale != 1.0 or transform.softcap is not None:
+                pooling = {**pooling, "logit_scale": transform.scale, "logit_softcap": transform.softcap}
             return splade_pool(input, self.decoder.weight, self.decoder.bias, **pooling)
-        if self.hand_off.active:
-            return input
+        slot = self.hand_off.slot
+        if slot.active:
+            if slot.kept is not None:
+                raise RuntimeError(f"the model called its decoder twice in one forward: {UNFUSE_FIRST}")
+            slot.kept = input
+            return input.new_empty((*input.shape[:-1], 0))
         return type(self.decoder).forward(self.decoder, input)
 
     # Python's errors about wrong arguments then name the stock method, as without fuse.
     __call__.__qualname__ = nn.Linear.forward.__qualname__
+
+    def collect(self, forward: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, Tensor]:
+        """What ``forward`` returns with logits of width 0, and the hidden states that the decoder was given."""
+        slot = self.hand_off.slot
+        before = slot.active, slot.kept
+        slot.active, slot.kept = True, None
+        try:
+            output = forward(*args, **kwargs)
+            hidden_states = cast("Tensor | None", slot.kept)
+        finally:
+            slot.active, slot.kept = before
+        if hidden_states is None:
+            raise RuntimeError("the model did not call its decoder, or not by calling the module")
+        return output, hidden_states
+
+    def join(self, user: Any) -> None:
+        """Count ``user`` as an encoder on this decoder, until it leaves or is garbage."""
+        self._users.add(user)
+        weakref.finalize(user, _remove_unused, weakref.ref(self)).atexit = False
+
+    def leave(self, user: Any) -> None:
+        with _users_lock:
+            self._users.discard(user)
+            _remove_unused(weakref.ref(self))
+
+    def is_used(self) -> bool:
+        return any(True for _ in self._users)
 
     def _check(self, hidden_states: Tensor) -> None:
         weight = self.decoder.weight
@@ -80,8 +167,8 @@ class DecoderForward:
             )
         if is_sharded(weight) or is_sharded(self.decoder) or weight.numel() == 0:
             raise RuntimeError(
-                "the decoder's weight is sharded on its own: shard the whole SparseEncoder (layers first, "
-                "then the SparseEncoder itself) so that its root keeps the weight gathered during forward"
+                "the decoder's weight is sharded on its own: shard the whole SparseEncoder or SpladeEncoder (layers "
+                "first, then itself) so that its root keeps the weight gathered during forward"
             )
         if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[-1]:
             raise RuntimeError(
@@ -90,8 +177,60 @@ class DecoderForward:
                 f"was added after fuse: {UNFUSE_FIRST}"
             )
         check_device("token_embeddings", hidden_states, self.decoder)
+        self.transform.check()
         if error := why_not_plain(self.decoder, watching_hooks):
             raise RuntimeError(f"{error}. The decoder was changed after fuse: {UNFUSE_FIRST}")
+
+
+def join(decoder: nn.Linear, transform: LogitTransform, user: Any) -> DecoderForward:
+    """Make ``user`` an encoder on the decoder, which gets its forward from the first one."""
+    with _users_lock:
+        forward = own_forward(decoder)
+        if not isinstance(forward, DecoderForward):
+            forward = DecoderForward(decoder, transform)
+            set_forward(decoder, forward)
+        forward.join(user)
+    return forward
+
+
+def _remove_unused(reference: weakref.ref[DecoderForward]) -> None:
+    with _users_lock:
+        forward = reference()
+        if forward is not None and own_forward(forward.decoder) is forward and not forward.is_used():
+            remove_forward(forward.decoder)
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The forward set on the instance (the one under accelerate's hooks, where it has some), or None.
+
+    The class's own method counts as None: accelerate leaves it on the instance when its hooks are removed.
+    """
+    forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    return None if forward == MethodType(type(module).forward, module) else forward
+
+
+def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.__dict__["_old_forward" if "_hf_hook" in module.__dict__ else "forward"] = forward
+
+
+def remove_forward(module: nn.Module) -> None:
+    """Give the module its class's forward back."""
+    if "_hf_hook" in module.__dict__:
+        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)  # what accelerate's hooks wrap
+    else:
+        module.__dict__.pop("forward", None)
+
+
+def check_free(module: nn.Module) -> None:
+    """Raise unless the module's forward is its class's own and nothing wraps it."""
+    name = qualified_name(type(module))
+    if "_hf_hook" in module.__dict__:
+        raise ValueError(
+            f"{name} carries hooks of accelerate: load the model without device_map, or remove hooks that were "
+            "added later with accelerate.hooks.remove_hook_from_module(model, recurse=True); fuse, then offload"
+        )
+    if (forward := own_forward(module)) is not None:
+        raise ValueError(f"{name} has an instance-level forward of its own: {forward!r}")
 
 
 def check_decoder(decoder: Any) -> nn.Linear:
@@ -126,6 +265,14 @@ def around(inner: nn.Module, decoder: nn.Linear) -> dict[str, nn.Module]:
         for name, module in inner.named_modules()
         if name and module is not decoder and any(child is decoder for child in module.modules())
     }
+
+
+def read_by_hooks(modules: dict[str, nn.Module]) -> str | None:
+    """Which of the modules around the decoder has hooks, to which the decoder's output is visible."""
+    for name, module in modules.items():
+        if hooks := watching_hooks(module):
+            return f"{name}: has hooks that see the decoder's logits, which a fused model lacks: {', '.join(hooks)}"
+    return None
 
 
 def is_sharded(holder: Tensor | nn.Module) -> bool:

@@ -1,22 +1,26 @@
-"""Checks by execution: a Transformer module returns what its decoder returns, and both poolings agree.
+"""Checks by execution: what a model does to what its decoder returns, and whether both poolings agree.
 
 Encoding text would prove nothing: a collapsed model gives zeros for any text. So a stand-in for the decoder returns
-random values of many magnitudes, and those must come out of the Transformer module untouched.
+random values of many magnitudes, and those must come out of the model as they are, or scaled and capped as its
+configuration says.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ._hand_off import is_partitioned, is_sharded
+from ._hand_off import SCALES, SOFTCAPS, LogitTransform, is_partitioned, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +29,8 @@ _REAL_TOKENS_OF_LAST = 4
 _LARGEST_LOGIT = 10.0
 
 
-def skip_probe(modules: Iterable[nn.Module]) -> bool:
-    """Whether this process lacks the values of the weights, so that there is nothing to compute with; says so."""
+def why_no_probe(modules: Iterable[nn.Module]) -> str | None:
+    """Why this process lacks the values of the weights, so that there is nothing to compute with."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     for reason, found in (
         ("on the meta device", any(parameter.is_meta for parameter in parameters)),
@@ -34,64 +38,137 @@ def skip_probe(modules: Iterable[nn.Module]) -> bool:
         ("sharded", any(map(is_sharded, parameters))),
     ):
         if found:
-            logger.warning(
-                "fuse did not compare the fused head with the stock one, because the weights are %s; "
-                "fuse before that to have it checked.",
-                reason,
+            return reason
+    return None
+
+
+def assume_transform(config: Any, reason: str) -> LogitTransform:
+    """What follows the decoder of a model that cannot be probed: nothing, where its configuration names nothing.
+
+    Raises:
+        ValueError: it names a soft cap or a scale, which the model may or may not apply.
+    """
+    transform = LogitTransform.of(config)
+    for name, value in zip((*SOFTCAPS, *SCALES), transform.settings, strict=True):
+        if value not in (None, 1):
+            raise ValueError(
+                f"config.{name} is {value!r}, and whether the model applies it cannot be checked, because its weights "
+                f"are {reason}: fuse before that"
             )
-            return True
-    return False
+    logger.warning(
+        "fuse did not compare the fused head with the stock one, because the weights are %s; "
+        "fuse before that to have it checked.",
+        reason,
+    )
+    return transform
 
 
-def probe_transformer(transformer: Transformer, decoder: nn.Linear) -> None:
-    """Raise ``ValueError`` unless ``token_embeddings`` is what the decoder returned, logits or hidden states."""
-    config = transformer.model.config
+def probe_model(
+    model: nn.Module, config: Any, decoder: nn.Linear, run: Callable[[Tensor, Tensor], Tensor]
+) -> LogitTransform:
+    """How the logits that ``run(input_ids, attention_mask)`` returns follow from what the decoder returned.
+
+    Raises:
+        ValueError: the model cannot be run so, does not apply its decoder once to all tokens, or changes the logits in
+            a way that its configuration does not explain.
+    """
     (vocab_size, hidden_size), device, dtype = decoder.weight.shape, decoder.weight.device, decoder.weight.dtype
-    token_id = 1 if getattr(config, "pad_token_id", None) == 0 else 0
-    # Flash attention takes no float32: such a model only ever runs under autocast.
-    autocast = dtype is torch.float32 and "flash" in str(getattr(config, "_attn_implementation", ""))
+    mask = _attention_mask(device)
+    ids = torch.full_like(mask, probe_token(config))
     applied_to: list[tuple[int, ...]] = []
-    with _isolated(transformer, transformer.parameters(), device, autocast):
-        for width in (vocab_size, hidden_size):
-            magnitude = torch.logspace(-2, 4, _LENGTH).unsqueeze(1)
-            values = (torch.randn(_BATCH, _LENGTH, width) * magnitude).to(device, dtype)
-            output = values.clone()
-            ids = torch.full((_BATCH, _LENGTH), token_id, device=device)
+    with isolated(model, model.parameters(), device, needs_autocast(config, decoder)):
+        values = torch.rand(_BATCH, _LENGTH, vocab_size) + 1
+        values = values * torch.randn_like(values).sign() * torch.logspace(-2, 3, _LENGTH).unsqueeze(1)
+        values = values.to(device, dtype)
+        output = values.clone()
+        empty = values.new_empty((_BATCH, _LENGTH, 0))
+        for stand_in in (output, empty):
             applied_to.clear()
-
-            def stand_in(input: Tensor, output: Tensor = output) -> Tensor:
-                applied_to.append(tuple(input.shape))
-                return output
-
-            decoder.__dict__["forward"] = stand_in
-            try:
-                returned = transformer.forward({"input_ids": ids, "attention_mask": _attention_mask(device)})
-            except Exception as error:
-                raise ValueError(
-                    f"the model could not be run with its decoder's output replaced by a [{_BATCH}, {_LENGTH}, "
-                    f"{width}] tensor, so its forward does something else with it: {error}"
-                ) from error
-            finally:
-                del decoder.__dict__["forward"]
+            with _standing_in(decoder, stand_in, applied_to):
+                try:
+                    returned = run(ids, mask)
+                except Exception as error:
+                    raise ValueError(
+                        f"the model could not be run with its decoder's output replaced by a {list(stand_in.shape)} "
+                        f"tensor, so its forward does something else with it: {error}"
+                    ) from error
             if applied_to != [(_BATCH, _LENGTH, hidden_size)]:
                 raise ValueError(
                     f"the decoder must be applied once, to hidden states {(_BATCH, _LENGTH, hidden_size)}, "
                     f"but it was applied to {applied_to}"
                 )
-            if not _untouched(returned["token_embeddings"], output, values):
-                raise ValueError(
-                    "the model changes its logits after the decoder (scaled, capped, shifted or copied): "
-                    "the fused head would leave that out"
-                )
+            if stand_in is output:
+                transform = _find_transform(config, returned, output, values)
+    return transform
 
 
-def probe_pooling(
-    pooling: SpladePooling, decoder: nn.Linear, fused: Callable[[dict[str, Any]], dict[str, Any]]
-) -> None:
+def needs_autocast(config: Any, decoder: nn.Linear) -> bool:
+    """Flash attention takes no float32: such a model only ever runs under autocast."""
+    return decoder.weight.dtype is torch.float32 and "flash" in str(getattr(config, "_attn_implementation", ""))
+
+
+def probe_token(config: Any) -> int:
+    """An id that is not the padding."""
+    return 1 if getattr(config, "pad_token_id", None) == 0 else 0
+
+
+@contextmanager
+def _standing_in(decoder: nn.Linear, output: Tensor, applied_to: list[tuple[int, ...]]) -> Iterator[None]:
+    """The decoder returns ``output`` in this thread; the shapes of its inputs are appended to ``applied_to``."""
+    before, thread = decoder.__dict__.get("forward"), threading.get_ident()
+    elsewhere: Any = type(decoder).forward.__get__(decoder) if before is None else before
+
+    def stand_in(input: Tensor, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return elsewhere(input, **kwargs)
+        applied_to.append(tuple(input.shape))
+        return output
+
+    decoder.__dict__["forward"] = stand_in
+    try:
+        yield
+    finally:
+        if before is None:
+            del decoder.__dict__["forward"]
+        else:
+            decoder.__dict__["forward"] = before
+
+
+def _find_transform(config: Any, returned: Tensor, output: Tensor, values: Tensor) -> LogitTransform:
+    """The first of what the configuration may mean that turns ``values``, which ``output`` held, into ``returned``.
+
+    A factor of one or a bias of zero, as a fresh model has, changes no value yet. So where the logits come back in
+    other memory and no setting accounts for it, only a change of dtype is accepted.
+    """
+    identity = LogitTransform.of(config)
+    caps, scales = identity.settings[: len(SOFTCAPS)], identity.settings[len(SOFTCAPS) :]
+    caps_tried = [None, *(float(cap) for cap in caps if _is_positive(cap))]
+    scales_tried = [1.0, *(factor for scale in scales if _is_positive(scale) for factor in (1 / scale, float(scale)))]
+    moved = returned.dtype == values.dtype and returned.data_ptr() != output.data_ptr()
+    eps = max(torch.finfo(returned.dtype).eps, torch.finfo(values.dtype).eps)
+    for cap, scale in itertools.product(caps_tried, scales_tried):
+        if cap is None and scale == 1.0 and moved and 1.0 not in scales:
+            continue
+        expected = values.double() * scale
+        if cap is not None:
+            expected = cap * torch.tanh(expected / cap)
+        if returned.shape == values.shape and torch.allclose(returned.double(), expected, rtol=8 * eps, atol=0):
+            return replace(identity, scale=scale, softcap=cap)
+    raise ValueError(
+        "the model changes its logits after the decoder (shifted, sliced, copied, or scaled or capped by something "
+        f"other than config.{', config.'.join((*SOFTCAPS, *SCALES))}): the fused head would leave that out"
+    )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def probe_pooling(pooling: Any, decoder: nn.Linear, fused: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Raise ``ValueError`` unless the fused pooling of random hidden states agrees with the stock one."""
-    weight, bias, dimension = decoder.weight, decoder.bias, pooling.embedding_dimension
+    weight, bias = decoder.weight, decoder.bias
     parameters = [parameter for parameter in (weight, bias) if parameter is not None]
-    with _isolated(pooling, parameters, weight.device):
+    with isolated(pooling, parameters, weight.device):
         hidden_states = torch.randn(_BATCH, _LENGTH, weight.shape[1]).to(weight.device, weight.dtype)
         hidden_states = hidden_states * (_LARGEST_LOGIT / linear(hidden_states, weight).abs().amax().clamp(min=1e-6))
         try:
@@ -101,9 +178,7 @@ def probe_pooling(
             raise ValueError(f"decoder: PyTorch cannot multiply its weight and bias, {dtypes}: {error}") from error
         mask = _attention_mask(weight.device)
         stock = type(pooling).forward(pooling, {"token_embeddings": logits.clone(), "attention_mask": mask})
-        pooling.embedding_dimension = dimension
         ours = fused({"token_embeddings": hidden_states, "attention_mask": mask})
-        pooling.embedding_dimension = dimension
 
         expected, actual = stock["sentence_embedding"].double(), ours["sentence_embedding"].double()
         # In practice a dot of D products is off by at most about sqrt(D) roundings of the sum of their magnitudes. The
@@ -123,17 +198,6 @@ def probe_pooling(
             )
 
 
-def _untouched(returned: Tensor, output: Tensor, values: Tensor) -> bool:
-    """Whether ``returned`` is ``output``, which held ``values``; in other memory it may only be a change of dtype.
-
-    A factor of one or a bias of zero, as a fresh model has, changes no value yet: hence the look at the memory.
-    """
-    if returned.shape != values.shape or (returned.dtype == values.dtype and returned.data_ptr() != output.data_ptr()):
-        return False
-    eps = max(torch.finfo(returned.dtype).eps, torch.finfo(values.dtype).eps)
-    return torch.allclose(returned.double(), values.double(), rtol=2 * eps, atol=0)
-
-
 def _attention_mask(device: torch.device) -> Tensor:
     mask = torch.ones(_BATCH, _LENGTH, dtype=torch.int64, device=device)
     mask[-1, _REAL_TOKENS_OF_LAST:] = 0
@@ -141,7 +205,7 @@ def _attention_mask(device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _isolated(
+def isolated(
     module: nn.Module, parameters: Iterable[Tensor], device: torch.device, autocast: bool = False
 ) -> Iterator[None]:
     """No gradients, evaluation mode, one thread; random state, ``training`` flags and threads are restored afterwards.
@@ -156,15 +220,19 @@ def _isolated(
     dtypes = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
     low = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.bfloat16)
     precision = torch.autocast(device.type, dtype=low, enabled=autocast or len(dtypes) > 1)
-    training = {submodule: submodule.training for submodule in module.modules()}
+    # BigBird exchanges its attention modules when a text is too short for sparse attention.
+    before = [(submodule, dict(submodule.__dict__), dict(submodule._modules)) for submodule in module.modules()]
     threads = torch.get_num_threads()
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         torch.set_num_threads(1)
-        for submodule in training:
+        for submodule, _, _ in before:
             submodule.training = False
         try:
             yield
         finally:
-            for submodule, mode in training.items():
-                submodule.training = mode
+            for submodule, attributes, children in before:
+                submodule.__dict__.clear()
+                submodule.__dict__.update(attributes)
+                submodule._modules.clear()
+                submodule._modules.update(children)
             torch.set_num_threads(threads)

@@ -3,7 +3,7 @@
     model = fuse(SparseEncoder("naver/splade-v3"))      # train, encode, save as before
 
 ``fuse`` replaces ``forward`` on three instances and nothing else: classes, parameters, ``state_dict`` and configuration
-stay, so a saved model loads without this package. While the Transformer module runs, its decoder returns the hidden
+stay, so a saved model loads without this package. While the Transformer module runs, its decoder keeps the hidden
 states; the pooling then has the decoder compute :func:`splade_kernels.splade_pool` of them, and ``[batch, seq, vocab]``
 logits never exist. Called any other way, the decoder is the ``nn.Linear`` that it was. docs/sentence-transformers.md.
 """
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm
 from sentence_transformers.sparse_encoder import SparseEncoder
 from sentence_transformers.sparse_encoder import losses as sparse_losses
@@ -25,8 +23,21 @@ from torch import Tensor, nn
 from ..functional import check_options, check_threshold, flops_loss
 from ..modules import qualified_name
 from ._encode import encode_sparse
-from ._hand_off import UNFUSE_FIRST, DecoderForward, HandOff, around, check_decoder, check_device, watching_hooks
-from ._probe import probe_pooling, probe_transformer, skip_probe
+from ._hand_off import (
+    UNFUSE_FIRST,
+    DecoderForward,
+    LogitTransform,
+    around,
+    check_decoder,
+    check_device,
+    check_free,
+    join,
+    own_forward,
+    read_by_hooks,
+    remove_forward,
+    set_forward,
+)
+from ._probe import assume_transform, probe_model, probe_pooling, why_no_probe
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -95,59 +106,61 @@ def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
             for head in heads:
                 step(head)
     for pooling in poolings:
-        _own_forward(pooling).screening = screening
+        own_forward(pooling).screening = screening
     return model
 
 
 def unfuse(model: Model) -> Model:
     """Undo :func:`fuse`, in place: every forward that ``fuse`` installed is removed, any other one is left alone."""
     for module in model.modules():
-        if not isinstance(_own_forward(module), _FORWARDS):
-            continue
-        if "_hf_hook" in module.__dict__:
-            module.__dict__["_old_forward"] = MethodType(type(module).forward, module)  # what accelerate's hooks wrap
-        else:
-            del module.__dict__["forward"]
+        forward = own_forward(module)
+        if isinstance(forward, (_TransformerForward, _PoolingForward)):
+            remove_forward(module)
+        if isinstance(forward, _TransformerForward):
+            forward.hand_off.leave(forward)
     return model
 
 
 class _TransformerForward:
-    def __init__(self, transformer: Transformer, decoder: nn.Linear, hand_off: HandOff) -> None:
+    def __init__(self, transformer: Transformer, decoder: nn.Linear, transform: LogitTransform) -> None:
         self.transformer = transformer
         self.decoder = decoder
-        self.hand_off = hand_off
+        self.transform = transform
         inner: Any = transformer.model
         self.around = around(inner, decoder)
+        self.hand_off = join(decoder, transform, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.hand_off = join(self.decoder, self.transform, self)
 
     def __call__(self, features: Features, **kwargs: Any) -> Features:
         inner: Any = self.transformer.model
         if inner.get_output_embeddings() is not self.decoder:
             raise RuntimeError(f"the decoder is not the one that was fused (resized or replaced): {UNFUSE_FIRST}")
-        if reason := _read_by_hooks(self.around):
+        if reason := read_by_hooks(self.around):
             raise RuntimeError(f"{reason}. They were added after fuse: {UNFUSE_FIRST}")
         check_device("input_ids", features.get("input_ids"), self.decoder)
-        before = self.hand_off.active
-        self.hand_off.active = True
-        try:
-            return type(self.transformer).forward(self.transformer, features, **kwargs)
-        finally:
-            self.hand_off.active = before
+        if features.get("logits_to_keep", 0) != 0:
+            raise ValueError(f"logits_to_keep: expected 0, for all tokens, got {features['logits_to_keep']}")
+        features, hidden_states = self.hand_off.collect(
+            type(self.transformer).forward, self.transformer, features, **kwargs
+        )
+        features["token_embeddings"] = hidden_states
+        return features
 
     __call__.__qualname__ = Transformer.forward.__qualname__
 
 
 class _PoolingForward:
-    def __init__(self, pooling: SpladePooling, decoder: Callable[..., Tensor], hand_off: HandOff) -> None:
+    def __init__(self, pooling: SpladePooling, decoder: Callable[..., Tensor]) -> None:
         self.pooling = pooling
         self.decoder = decoder
-        self.hand_off = hand_off
         self.screening: str | bool = "auto"
         # Read once: if torch.compile traced a read of what the first call changes, it would trace that call twice.
         self.sets_dimension = pooling.embedding_dimension is None
 
     def __call__(self, features: Features) -> Features:
-        if torch.onnx.is_in_onnx_export():
-            raise RuntimeError("ONNX has no operator for the fused head: call unfuse(model) before the export")
         options: dict[str, Any] = {
             "pooling_strategy": self.pooling.pooling_strategy,
             "activation_function": self.pooling.activation_function,
@@ -166,7 +179,7 @@ class _PoolingForward:
     __call__.__qualname__ = SpladePooling.forward.__qualname__
 
 
-_FORWARDS = (DecoderForward, _TransformerForward, _PoolingForward)
+_FORWARDS = (_TransformerForward, _PoolingForward)
 
 
 @dataclass
@@ -176,59 +189,51 @@ class _Head:
     decoder: nn.Linear
     transformers: dict[Transformer, None] = field(default_factory=dict)
     poolings: dict[SpladePooling, None] = field(default_factory=dict)
-
-    def modules(self) -> list[nn.Module]:
-        return [self.decoder, *self.transformers, *self.poolings]
+    transform: LogitTransform | None = None
 
     def is_fused(self) -> bool:
-        forwards = [_own_forward(module) for module in self.modules()]
-        return all(isinstance(own, _FORWARDS) for own in forwards) and len({own.hand_off for own in forwards}) == 1
+        forwards = [own_forward(module) for module in (*self.transformers, *self.poolings)]
+        return all(isinstance(own, _FORWARDS) and own.decoder is self.decoder for own in forwards)
 
     def check(self) -> None:
-        for module in self.modules():
-            forward = _own_forward(module)
-            name = qualified_name(type(module))
+        for module in (self.decoder, *self.transformers, *self.poolings):
+            forward = own_forward(module)
             if isinstance(forward, _FORWARDS):
+                name = qualified_name(type(module))
                 raise ValueError(f"{name} is fused but the rest of its head is not: {UNFUSE_FIRST}")
-            if "_hf_hook" in module.__dict__:
-                raise ValueError(
-                    f"{name} carries hooks of accelerate: load the model without device_map, or remove hooks that were "
-                    "added later with accelerate.hooks.remove_hook_from_module(model, recurse=True); fuse, then offload"
-                )
-            if forward is not None:
-                raise ValueError(f"{name} has an instance-level forward of its own: {forward!r}")
+            if not isinstance(forward, DecoderForward):  # that of a SpladeEncoder on the same decoder is shared
+                check_free(module)
             if isinstance(module, SpladePooling) and type(module).forward is not SpladePooling.forward:
+                name = qualified_name(type(module))
                 raise TypeError(f"expected a SpladePooling, got {name} with a forward of its own")
-        weight: Any = self.decoder.weight
-        vocab_size, hidden_size = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 empties the weight
-        if vocab_size == hidden_size:
-            raise ValueError(f"vocabulary and hidden size are both {vocab_size}: logits look like hidden states")
 
     def probe(self) -> None:
-        if skip_probe(self.modules()):
-            return
+        reason = why_no_probe([self.decoder, *self.transformers])
         for transformer in self.transformers:
-            probe_transformer(transformer, self.decoder)
-        forward = DecoderForward(self.decoder)
-        for pooling in self.poolings:
-            probe_pooling(pooling, self.decoder, _PoolingForward(pooling, forward, forward.hand_off))
+            inner: Any = transformer.model
+            if reason is not None:
+                self.transform = assume_transform(inner.config, reason)
+                continue
+
+            def run(input_ids: Tensor, attention_mask: Tensor, transformer: Transformer = transformer) -> Any:
+                features = {"input_ids": input_ids, "attention_mask": attention_mask, **_of_task(transformer)}
+                return transformer.forward(features)["token_embeddings"]
+
+            transform = probe_model(transformer, inner.config, self.decoder, run)
+            if self.transform is not None and self.transform != transform:
+                raise ValueError("the models around one decoder scale or cap its logits differently: copy the decoder")
+            self.transform = transform
+        if reason is None:
+            plain = DecoderForward(self.decoder, LogitTransform.of(None))
+            for pooling in self.poolings:
+                probe_pooling(pooling, self.decoder, _PoolingForward(pooling, plain))
 
     def install(self) -> None:
-        forward = DecoderForward(self.decoder)
-        self.decoder.__dict__["forward"] = forward
+        assert self.transform is not None
         for transformer in self.transformers:
-            transformer.__dict__["forward"] = _TransformerForward(transformer, self.decoder, forward.hand_off)
+            set_forward(transformer, _TransformerForward(transformer, self.decoder, self.transform))
         for pooling in self.poolings:
-            pooling.__dict__["forward"] = _PoolingForward(pooling, self.decoder, forward.hand_off)
-
-
-def _own_forward(module: nn.Module) -> Any:
-    """The forward set on the instance (the one under accelerate's hooks, where it has some), or None.
-
-    The class's own method counts as None: accelerate leaves it on the instance when its hooks are removed.
-    """
-    forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
-    return None if forward == MethodType(type(module).forward, module) else forward
+            set_forward(pooling, _PoolingForward(pooling, self.decoder))
 
 
 def _find_heads(model: nn.Module) -> list[_Head]:
@@ -278,29 +283,33 @@ def _reads_sentence_embedding(module: nn.Module) -> bool:
     return reads == "sentence_embedding" or isinstance(module, (Dropout, LayerNorm, SparseAutoEncoder))
 
 
+def _of_task(transformer: Transformer) -> dict[str, Any]:
+    """What ``preprocess`` adds to the features for the module's task."""
+    return {"logits_to_keep": 0} if transformer.transformer_task == "text-generation" else {}
+
+
 def _check_source(source: nn.Module | None) -> tuple[Transformer, nn.Linear]:
     """The Transformer module that feeds a pooling, and its decoder, if both are as ``fuse`` needs them."""
     if not isinstance(source, Transformer):
         raise TypeError(f"SpladePooling must be fed by a Transformer module, got {qualified_name(type(source))}")
-    for name, expected in (("backend", "torch"), ("transformer_task", "fill-mask")):
-        if (value := getattr(source, name)) != expected:
-            raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
+    for name, expected in (("backend", ("torch",)), ("transformer_task", ("fill-mask", "text-generation"))):
+        if (value := getattr(source, name)) not in expected:
+            raise ValueError(f"{name}: expected {' or '.join(map(repr, expected))}, got {value!r}")
     outputs = {(params["method"], params["method_output_name"]) for params in source.modality_config.values()}
     if outputs != {("forward", "logits")} or source.module_output_name != "token_embeddings":
         raise ValueError(
             "the Transformer must write the logits of its model's forward to token_embeddings, "
             f"got {source.modality_config} into {source.module_output_name!r}"
         )
+    if source.transformer_task == "text-generation":
+        kept = (source.processing_kwargs or {}).get("text", {}).get("logits_to_keep", 1)
+        if kept != 0:
+            raise ValueError(
+                "processing_kwargs: expected {'text': {'logits_to_keep': 0}} for transformer_task='text-generation', "
+                f"so that every token is pooled, got logits_to_keep={kept!r}"
+            )
     inner: Any = source.model
     decoder = check_decoder(inner.get_output_embeddings())
-    if reason := _read_by_hooks(around(inner, decoder)):
+    if reason := read_by_hooks(around(inner, decoder)):
         raise ValueError(reason)
     return source, decoder
-
-
-def _read_by_hooks(modules: dict[str, nn.Module]) -> str | None:
-    """Which of the modules around the decoder has hooks, to which the decoder's output is visible."""
-    for name, module in modules.items():
-        if hooks := watching_hooks(module):
-            return f"{name}: has hooks that see the decoder's logits, which a fused model lacks: {', '.join(hooks)}"
-    return None

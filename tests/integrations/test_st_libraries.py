@@ -347,6 +347,6 @@ def autocast_cache() -> Iterator[None]:
 def test_an_export_to_onnx_names_unfuse() -> None:
     model = Embeddings(fuse(sparse_encoder().eval()))
     features = tensors(model.model)
-    with pytest.raises(RuntimeError, match=r"unfuse\(model\) before the export"), warnings.catch_warnings():
+    with pytest.raises(RuntimeError, match=r"ONNX has no operator.*unfuse\(model\)"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (features["input_ids"], features["attention_mask"]), io.BytesIO(), dynamo=False)

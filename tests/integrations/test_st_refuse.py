@@ -199,13 +199,6 @@ def test_refuses_a_reader_in_another_route() -> None:
         fuse(SparseEncoder(modules=[router], device="cpu"))
 
 
-def test_refuses_equal_vocabulary_and_hidden_size() -> None:
-    model = sparse_encoder()
-    replace_decoder(model, nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE))
-    with pytest.raises(ValueError, match="both 32"):
-        fuse(model)
-
-
 def test_probe_sees_a_fused_head_that_is_wrong() -> None:
     model = sparse_encoder()
     pooling: Any = model[1]
