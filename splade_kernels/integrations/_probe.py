@@ -104,7 +104,12 @@ def probe_model(
 
 def needs_autocast(config: Any, decoder: nn.Linear) -> bool:
     """Flash attention takes no float32: such a model only ever runs under autocast."""
-    return decoder.weight.dtype is torch.float32 and "flash" in str(getattr(config, "_attn_implementation", ""))
+    return decoder.weight.dtype is torch.float32 and uses_flash_attention(config)
+
+
+def uses_flash_attention(config: Any) -> bool:
+    """Whether sequences that follow one another in one row are kept apart; transformers tells by the name too."""
+    return "flash" in str(getattr(config, "_attn_implementation", ""))
 
 
 def probe_token(config: Any) -> int:

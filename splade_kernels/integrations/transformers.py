@@ -22,7 +22,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.hub import cached_file
 
 from ..functional import check_options
@@ -39,7 +38,15 @@ from ._hand_off import (
     own_forward,
     read_by_hooks,
 )
-from ._probe import assume_transform, isolated, needs_autocast, probe_model, probe_token, why_no_probe
+from ._probe import (
+    assume_transform,
+    isolated,
+    needs_autocast,
+    probe_model,
+    probe_token,
+    uses_flash_attention,
+    why_no_probe,
+)
 
 __all__ = ["SpladeEncoder"]
 
@@ -275,8 +282,8 @@ class SpladeEncoder(nn.Module):
             raise RuntimeError(f"{reason}. They were added after the encoder was made: {UNFUSE_FIRST}")
 
     def _check_flattened(self, batch: Mapping[str, Any], attention_mask: Any, pooling_mask: Any) -> None:
-        if not is_flash_attention_requested(self.config):
-            name = self.config._attn_implementation
+        if not uses_flash_attention(self.config):
+            name = getattr(self.config, "_attn_implementation", None)
             raise ValueError(
                 "cu_seq_lens_q: expected an attention that keeps flattened sequences apart, such as "
                 f"attn_implementation='flash_attention_2', got {name!r}, with which tokens attend across sequences"
@@ -324,7 +331,8 @@ def _probe(inner: Any, decoder: nn.Linear) -> LogitTransform:
         return assume_transform(inner.config, reason)
 
     def run(input_ids: Tensor, attention_mask: Tensor) -> Any:
-        return inner(input_ids=input_ids, attention_mask=attention_mask).logits
+        output = inner(input_ids=input_ids, attention_mask=attention_mask)
+        return output[0] if isinstance(output, tuple) else output.logits
 
     try:
         transform = probe_model(inner, inner.config, decoder, run)
