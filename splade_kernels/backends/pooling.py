@@ -144,8 +144,7 @@ def activation_gradient(grad: Tensor, output: Tensor, call: PoolingCall) -> Tens
     output = output.to(call.accumulation_dtype)
     slope, y = _slope_of_logs(output, call)
     if call.logit_softcap:
-        t = torch.expm1(y).div_(call.logit_softcap)
-        t = t.masked_fill_(output >= saturation(call), 1).clamp_max_(1)
+        t = torch.expm1(y).div_(call.logit_softcap).masked_fill_(output >= saturation(call), 1)
         slope *= (1 - t) * (1 + t)
     return _gradient(grad, output, slope, call)
 
