@@ -52,7 +52,7 @@ def _build(family: str, vocab_size: int, **config: Any) -> PreTrainedModel:
 
 @functools.cache
 def folder(family: str, **config: Any) -> Path:
-    """Of a causal language model with ``config`` added to its configuration, or of one of ``st_models.ARCHITECTURES``."""
+    """Of a causal model, with ``config`` added to its configuration, or of one of ``st_models.ARCHITECTURES``."""
     if family not in CAUSAL:
         return backbone(family)
     fast = tokenizer()

@@ -83,7 +83,8 @@ def saved_pooling(name_or_path: str, model_kwargs: dict[str, Any]) -> dict[str, 
         raise OSError(f"{name_or_path}: could not look for {POOLING_CONFIG}: {remedy}. {error}") from error
     saved = {"pooling_strategy": "max", "activation_function": "relu"}
     if file is not None:
-        saved |= json.loads(Path(file).read_text())
+        found = json.loads(Path(file).read_text())
+        saved |= {name: found[name] for name in saved if name in found}
     elif modules is not None:
         raise ValueError(f"{name_or_path}: expected {POOLING_CONFIG} beside modules.json, found none: {remedy}")
     return saved
