@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -24,6 +30,8 @@ from transformers import (
 from tests.st_models import TEXTS, backbone, tokenizer
 
 CAUSAL = ("llama", "gpt2", "qwen3")
+# These cap or scale their logits after the decoder, here by enough to matter.
+TRANSFORMED = ("gemma2", "granite", "cohere")
 _FOLDER = tempfile.TemporaryDirectory(prefix="tiny-language-models-")
 
 
@@ -47,13 +55,19 @@ def _build(family: str, vocab_size: int, **config: Any) -> PreTrainedModel:
         return LlamaForCausalLM(LlamaConfig(**size))
     if family == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**size, head_dim=16))
+    if family == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**{"final_logit_softcapping": 0.5} | size, head_dim=16))
+    if family == "granite":
+        return GraniteForCausalLM(GraniteConfig(**{"logits_scaling": 8.0} | size))
+    if family == "cohere":
+        return CohereForCausalLM(CohereConfig(**{"logit_scale": 0.25} | size))
     raise ValueError(family)
 
 
 @functools.cache
 def folder(family: str, **config: Any) -> Path:
     """Of a causal model, with ``config`` added to its configuration, or of one of ``st_models.ARCHITECTURES``."""
-    if family not in CAUSAL:
+    if family not in CAUSAL + TRANSFORMED:
         return backbone(family)
     fast = tokenizer()
     path = Path(_FOLDER.name) / "-".join([family, *(f"{name}={value}" for name, value in config.items())])
@@ -66,7 +80,7 @@ def folder(family: str, **config: Any) -> Path:
 
 
 def language_model(family: str, **config: Any) -> Any:
-    kind: Any = AutoModelForCausalLM if family in CAUSAL else AutoModelForMaskedLM
+    kind: Any = AutoModelForCausalLM if family in CAUSAL + TRANSFORMED else AutoModelForMaskedLM
     return kind.from_pretrained(folder(family, **config)).eval()
 
 

@@ -307,8 +307,10 @@ class SpladeEncoder(nn.Module):
 
 
 def _language_model(model: Any) -> Any:
-    """The model of transformers: ``model``, or the one in a ``PeftModel``."""
-    return model.get_base_model() if type(model).__module__.startswith("peft.") else model
+    """The model of transformers: ``model``, or the one in a ``PeftModel`` or ``PeftMixedModel``."""
+    if not type(model).__module__.startswith("peft."):
+        return model
+    return model.get_base_model() if hasattr(model, "active_peft_config") else model.base_model.model
 
 
 def _check(model: Any, inner: Any) -> nn.Linear:
@@ -317,7 +319,7 @@ def _check(model: Any, inner: Any) -> nn.Linear:
         raise TypeError(
             f"model: expected a …ForMaskedLM or …ForCausalLM of transformers, got {qualified_name(type(inner))}"
         )
-    if model is not inner and getattr(model.active_peft_config, "is_prompt_learning", False):
+    if model is not inner and getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         kind = qualified_name(type(model.active_peft_config))
         raise ValueError(f"model: expected adapters on layers, got {kind}, which adds tokens that no mask knows of")
     if getattr(inner.config, "is_encoder_decoder", False):

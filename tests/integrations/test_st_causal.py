@@ -16,7 +16,7 @@ from torch import Tensor
 from splade_kernels.integrations.sentence_transformers import encode_sparse, fuse, unfuse
 from splade_kernels.integrations.transformers import SpladeEncoder
 from tests.integrations.test_st_trainer import RELATIVE_LOSS_DIFFERENCE, largest_relative_difference, train
-from tests.lm_models import CAUSAL, decoder_of, folder
+from tests.lm_models import CAUSAL, TRANSFORMED, decoder_of, folder
 from tests.st_models import TEXTS, gradients, sparse_encoder
 
 HEADS = [("max", "relu"), ("sum", "log1p_relu")]
@@ -47,7 +47,7 @@ def encode(model: SparseEncoder) -> Tensor:
 
 @pytest.mark.parametrize(("pooling_strategy", "activation_function"), HEADS)
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", CAUSAL + TRANSFORMED)
 def test_embeddings_and_gradients_equal_stock(
     family: str, is_causal: bool, pooling_strategy: str, activation_function: str
 ) -> None:
@@ -92,6 +92,21 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     encoder = SpladeEncoder.from_pretrained(tmp_path)
     features = {name: value for name, value in loaded.preprocess(TEXTS).items() if torch.is_tensor(value)}
     torch.testing.assert_close(encoder(**features), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "setting"), [("gemma2", "final_logit_softcapping"), ("granite", "logits_scaling")])
+def test_what_follows_the_decoder_matters_and_may_not_change(family: str, setting: str, tmp_path: Path) -> None:
+    model = fuse(causal_encoder(family))
+    expected = encode(model)
+    assert (expected - encode(causal_encoder(family, config={setting: 1000.0}))).abs().max() > 1e-2
+    losses = train(model, tmp_path, max_steps=2)
+    assert largest_relative_difference(losses, train(causal_encoder(family), tmp_path, max_steps=2)) <= 1e-4
+    setattr(model.transformers_model.config, setting, 7.0)
+    with pytest.raises(RuntimeError, match=rf"config\.{setting} was .* and is 7\.0 now: call unfuse"):
+        encode(model)
+    unfuse(model)
+    changed = encode(model)
+    torch.testing.assert_close(encode(fuse(model)), changed, rtol=1e-5, atol=1e-6)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
