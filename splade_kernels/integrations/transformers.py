@@ -54,7 +54,7 @@ class SpladeEncoder(nn.Module):
     model, ties stay ties, and :meth:`release`, or the end of the last encoder on a decoder, takes the ``forward`` away.
 
     Making an encoder runs the model twice on a few tokens, on one thread, to see that it hands its hidden states to
-    the decoder and what it does to the logits. Make it before ``torch.compile``.
+    the decoder and what it does to the logits. Make it before ``torch.compile``, and before other threads compute.
 
     Args:
         model: ``…ForMaskedLM`` or ``…ForCausalLM`` of transformers, or a ``PeftModel`` around one. A causal model
@@ -140,7 +140,8 @@ class SpladeEncoder(nn.Module):
             pooling_mask: ``[B, S]`` bool or integer, non-zero for the tokens to pool; None: ``attention_mask``.
             batch: what else the model takes: ``position_ids``, ``token_type_ids``, ... ``cu_seq_lens_q`` and
                 ``max_length_q``, transformers' names for sequences that follow one another in one row, need one of
-                its flash attentions, because others attend across sequences.
+                its flash attentions, because others attend across sequences. The lengths of the keys, and
+                ``position_ids`` that start anew in each sequence, are added unless given.
 
         Returns:
             ``[B, V]``, ``V`` the rows of the decoder; of the dtype of the hidden states, float32 under autocast.
