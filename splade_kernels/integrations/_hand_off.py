@@ -194,14 +194,20 @@ def join(decoder: nn.Linear, transform: LogitTransform, user: Any) -> DecoderFor
         forward = own_forward(decoder)
         if not isinstance(forward, DecoderForward):
             forward = DecoderForward(decoder, transform)
-        if forward.transform.options() != transform.options():
-            raise ValueError(
-                f"another encoder on this decoder has its logits {forward.transform}, this one {transform}: release "
-                "that one first, or give each model a decoder of its own"
-            )
+        check_transform(decoder, transform)
         forward.join(user)
         set_forward(decoder, forward)  # last: a garbage collection may have removed it with its last user
     return forward
+
+
+def check_transform(decoder: nn.Linear, transform: LogitTransform) -> None:
+    """Raise where another encoder on the decoder has its logits changed in another way."""
+    forward = own_forward(decoder)
+    if isinstance(forward, DecoderForward) and forward.transform.options() != transform.options():
+        raise ValueError(
+            f"another encoder on this decoder has its logits {forward.transform}, this one {transform}: release that "
+            "one first, or give each model a decoder of its own"
+        )
 
 
 def _remove_unused(reference: weakref.ref[DecoderForward]) -> None:

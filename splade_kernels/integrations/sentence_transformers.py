@@ -31,6 +31,7 @@ from ._hand_off import (
     check_decoder,
     check_device,
     check_free,
+    check_transform,
     join,
     own_forward,
     read_by_hooks,
@@ -223,6 +224,8 @@ class _Head:
             if self.transform is not None and self.transform != transform:
                 raise ValueError("the models around one decoder scale or cap its logits differently: copy the decoder")
             self.transform = transform
+        assert self.transform is not None
+        check_transform(self.decoder, self.transform)
         if reason is None:
             plain = DecoderForward(self.decoder, LogitTransform.of(None))
             for pooling in self.poolings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
 import itertools
@@ -140,9 +141,14 @@ def test_the_decoder_keeps_its_forward_when_a_collection_comes_between_look_and_
 def test_users_that_would_change_the_logits_in_different_ways() -> None:
     model = language_model("bert")
     encoder = SpladeEncoder(model)
-    other = _hand_off.LogitTransform(encoder._transform.config, encoder._transform.settings, scale=2.0)
-    with pytest.raises(ValueError, match=r"scaled by 1\.0 and capped at None, this one scaled by 2\.0"):
-        _hand_off.join(decoder_of(model), other, nn.Identity())
+    sparse = sparse_encoder_around(model)
+    encoder._hand_off.transform = dataclasses.replace(encoder._transform, scale=2.0)
+    for make in (lambda: SpladeEncoder(model), lambda: fuse(sparse)):
+        with pytest.raises(ValueError, match=r"scaled by 2\.0 and capped at None, this one scaled by 1\.0"):
+            make()
+    assert not any("forward" in module.__dict__ for module in sparse)
+    encoder.release()
+    assert is_free(model)
 
 
 def test_an_encoder_is_the_model_and_nothing_else() -> None:
