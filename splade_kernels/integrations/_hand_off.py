@@ -90,6 +90,15 @@ class LogitTransform:
             config = config.get_text_config()
         return LogitTransform(config, tuple(getattr(config, name, None) for name in (*SOFTCAPS, *SCALES)))
 
+    def __str__(self) -> str:
+        return f"scaled by {self.scale} and capped at {self.softcap}"
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of :func:`splade_kernels.splade_pool`; none for the identity."""
+        if self.scale == 1.0 and self.softcap is None:
+            return {}
+        return {"logit_scale": self.scale, "logit_softcap": self.softcap}
+
     def check(self) -> None:
         for name, old in zip((*SOFTCAPS, *SCALES), self.settings, strict=True):
             if (new := getattr(self.config, name, None)) != old:
@@ -116,10 +125,7 @@ class DecoderForward:
             if torch.onnx.is_in_onnx_export():
                 raise RuntimeError(f"ONNX has no operator for the fused head: {UNFUSE_FIRST}")
             self._check(input)
-            transform = self.transform
-            if transform.scale != 1.0 or transform.softcap is not None:
-                pooling = {**pooling, "logit_scale": transform.scale, "logit_softcap": transform.softcap}
-            return splade_pool(input, self.decoder.weight, self.decoder.bias, **pooling)
+            return splade_pool(input, self.decoder.weight, self.decoder.bias, **pooling, **self.transform.options())
         slot = self.hand_off.slot
         if slot.active:
             if slot.kept is not None:
@@ -188,9 +194,20 @@ def join(decoder: nn.Linear, transform: LogitTransform, user: Any) -> DecoderFor
         forward = own_forward(decoder)
         if not isinstance(forward, DecoderForward):
             forward = DecoderForward(decoder, transform)
-            set_forward(decoder, forward)
+        check_transform(decoder, transform)
         forward.join(user)
+        set_forward(decoder, forward)  # last: a garbage collection may have removed it with its last user
     return forward
+
+
+def check_transform(decoder: nn.Linear, transform: LogitTransform) -> None:
+    """Raise where another encoder on the decoder has its logits changed in another way."""
+    forward = own_forward(decoder)
+    if isinstance(forward, DecoderForward) and forward.transform.options() != transform.options():
+        raise ValueError(
+            f"another encoder on this decoder has its logits {forward.transform}, this one {transform}: release that "
+            "one first, or give each model a decoder of its own"
+        )
 
 
 def _remove_unused(reference: weakref.ref[DecoderForward]) -> None:

@@ -31,6 +31,7 @@ from ._hand_off import (
     check_decoder,
     check_device,
     check_free,
+    check_transform,
     join,
     own_forward,
     read_by_hooks,
@@ -223,6 +224,8 @@ class _Head:
             if self.transform is not None and self.transform != transform:
                 raise ValueError("the models around one decoder scale or cap its logits differently: copy the decoder")
             self.transform = transform
+        assert self.transform is not None
+        check_transform(self.decoder, self.transform)
         if reason is None:
             plain = DecoderForward(self.decoder, LogitTransform.of(None))
             for pooling in self.poolings:
@@ -295,13 +298,19 @@ def _check_source(source: nn.Module | None) -> tuple[Transformer, nn.Linear]:
     for name, expected in (("backend", ("torch",)), ("transformer_task", ("fill-mask", "text-generation"))):
         if (value := getattr(source, name)) not in expected:
             raise ValueError(f"{name}: expected {' or '.join(map(repr, expected))}, got {value!r}")
-    outputs = {(params["method"], params["method_output_name"]) for params in source.modality_config.values()}
-    if outputs != {("forward", "logits")} or source.module_output_name != "token_embeddings":
+    causal = source.transformer_task == "text-generation"
+    for modality, params in source.modality_config.items():
+        if params["method"] != "forward" or params["method_output_name"] not in ("logits", ("logits",), ["logits"]):
+            raise ValueError(
+                "modality_config: expected {'method': 'forward', 'method_output_name': 'logits'} for every modality, "
+                f"got {params} for {modality!r}"
+            )
+    if source.module_output_name != "token_embeddings":
         raise ValueError(
-            "the Transformer must write the logits of its model's forward to token_embeddings, "
-            f"got {source.modality_config} into {source.module_output_name!r}"
+            f"module_output_name: expected 'token_embeddings', got {source.module_output_name!r}"
+            + ", which transformer_task='text-generation' gives without modality_config and module_output_name" * causal
         )
-    if source.transformer_task == "text-generation":
+    if causal:
         kept = (source.processing_kwargs or {}).get("text", {}).get("logits_to_keep", 1)
         if kept != 0:
             raise ValueError(

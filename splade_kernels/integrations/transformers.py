@@ -18,14 +18,10 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
-from transformers.utils.hub import cached_file
 
 from ..functional import check_options
 from ..modules import qualified_name
+from ._folder import find_tokenizer, load_model, saved_pooling, sentence_transformers_files
 from ._hand_off import (
     UNFUSE_FIRST,
     DecoderForward,
@@ -51,10 +47,6 @@ from ._probe import (
 __all__ = ["SpladeEncoder"]
 
 _FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_POOLING_FOLDER = "1_SpladePooling"
-_POOLING_CONFIG = f"{_POOLING_FOLDER}/config.json"
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
 class SpladeEncoder(nn.Module):
@@ -69,7 +61,7 @@ class SpladeEncoder(nn.Module):
     model, ties stay ties, and :meth:`release`, or the end of the last encoder on a decoder, takes the ``forward`` away.
 
     Making an encoder runs the model twice on a few tokens, on one thread, to see that it hands its hidden states to
-    the decoder and what it does to the logits. Make it before ``torch.compile``.
+    the decoder and what it does to the logits. Make it before ``torch.compile``, and before other threads compute.
 
     Args:
         model: ``…ForMaskedLM`` or ``…ForCausalLM`` of transformers, or a ``PeftModel`` around one. A causal model
@@ -118,6 +110,8 @@ class SpladeEncoder(nn.Module):
     ) -> SpladeEncoder:
         """An encoder with a model from the hub or a folder, of the class that its ``config.architectures`` names.
 
+        From the folder of a PEFT adapter, it is an encoder around a ``PeftModel`` (``peft`` has to be installed).
+
         Args:
             name_or_path: as in ``AutoModelForMaskedLM.from_pretrained``.
             pooling_strategy, activation_function: None for what ``1_SpladePooling/config.json`` says, which
@@ -126,26 +120,15 @@ class SpladeEncoder(nn.Module):
             model_kwargs: further arguments of the model's ``from_pretrained``, such as ``dtype``.
 
         Raises:
-            ValueError: ``config.architectures`` names no masked or causal language model.
+            ValueError: ``config.architectures`` names no masked or causal language model, or sentence-transformers
+                saved its pooling in another place, so that it has to be given.
         """
-        hub = {name: model_kwargs[name] for name in _HUB_ARGUMENTS if name in model_kwargs}
-        config = model_kwargs.get("config")
-        if config is None:
-            trust = (
-                {"trust_remote_code": model_kwargs["trust_remote_code"]} if "trust_remote_code" in model_kwargs else {}
-            )
-            config = transformers.AutoConfig.from_pretrained(name_or_path, **hub, **trust)
-        model_class = _auto_class(config)
-        saved = {"pooling_strategy": "max", "activation_function": "relu"}
-        if file := cached_file(str(name_or_path), _POOLING_CONFIG, _raise_exceptions_for_missing_entries=False, **hub):
-            saved |= json.loads(Path(file).read_text())
-        return cls(
-            model_class.from_pretrained(name_or_path, **model_kwargs),
-            pooling_strategy=saved["pooling_strategy"] if pooling_strategy is None else pooling_strategy,
-            activation_function=saved["activation_function"] if activation_function is None else activation_function,
-            screening=screening,
-            backend=backend,
-        )
+        model = load_model(str(name_or_path), model_kwargs)
+        options = {"pooling_strategy": pooling_strategy, "activation_function": activation_function}
+        given = {name: value for name, value in options.items() if value is not None}
+        if given != options:
+            given = {**saved_pooling(str(name_or_path), model_kwargs), **given}
+        return cls(model, screening=screening, backend=backend, **given)
 
     def forward(
         self,
@@ -164,7 +147,8 @@ class SpladeEncoder(nn.Module):
             pooling_mask: ``[B, S]`` bool or integer, non-zero for the tokens to pool; None: ``attention_mask``.
             batch: what else the model takes: ``position_ids``, ``token_type_ids``, ... ``cu_seq_lens_q`` and
                 ``max_length_q``, transformers' names for sequences that follow one another in one row, need one of
-                its flash attentions, because others attend across sequences.
+                its flash attentions, because others attend across sequences. The lengths of the keys, and
+                ``position_ids`` that start anew in each sequence, are added unless given.
 
         Returns:
             ``[B, V]``, ``V`` the rows of the decoder; of the dtype of the hidden states, float32 under autocast.
@@ -176,19 +160,26 @@ class SpladeEncoder(nn.Module):
         """
         if self._hand_off is None:
             raise RuntimeError("this encoder was released: make a new one, SpladeEncoder(model)")
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel replicas keep the first device's decoder: use torchrun "
+                "(DistributedDataParallel), or one visible device"
+            )
         if "labels" in batch:
             raise TypeError("labels: expected none, since the encoder returns embeddings and no loss")
-        if batch.get("logits_to_keep") not in (None, 0):
-            raise ValueError(f"logits_to_keep: expected 0, for all tokens, got {batch['logits_to_keep']!r}")
+        if isinstance(kept := batch.get("logits_to_keep", 0), Tensor) or kept != 0:
+            raise ValueError(f"logits_to_keep: expected 0, for all tokens, got {kept!r}")
         options: dict[str, Any] = {
             "pooling_strategy": self.pooling_strategy,
             "activation_function": self.activation_function,
             "screening": self.screening,
             "backend": self.backend,
         }
+        tokens = _token_shape(input_ids, batch.get("inputs_embeds"))
         if any(batch.get(name) is not None for name in _FLATTENED):
-            self._check_flattened(batch, attention_mask, pooling_mask)
+            self._check_flattened(batch, attention_mask, pooling_mask, tokens)
             options |= {"cu_seqlens": batch["cu_seq_lens_q"], "max_seqlen": batch.get("max_length_q")}
+            batch |= self._complete_flattened(batch, tokens[1])
         elif pooling_mask is not None:
             options["attention_mask"] = _check_mask("pooling_mask", pooling_mask)
         elif attention_mask is not None:
@@ -197,6 +188,10 @@ class SpladeEncoder(nn.Module):
                     f"attention_mask: expected [B, S], or a pooling_mask [B, S] beside it, got {_kind(attention_mask)}"
                 )
             options["attention_mask"] = _check_mask("attention_mask", attention_mask)
+        mask = options.get("attention_mask")
+        if mask is not None and tuple(mask.shape) != tokens:
+            name = "attention_mask" if pooling_mask is None else "pooling_mask"
+            raise ValueError(f"{name}: expected {list(tokens)}, got {list(mask.shape)}")
         hand_off, decoder = self._hand_off, self._hand_off.decoder
         self._check_unchanged(decoder)
         check_device("input_ids", input_ids, decoder)
@@ -207,10 +202,11 @@ class SpladeEncoder(nn.Module):
         if self._takes_cache:
             batch.setdefault("use_cache", False)  # keys and values that nobody would read
         _, hidden_states = hand_off.collect(self.model, **batch)
-        mask = options.get("attention_mask")
-        if mask is not None and mask.shape != hidden_states.shape[:-1]:
-            name = "attention_mask" if pooling_mask is None else "pooling_mask"
-            raise ValueError(f"{name}: expected {list(hidden_states.shape[:-1])}, got {list(mask.shape)}")
+        if tuple(hidden_states.shape[:-1]) != tokens:
+            raise RuntimeError(
+                f"the model gave its decoder {list(hidden_states.shape[:-1])} tokens for {list(tokens)}, so it adds or "
+                "drops some, and no mask fits them"
+            )
         embeddings: Tensor = decoder(hidden_states, pooling=options)
         return embeddings
 
@@ -235,7 +231,7 @@ class SpladeEncoder(nn.Module):
         self.model.save_pretrained(folder)  # type: ignore[operator]
         inner = _language_model(self.model)
         if tokenizer is None:
-            tokenizer = _find_tokenizer(str(inner.name_or_path)) or _find_tokenizer(str(folder))
+            tokenizer = find_tokenizer(str(inner.name_or_path)) or find_tokenizer(str(folder))
         if tokenizer is None:
             warnings.warn(
                 f"{folder} was saved without a tokenizer, for transformers alone: for sentence-transformers, call "
@@ -244,7 +240,8 @@ class SpladeEncoder(nn.Module):
             )
             return
         tokenizer.save_pretrained(folder)
-        for name, content in _sentence_transformers_files(inner, self).items():
+        files = sentence_transformers_files(inner, self.pooling_strategy, self.activation_function)
+        for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -281,7 +278,9 @@ class SpladeEncoder(nn.Module):
         if reason := read_by_hooks(self._around):
             raise RuntimeError(f"{reason}. They were added after the encoder was made: {UNFUSE_FIRST}")
 
-    def _check_flattened(self, batch: Mapping[str, Any], attention_mask: Any, pooling_mask: Any) -> None:
+    def _check_flattened(
+        self, batch: Mapping[str, Any], attention_mask: Any, pooling_mask: Any, tokens: tuple[int, ...]
+    ) -> None:
         if not uses_flash_attention(self.config):
             name = getattr(self.config, "_attn_implementation", None)
             raise ValueError(
@@ -292,11 +291,34 @@ class SpladeEncoder(nn.Module):
             raise ValueError("cu_seq_lens_q: expected the cumulative lengths [B + 1], got None")
         if attention_mask is not None or pooling_mask is not None:
             raise ValueError("attention_mask: expected none, and no pooling_mask, beside cu_seq_lens_q")
+        if tokens[0] != 1:
+            raise ValueError(f"input_ids: expected [1, T] beside cu_seq_lens_q, got {list(tokens)}")
+
+    def _complete_flattened(self, batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """What must not be missing: flash attention would take all sequences for one, and positions would run on."""
+        ends = batch["cu_seq_lens_q"]
+        longest = batch.get("max_length_q")
+        longest = tokens if longest is None else longest
+        added = {"cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        added = {name: value for name, value in added.items() if batch.get(name) is None}
+        if batch.get("position_ids") is None:
+            inner = _language_model(self.model)
+            if "position_ids" not in inspect.signature(type(inner).forward).parameters:
+                raise ValueError(
+                    f"cu_seq_lens_q: {qualified_name(type(inner))} takes no position_ids, so that its positions would "
+                    "run on from one sequence to the next"
+                )
+            position = torch.arange(tokens, device=ends.device)
+            start = ends[torch.searchsorted(ends, position, right=True) - 1]
+            added["position_ids"] = (position - start + _first_position(inner)).unsqueeze(0)
+        return added
 
 
 def _language_model(model: Any) -> Any:
-    """The model of transformers: ``model``, or the one in a ``PeftModel``."""
-    return model.get_base_model() if type(model).__module__.startswith("peft.") else model
+    """The model of transformers: ``model``, or the one in a ``PeftModel`` or ``PeftMixedModel``."""
+    if not type(model).__module__.startswith("peft."):
+        return model
+    return model.get_base_model() if hasattr(model, "active_peft_config") else model.base_model.model
 
 
 def _check(model: Any, inner: Any) -> nn.Linear:
@@ -305,7 +327,7 @@ def _check(model: Any, inner: Any) -> nn.Linear:
         raise TypeError(
             f"model: expected a …ForMaskedLM or …ForCausalLM of transformers, got {qualified_name(type(inner))}"
         )
-    if model is not inner and getattr(model.active_peft_config, "is_prompt_learning", False):
+    if model is not inner and getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         kind = qualified_name(type(model.active_peft_config))
         raise ValueError(f"model: expected adapters on layers, got {kind}, which adds tokens that no mask knows of")
     if getattr(inner.config, "is_encoder_decoder", False):
@@ -371,21 +393,24 @@ def _is_causal(inner: Any, decoder: nn.Linear) -> bool:
     return torch.equal(first, second)
 
 
-def _auto_class(config: Any) -> Any:
-    names = config.architectures or []
-    if any(map(_is_masked, names)):
-        return transformers.AutoModelForMaskedLM
-    if any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForCausalLM") for name in names):
-        return transformers.AutoModelForCausalLM
-    raise ValueError(
-        f"config.architectures: expected a …ForMaskedLM or …ForCausalLM, got {names}. Load the model as the class that "
-        "it is to have, and pass it to SpladeEncoder(model)"
-    )
+def _token_shape(input_ids: Any, inputs_embeds: Any) -> tuple[int, ...]:
+    """``(B, S)``."""
+    for name, tensor, ndim in (("input_ids", input_ids, 2), ("inputs_embeds", inputs_embeds, 3)):
+        if tensor is not None:
+            if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
+                shape = "[B, S]" if ndim == 2 else "[B, S, E]"
+                raise ValueError(f"{name}: expected a tensor {shape}, got {_kind(tensor)}")
+            return tuple(tensor.shape[:2])
+    raise ValueError("input_ids: expected token ids [B, S], or inputs_embeds [B, S, E], got neither")
 
 
-def _is_masked(name: str) -> bool:
-    """Whether the class of this name is a masked language model."""
-    return name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM")
+def _first_position(inner: nn.Module) -> int:
+    """RoBERTa and its descendants count positions from ``padding_idx + 1``: the other tables have no such index."""
+    for module in inner.modules():
+        index = getattr(module, "padding_idx", None)
+        if isinstance(index, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
+            return index + 1
+    return 0
 
 
 def _check_mask(name: str, mask: Any) -> Tensor:
@@ -398,44 +423,3 @@ def _check_mask(name: str, mask: Any) -> Tensor:
 
 def _kind(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _find_tokenizer(name: str) -> Any:
-    """The tokenizer of a folder or hub name that has the files of one, or None."""
-    if not name:
-        return None
-    try:
-        found = any(
-            cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False)
-            for file in _TOKENIZER_FILES
-        )
-        return transformers.AutoTokenizer.from_pretrained(name) if found else None
-    except (OSError, ValueError):
-        return None
-
-
-def _sentence_transformers_files(inner: Any, encoder: SpladeEncoder) -> dict[str, Any]:
-    """What sentence-transformers 6 needs beside model and tokenizer, by file name."""
-    masked = _is_masked(type(inner).__name__)
-    transformer: dict[str, Any] = {
-        "transformer_task": "fill-mask" if masked else "text-generation",
-        "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
-        "module_output_name": "token_embeddings",
-    }
-    if not masked:
-        transformer["processing_kwargs"] = {"text": {"logits_to_keep": 0}}
-    modules = (
-        ("", "sentence_transformers.base.modules.transformer.Transformer"),
-        (_POOLING_FOLDER, "sentence_transformers.sparse_encoder.modules.splade_pooling.SpladePooling"),
-    )
-    return {
-        "modules.json": [
-            {"idx": index, "name": str(index), "path": path, "type": kind} for index, (path, kind) in enumerate(modules)
-        ],
-        "config_sentence_transformers.json": {"model_type": "SparseEncoder"},
-        "sentence_bert_config.json": transformer,
-        _POOLING_CONFIG: {
-            "pooling_strategy": encoder.pooling_strategy,
-            "activation_function": encoder.activation_function,
-        },
-    }

@@ -14,6 +14,8 @@ import torch
 from bench.tables import short_sequences as short_sequences_tables
 from examples.demo.report import render
 from splade_kernels import csr
+from tests.integrations import test_st_causal
+from tests.lm_models import batch, folder
 from tests.st_models import sparse_encoder
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,28 @@ def test_the_code_on_search_runs(monkeypatch, capsys):
     assert names["first_rows"].shape == (1, names["documents"].shape[1])
     assert [[hit["corpus_id"] for hit in hits] for hits in names["hits"]] == ids.tolist()
     assert torch.allclose(names["cosines"].gather(1, names["cosine_ids"]), names["cosine_scores"])
+
+
+def test_the_code_on_causal_models_runs():
+    """As printed, but for the model: a tiny one."""
+    page, names = (ROOT / "docs/sentence-transformers.md").read_text(), {}
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code.replace('"Qwen/Qwen3-0.6B"', repr(str(folder("qwen3")))), names)
+    recipe = {**test_st_causal.RECIPE}
+    assert {name: getattr(names["transformer"], name) for name in recipe} == recipe
+    bidirectional = test_st_causal.causal_encoder("qwen3", config={"is_causal": False})
+    torch.testing.assert_close(
+        names["model"].encode("what is rust").to_dense(), bidirectional.encode("what is rust").to_dense()
+    )
+
+
+def test_the_code_on_adapters_runs(monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    page, names = (ROOT / "docs/transformers.md").read_text(), {}
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "peft" in code]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"google-bert/bert-base-uncased"', repr(str(folder("bert")))), names)
+    assert names["encoder"](**batch()).shape[0] == 6
 
 
 @pytest.mark.slow
