@@ -22,6 +22,7 @@ __all__ = ["flops_loss", "sparsify", "splade_pool"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGEST = 2**31 - 1  # no size is larger
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def splade_pool(
@@ -34,6 +35,8 @@ def splade_pool(
     max_seqlen: int | None = None,
     pooling_strategy: str = "max",
     activation_function: str = "relu",
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     screening: str | bool = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -45,6 +48,10 @@ def splade_pool(
     attains it (the lowest position on ties) and is exact and sparse. Outputs and gradients are bitwise repeatable, and
     the same for padded, packed and more-padded input. Second derivatives, forward mode and the transforms of
     ``torch.func`` raise.
+
+    ``logit_scale`` and ``logit_softcap`` put ``z = logit_scale · x``, then ``z = logit_softcap · tanh(z /
+    logit_softcap)``, between a logit ``x = h · W + c`` and ``act``, as the decoders of some language models do. Both
+    are increasing and 0 at 0, so that they too run once per ``[b, v]``.
 
     Args:
         hidden_states: ``[B, S, D]`` padded, or packed ``[T, D]`` / ``[1, T, D]`` with ``cu_seqlens``; float32, float16,
@@ -58,6 +65,10 @@ def splade_pool(
         activation_function: ``"relu"`` or ``"log1p_relu"``: relu, then one or two ``log1p``. An activation must be 0
             for ``x <= 0`` and increasing, which the maximum over raw dots, the sparse gradient and screening rest on;
             others are refused by name.
+        logit_scale: for models that multiply their logits after the decoder: Cohere's ``logit_scale``, and one over
+            Granite's ``logits_scaling``. A number above 0.
+        logit_softcap: for models that cap their logits: Gemma 2's and Gemma 3's ``final_logit_softcapping``, a number
+            above 0. None: no cap.
         screening: exact screening: int8 products with a certified error bound find the dots that can be the maximum
             of their pair and positive, and only those are computed in full precision. ``"auto"`` screens where a probe
             of this call's inputs shows that it pays, True always, False never. Values agree within the rounding of one
@@ -79,6 +90,8 @@ def splade_pool(
     (log1p_relu).
     """
     screening = check_options(pooling_strategy, activation_function, screening, backend)
+    logit_scale = _check_positive("logit_scale", logit_scale, "a number")
+    softcap = 0.0 if logit_softcap is None else _check_positive("logit_softcap", logit_softcap, "a number or None")
     _check_tensor("hidden_states", hidden_states, _DTYPES)
     _check_tensor("weight", weight, _DTYPES, hidden_states.device)
     if weight.ndim != 2:
@@ -94,7 +107,14 @@ def splade_pool(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {_shape(bias)}")
     options = ops.PoolOptions(
-        bound, pooling_strategy, activation_function, *_choose_dtypes(hidden_states, weight, bias), screening, backend
+        bound,
+        pooling_strategy,
+        activation_function,
+        *_choose_dtypes(hidden_states, weight, bias),
+        screening,
+        backend,
+        logit_scale,
+        softcap,
     )
     _check_no_tangent("splade_pool", hidden_states, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_states, weight, bias)):
@@ -237,6 +257,15 @@ def check_threshold(threshold: Any) -> float | None:
     if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
         raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
     return float(threshold)
+
+
+def _check_positive(name: str, value: Any, expected: str) -> float:
+    """A real number above 0 that is finite and normal in float32, in which kernels are told it."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a finite number above 0, and in the range of float32, got {value}")
+    return float(value)
 
 
 def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:

@@ -29,9 +29,11 @@ class PoolOptions(NamedTuple):
     out_dtype: torch.dtype
     screening: str  # "auto", "on" or "off"
     backend: str
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0  # 0: none
 
 
-_TYPES = {int: "SymInt", str: "str", torch.dtype: "ScalarType"}
+_TYPES = {int: "SymInt", float: "float", str: "str", torch.dtype: "ScalarType"}
 _OPTIONS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(PoolOptions).items())
 _POOL = f"Tensor hidden_states, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, {_OPTIONS}"
 _library = torch.library.Library("splade_kernels", "DEF")
@@ -86,6 +88,8 @@ class _Inputs(NamedTuple):
             compute_dtype=options.compute_dtype,
             out_dtype=options.out_dtype,
             screening=options.screening,
+            logit_scale=options.logit_scale,
+            logit_softcap=options.logit_softcap,
         )
         return call, pooling
 

@@ -6,6 +6,10 @@ rounded once, at the end.
 
 from __future__ import annotations
 
+import math
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,21 +27,27 @@ def splade_pool(
     max_seqlen: int | None = None,
     pooling_strategy: str = "max",
     activation_function: str = "relu",
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
 ) -> Tensor:
     """Dense SPLADE head (Formal et al. 2021, arXiv:2109.10086): logits, activation, masked pooling over tokens.
 
     ``y[b, v] = max_s act(h[b, s] · W[v] + c[v])`` over the real tokens ``s`` (``"sum"``: the sum), with
     ``act = log1p ∘ relu`` or ``log1p ∘ log1p ∘ relu``. The maximum's gradient goes to the lowest position that attains
-    it. A sequence without a real token is a row of zeros.
+    it. A sequence without a real token is a row of zeros. ``logit_scale`` and ``logit_softcap`` change a logit x before
+    ``act``: ``z = logit_scale · x``, then ``z = logit_softcap · tanh(z / logit_softcap)``.
 
     Args:
-        hidden_states, weight, bias, attention_mask, cu_seqlens, pooling_strategy, activation_function: as in
-            :func:`splade_kernels.splade_pool`.
+        hidden_states, weight, bias, attention_mask, cu_seqlens, pooling_strategy, activation_function, logit_scale,
+            logit_softcap: as in :func:`splade_kernels.splade_pool`.
         max_seqlen: accepted for symmetry with it; not needed here.
 
     Returns:
         ``[B, V]`` in the dtype of ``hidden_states``.
     """
+    _check_positive("logit_scale", logit_scale, "a number")
+    if logit_softcap is not None:
+        _check_positive("logit_softcap", logit_softcap, "a number or None")
     if cu_seqlens is not None:
         hidden_states, attention_mask = _pad(hidden_states.reshape(-1, hidden_states.shape[-1]), cu_seqlens)
     if attention_mask is None:
@@ -46,13 +56,14 @@ def splade_pool(
     hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
     real = F.pad(attention_mask != 0, (0, 1))
 
+    options = activation_function, logit_scale, logit_softcap
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     dots = torch.where(real.unsqueeze(-1), hidden_states, 0).to(dtype) @ weight.to(dtype).mT
     if pooling_strategy == "max":
-        values = _activate(_first_maximum(dots, real.unsqueeze(-1)), bias, activation_function)
+        values = _activate(_first_maximum(dots, real.unsqueeze(-1)), bias, *options)
         values = torch.where(real.any(dim=1, keepdim=True), values, 0)
     elif pooling_strategy == "sum":
-        values = torch.where(real.unsqueeze(-1), _activate(dots, bias, activation_function), 0).sum(dim=1)
+        values = torch.where(real.unsqueeze(-1), _activate(dots, bias, *options), 0).sum(dim=1)
     else:
         raise ValueError(f"pooling_strategy: expected 'max' or 'sum', got {pooling_strategy!r}")
     return values.to(hidden_states.dtype)
@@ -83,6 +94,13 @@ def sparsify(embeddings: Tensor, *, max_active_dims: int | None = None) -> Tenso
     return embeddings.to_sparse_csr()
 
 
+def _check_positive(name: str, value: Any, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not 0 < value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
 def _pad(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Packed ``[T, D]`` to padded ``[B, S, D]`` and its mask."""
     sequences = packed.split(cu_seqlens.diff().tolist())
@@ -103,8 +121,18 @@ def _first_maximum(dots: Tensor, real: Tensor) -> Tensor:
     return dots.gather(1, first).squeeze(1)
 
 
-def _activate(dots: Tensor, bias: Tensor | None, activation_function: str) -> Tensor:
+def _activate(
+    dots: Tensor,
+    bias: Tensor | None,
+    activation_function: str,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
     logits = dots if bias is None else dots + bias.to(dots.dtype)
+    if logit_scale != 1:
+        logits = logit_scale * logits
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
     if activation_function == "relu":
         return logits.relu().log1p()
     if activation_function == "log1p_relu":

@@ -138,7 +138,7 @@ def sum_gradient_magnitudes(case: Case, activation: str) -> tuple[Tensor, Tensor
     return g @ weight.abs(), torch.einsum("bsv,bsd->vd", g, hidden.abs()), g.sum(dim=(0, 1))
 
 
-def reference_in_double(case: Case, **options: str) -> tuple[Tensor, list[Tensor]]:
+def reference_in_double(case: Case, **options: Any) -> tuple[Tensor, list[Tensor]]:
     """Output and gradients of the dense definition at the case's exact values."""
     parameters = [tensor.detach().double().requires_grad_() for tensor in case.parameters()]
     hidden, weight, *bias = parameters

@@ -97,7 +97,7 @@ def _sequence_kernel(
         best = tl.where(better, largest, best)
     if bias_ptr is not None:
         best += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))
-    y = narrow(activate(best, LOGS), output_ptr.dtype.element_ty)
+    y = narrow(activate(best, None, None, LOGS), output_ptr.dtype.element_ty)
     o_y = b.to(tl.int64) * vocab_size + o_v
     tl.store(output_ptr + o_y, y, mask=m_v)
     if argmax_ptr is not None:

@@ -6,8 +6,8 @@ Types follow the names of the arguments; a kernel that is missing here, or an ar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ DTYPES = (
 HIDDEN_SIZES = (128, 768, 1000)
 # The activation function that takes most registers.
 LOGS = max(ACTIVATION_FUNCTIONS.values())
+# No scale and no soft cap of the logits.
+ACTIVATION: dict[str, Any] = {"LOGS": LOGS, "logit_scale": None, "logit_softcap": None}
 # Pointers that are slices of something, and so may be aligned to an element only.
 UNALIGNED = frozenset(
     "group_count_ptr start_ptr length_ptr listed_ptr offset_ptr output_ptr argmax_ptr mask_ptr entry_count_ptr "
@@ -84,6 +86,22 @@ def cases(arch: int) -> Iterator[Case]:
             yield from kind_cases(kind, make, config, precision)
 
 
+def transformed_cases(arch: int, **transform: str) -> Iterator[Case]:
+    """The kernels that compute the activation, for models that scale or cap their logits; in default configurations.
+
+    Args:
+        transform: Triton's types of ``logit_scale`` and ``logit_softcap``, where there are any.
+    """
+    for name, triton_name, dtype, precision in DTYPES:
+        tuned = tuning.dtype_name(dtype, precision)
+        make = Maker(arch, name, triton_name, transform)
+        yield from sum_cases(make, tuning.default_config(arch, tuned, "sum"), precision)
+        if precision == "ieee":
+            yield weight_case(make, tuning.default_weight_config(768))
+            yield from finalisers(make)
+            yield gradient_case(make)
+
+
 def kind_cases(kind: str, make: Maker, config: Config, precision: str) -> Iterator[Case]:
     """The kernels that run with a configuration of this kind. They are compiled once for all sizes of D and V."""
     if isinstance(config, WeightConfig):
@@ -98,11 +116,15 @@ def kind_cases(kind: str, make: Maker, config: Config, precision: str) -> Iterat
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes the cases of one architecture and dtype; ``element`` is Triton's name of the dtype."""
+    """Makes the cases of one architecture and dtype; ``element`` is Triton's name of the dtype.
+
+    ``transform``: see :func:`transformed_cases`.
+    """
 
     arch: int
     dtype: str
     element: str
+    transform: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -114,6 +136,8 @@ class Maker:
         aligned_rows: bool = True,
         **more: int,
     ) -> Case:
+        constants = {name: value for name, value in constants.items() if name not in self.transform}
+        types = {**types, **self.transform}
         names = [name for name in kernel.arg_names if name not in constants]
         chosen = {name: types.get(name) or _default_type(name, self.element) for name in names}
         aligned = [name for name in names if chosen[name].startswith("*") and name not in UNALIGNED]
@@ -146,7 +170,7 @@ def maximum_cases(make: Maker, config: MatmulConfig, precision: str) -> Iterator
 
 
 def sum_cases(make: Maker, config: MatmulConfig, precision: str) -> Iterator[Case]:
-    constants = {"PRECISION": precision, "LOGS": LOGS, "stride_wd": 1}
+    constants = {"PRECISION": precision, **ACTIVATION, "stride_wd": 1}
     chosen = sum_pool.sum_config(config)
     yield make(sum_pool._sum_kernel, {}, _tile(chosen) | constants, *_launch(chosen))
     chosen = sum_pool.logit_grad_config(config)
@@ -178,7 +202,7 @@ def _matrices(element: str, config: MatmulConfig, descriptors: bool) -> dict[str
 def finalisers(make: Maker, partial_rows: int = 0) -> Iterator[Case]:
     """For training and for inference; of partial maxima if ``partial_rows`` is not 0."""
     block_v = PARTIAL_FINALISE_BLOCK if partial_rows else FINALISE_BLOCK
-    constants: dict[str, Any] = {"LOGS": LOGS, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
+    constants: dict[str, Any] = {**ACTIVATION, "PARTIAL_ROWS": partial_rows, "BLOCK_V": block_v}
     if not partial_rows:
         constants["offset_ptr"] = None
     yield make(_finalise_kernel, {"key_ptr": "*i64", "argmax_ptr": "*i16"}, constants)
@@ -197,8 +221,12 @@ def _others(make: Maker) -> Iterator[Case]:
         sums = {"BLOCK_B": flops.BLOCK_B, "BLOCK_V": flops.BLOCK_V, "stride_ev": 1, **absent}
         yield make(flops._sums_kernel, {"kept_ptr": "*u8", "sum_ptr": "*fp32"}, sums)
     yield from _screening(make)
-    gradient = {"LOGS": LOGS, "stride_gv": 1, "BLOCK_V": grad_hidden.GRADIENT_BLOCK}
-    yield make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, gradient)
+    yield gradient_case(make)
+
+
+def gradient_case(make: Maker) -> Case:
+    constants = {**ACTIVATION, "stride_gv": 1, "BLOCK_V": grad_hidden.GRADIENT_BLOCK}
+    return make(grad_hidden._gradient_kernel, {"value_ptr": "*fp32"}, constants)
 
 
 def _screening(make: Maker) -> Iterator[Case]:
@@ -219,7 +247,7 @@ def _screening(make: Maker) -> Iterator[Case]:
 
 def weight_case(make: Maker, config: WeightConfig, aligned: bool = True) -> Case:
     tile = {"BLOCK_B": max_backward.BLOCK_B, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
-    constants = {"LOGS": LOGS, "stride_gv": 1, "stride_hd": 1, **tile}
+    constants = {**ACTIVATION, "stride_gv": 1, "stride_hd": 1, **tile}
     launch = config.num_warps, 3, aligned
     limit = max_backward.MAX_REGISTERS
     return make(max_backward._weight_kernel, {"argmax_ptr": "*i16"}, constants, *launch, maxnreg=limit)

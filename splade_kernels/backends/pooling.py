@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -57,6 +58,8 @@ class PoolingCall:
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
     screening: str = "off"  # "auto", "on" or "off"
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0  # 0: none
     need_argmax: bool = False
     need_hidden: bool = False
     need_weight: bool = False
@@ -107,12 +110,19 @@ def argmax_dtype(max_seqlen: int) -> torch.dtype:
 
 
 def activate(logits: Tensor, call: PoolingCall) -> Tensor:
-    """``log1p(relu(x))``, or ``log1p`` of that once more; may overwrite its input."""
-    return log1p(logits.relu_(), call)
+    """``act(x)``: relu, and :func:`after_relu` of that; may overwrite its input."""
+    return after_relu(logits.relu_(), call)
 
 
-def log1p(values: Tensor, call: PoolingCall) -> Tensor:
-    """What follows relu, in place."""
+def after_relu(values: Tensor, call: PoolingCall) -> Tensor:
+    """What follows relu, in place: scale and soft cap of the logits, then one or two ``log1p``.
+
+    Scale and soft cap are increasing and 0 at 0, so that relu may come before them as well as after them.
+    """
+    if call.logit_scale != 1:
+        values = values.mul_(call.logit_scale)
+    if call.logit_softcap:
+        values = values.div_(call.logit_softcap).tanh_().mul_(call.logit_softcap)
     for _ in range(call.logs):
         values = values.log1p_()
     return values
@@ -122,13 +132,59 @@ def activation_gradient(grad: Tensor, output: Tensor, call: PoolingCall) -> Tens
     """``g = where(y <= 0, 0, dy · dact)``, so that NaN stays NaN; ``dact`` from the activated output ``y`` alone.
 
     ``y = log1p(x)`` has the slope ``1 / (1 + x) = exp(-y)`` and ``x = expm1(y)``, once for each ``log1p``: relu:
-    ``exp(-y)``; log1p_relu: ``exp(-y) · exp(-expm1(y))``.
+    ``exp(-y)``; log1p_relu: ``exp(-y) · exp(-expm1(y))``. Before them, ``z = softcap · tanh(scale · x / softcap)`` has
+    the slope ``scale · (1 - t) · (1 + t)`` with ``t = z / softcap``.
+
+    The rounding of y limits how well t is known: the slope of the soft cap, at most 1, has an absolute error of up to
+    ``2 κ δ``, where ``δ`` is the relative error of y, a few units of 2^-24, and ``κ = (1 + z) log1p(z) / z`` for each
+    ``log1p`` (for z = 30: 3.6; log1p_relu: 3.6 · 1.9). So it is known to about 1e-6, which is the slope itself where
+    ``scale · x`` is 7 times the soft cap. A y that rounding cannot tell from the largest one has the slope 0, as in
+    PyTorch. :func:`recomputed_gradient` does not have this limit.
     """
     output = output.to(call.accumulation_dtype)
+    slope, y = _slope_of_logs(output, call)
+    if call.logit_softcap:
+        t = torch.expm1(y).div_(call.logit_softcap)
+        t = t.masked_fill_(output >= saturation(call), 1).clamp_max_(1)
+        slope *= (1 - t) * (1 + t)
+    return _gradient(grad, output, slope, call)
+
+
+def recomputed_gradient(grad: Tensor, positive: Tensor, call: PoolingCall) -> Tensor:
+    """The same from ``relu(x)``, which it may overwrite.
+
+    The slope of the soft cap is ``scale · 4 e / (1 + e)²`` with ``e = exp(-2 scale · x / softcap)``, whose relative
+    error is small for every x.
+    """
+    if not call.logit_softcap:
+        return activation_gradient(grad, after_relu(positive, call), call)
+    e = (positive * call.logit_scale).div_(call.logit_softcap).mul_(-2).exp_()
+    output = after_relu(positive, call)
+    slope, _ = _slope_of_logs(output, call)
+    slope *= 4 * e / (1 + e).square_()
+    return _gradient(grad, output, slope, call)
+
+
+def saturation(call: PoolingCall) -> float:
+    """From where on an output counts as that of the logit +inf: 4 roundings below, which is more than log1p makes."""
+    largest = call.logit_softcap
+    for _ in range(call.logs):
+        largest = math.log1p(largest)
+    return largest * (1 - 2 * torch.finfo(call.accumulation_dtype).eps)
+
+
+def _slope_of_logs(output: Tensor, call: PoolingCall) -> tuple[Tensor, Tensor]:
+    """The slope of all ``log1p`` together, and the result of the first one."""
     slope, y = torch.exp(-output), output
     for _ in range(call.logs - 1):
         y = torch.expm1(y)
         slope *= torch.exp(-y)
+    return slope, y
+
+
+def _gradient(grad: Tensor, output: Tensor, slope: Tensor, call: PoolingCall) -> Tensor:
+    if call.logit_scale != 1:
+        slope *= call.logit_scale
     return torch.where(output <= 0, 0, grad.to(call.accumulation_dtype) * slope)
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 triton = pytest.importorskip("triton")
 
 from bench import resources  # noqa: E402
-from bench.jobs import compiled  # noqa: E402
+from bench.jobs import compiled, kernels  # noqa: E402
 from splade_kernels.backends.triton import tuning  # noqa: E402
 from tests.bench import synthetic  # noqa: E402
 
@@ -44,6 +44,20 @@ def test_nothing_spills_exceeds_shared_memory_or_multiplies_without_tensor_cores
         # Its assembler does in three forms of one kernel, which waits for memory.
         problems = [p for p in problems if not (p.startswith("exact_kernel") and p.endswith("spills 8 bytes"))]
     assert problems == []
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "float32"))]
+)
+@pytest.mark.parametrize("arch", [86, 90])
+def test_kernels_that_scale_and_cap_logits_do_not_spill(arch, dtype):
+    cases = kernels.transformed_cases(arch, logit_scale="fp32", logit_softcap="fp32")
+    cases = [case for case in cases if case.dtype == dtype]
+    assert {case.kernel.__name__ for case in cases} == {
+        "_finalise_kernel", "_gradient_kernel", "_logit_grad_kernel", "_sum_kernel", "_weight_kernel",
+    }  # fmt: skip
+    found = [compiled.measure(case) for case in cases]
+    assert [f"{row.kernel}: {problem}" for row in found for problem in row.problems()] == []
 
 
 def test_tiles_arrive_asynchronously(rows):

@@ -24,7 +24,8 @@ def test_the_schema_is_made_of_the_options():
     tensors = "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens"
     options = (
         "SymInt max_seqlen, str pooling_strategy, str activation_function, "
-        "ScalarType compute_dtype, ScalarType out_dtype, str screening, str backend"
+        "ScalarType compute_dtype, ScalarType out_dtype, str screening, str backend, "
+        "float logit_scale, float logit_softcap"
     )
     assert str(ops.pool_forward._schema) == (
         f"splade_kernels::pool_forward({tensors}, {options}, bool need_argmax) -> (Tensor, Tensor)"

@@ -111,7 +111,7 @@ def test_values_and_gradients_are_those_of_the_definition(dtype, pattern, kernel
     parameters = [tensor.detach() for tensor in case.parameters()]
     out_dtype = torch.promote_types(dtype, torch.float32)
     output, argmax = ops.pool_forward(
-        *parameters, case.mask, None, 70, "max", "relu", dtype, out_dtype, "on", "torch", True
+        *parameters, case.mask, None, 70, "max", "relu", dtype, out_dtype, "on", "torch", 1.0, 0.0, True
     )
     exact, _ = oracle.reference_in_double(case)
     assert 0.001 < (exact > 0).double().mean() < 0.5
@@ -132,7 +132,7 @@ def test_ties_go_to_the_lowest_position(kernels):
     case = make_case((3, 300, 16, 50), integers=True)
     parameters = [tensor.detach() for tensor in case.parameters()]
     _, argmax = ops.pool_forward(
-        *parameters, case.mask, None, 300, "max", "relu", torch.float32, torch.float32, "on", "torch", True
+        *parameters, case.mask, None, 300, "max", "relu", torch.float32, torch.float32, "on", "torch", 1.0, 0.0, True
     )
     logits = (case.hidden @ case.weight.t()).detach() + case.bias.detach()
     logits = logits.masked_fill((case.mask == 0)[:, :, None], -torch.inf)
@@ -176,7 +176,21 @@ def test_positions_of_long_sequences(length, kernels):
     hidden, weight = case.hidden.detach(), case.weight.detach()
     hidden[0, last] = 20 * weight
     _, argmax = ops.pool_forward(
-        hidden, weight, None, None, None, length, "max", "relu", torch.float32, torch.float32, "on", "torch", True
+        hidden,
+        weight,
+        None,
+        None,
+        None,
+        length,
+        "max",
+        "relu",
+        torch.float32,
+        torch.float32,
+        "on",
+        "torch",
+        1.0,
+        0.0,
+        True,
     )
     logits = hidden[0] @ weight.t()
     assert torch.equal(argmax[0].long(), (logits == logits.amax(dim=0)).int().argmax(dim=0) * (logits > 0).any(dim=0))

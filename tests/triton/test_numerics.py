@@ -63,7 +63,7 @@ def _above_zero(source_ptr, target_ptr, BLOCK: tl.constexpr):
 @triton.jit
 def _activate(source_ptr, target_ptr, LOGS: tl.constexpr, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target_ptr + o, activate(tl.load(source_ptr + o), LOGS))
+    tl.store(target_ptr + o, activate(tl.load(source_ptr + o), None, None, LOGS))
 
 
 def every_kind_of_float() -> Tensor:

@@ -76,7 +76,7 @@ def _cached() -> Keys:
     return found
 
 
-def _run(batch: int, length: int, dtype: torch.dtype, pooling: str, layout: str) -> None:
+def _run(batch: int, length: int, dtype: torch.dtype, pooling: str, layout: str, **changes: Any) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def draw(*size: int) -> Tensor:
@@ -100,6 +100,7 @@ def _run(batch: int, length: int, dtype: torch.dtype, pooling: str, layout: str)
         need_hidden=True,
         need_weight=True,
         need_bias=True,
+        **changes,
     )
     hidden, weight, bias = draw(batch * length, HIDDEN), draw(VOCAB, HIDDEN), draw(VOCAB)
     output, argmax = backend.POOLINGS[pooling].forward(call, hidden, weight, bias)
@@ -124,3 +125,22 @@ def test_twenty_shapes_compile_each_kernel_once(record, pooling, layout):
         _run(batch, length, torch.bfloat16, pooling, layout)
     grown = {name: len(keys - first[name]) for name, keys in record().items() if keys - first[name]}
     assert grown == {}
+
+
+@pytest.mark.parametrize("pooling", ["max", "sum"])
+def test_scale_and_soft_cap_are_not_compiled_into_a_kernel(record, pooling):
+    def run(*numbers: float) -> None:
+        scale, softcap = numbers
+        _run(3, 50, torch.bfloat16, pooling, "padded", logit_scale=scale, logit_softcap=softcap)
+
+    run(1.0, 0.0)
+    plain = {name: set(keys) for name, keys in record().items()}
+    run(0.0625, 30.0)
+    first = {name: set(keys) for name, keys in record().items()}
+    changed = {name for name, keys in first.items() if len(keys) > len(plain[name])}
+    kernels = {"max": {"_finalise_kernel", "_gradient_kernel", "_weight_kernel"}}
+    if not torch.cuda.is_available():
+        assert changed == kernels.get(pooling, {"_sum_kernel", "_logit_grad_kernel"})
+    for numbers in ((0.5, 50.0), (16.0, 1.0), (2.0, 16.0)):
+        run(*numbers)
+    assert {name for name, keys in record().items() if keys - first[name]} == set()

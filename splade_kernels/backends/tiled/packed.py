@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..pooling import Gradients, PoolingCall, activate, activation_gradient
+from ..pooling import Gradients, PoolingCall, activate, recomputed_gradient
 from . import screening
 from .screening_plain import Target
 
@@ -112,9 +112,8 @@ def sum_pool_backward(
         exact, repeats = packed.to(dtype), torch.tensor(part.lengths)
         grad_packed = torch.zeros_like(exact) if call.need_hidden else None
         for columns, logits in _logits(packed, part, weight, bias, call):
-            values = activate(logits, call)
             grad_tokens = grad[:, columns].index_select(0, part.sequences).to(dtype).repeat_interleave(repeats, dim=0)
-            grad_logits = activation_gradient(grad_tokens, values, call)
+            grad_logits = recomputed_gradient(grad_tokens, logits.relu_(), call)
             if grad_bias is not None:
                 grad_bias[columns] += grad_logits.sum(dim=0)
             if grad_weight is not None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..pooling import Gradients, PoolingCall, activation_gradient, log1p
+from ..pooling import Gradients, PoolingCall, after_relu, recomputed_gradient
 from . import segments
 
 # Elements of one [N, tile] tile of dots: 256 MiB of float32.
@@ -62,7 +62,7 @@ def sum_pool_backward(
     grad_bias = weight.new_empty(weight.shape[0], dtype=dtype)
     for columns, dots in _tiles(call, hidden, weight, hidden.shape[0]):
         grad_tokens = grad[:, columns].index_select(0, sequence)
-        grad_logits = activation_gradient(grad_tokens, _activated(dots, bias, columns, call), call)
+        grad_logits = recomputed_gradient(grad_tokens, _positive(dots, bias, columns), call)
         grad_logits = torch.where(real[:, None], grad_logits, 0)
         grad_bias[columns] = grad_logits.sum(dim=0)
         grad_weight[columns] = grad_logits.t() @ exact
@@ -88,9 +88,14 @@ def _rows(call: PoolingCall, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _activated(dots: Tensor, bias: Tensor | None, columns: slice, call: PoolingCall) -> Tensor:
-    """As :func:`.pooling.activate` of dots + bias, without ``relu``: on MPS it returned 0 for NaN (pytorch#183571)."""
+    """As :func:`.pooling.activate` of dots + bias."""
+    return after_relu(_positive(dots, bias, columns), call)
+
+
+def _positive(dots: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
+    """``relu`` of dots + bias, but for ``relu``: on MPS it returned 0 for NaN (pytorch#183571)."""
     logits = dots if bias is None else dots + bias[columns].to(dots.dtype)
-    return log1p(torch.where(logits <= 0, 0, logits), call)
+    return torch.where(logits <= 0, 0, logits)
 
 
 def _tiles(call: PoolingCall, hidden: Tensor, weight: Tensor, most_rows: int) -> Iterator[tuple[slice, Tensor]]:

@@ -141,9 +141,53 @@ def log1p(x):
 
 
 @triton.jit
-def activate(x, LOGS: tl.constexpr):
-    """``relu(x)``, then ``log1p`` LOGS times; NaN stays NaN."""
-    y = tl.where(is_active(x), x, 0.0)
+def expm1(y):
+    """``exp(y) - 1`` for ``y >= 0``, also for small y: in ``(u - 1) / log(u)`` the error of ``u = exp(y)`` cancels."""
+    u = tl.exp(y)
+    return tl.where(u == 1.0, y, (u - 1.0) * (y / tl.log(tl.where(u == 1.0, 2.0, u))))
+
+
+@triton.jit
+def tanh(u):
+    """``tanh(u)`` for ``u >= 0`` or NaN: up to 0.625 the odd polynomial of Cephes' tanhf, then ``1 - 2e / (1 + e)``.
+
+    There ``e = exp(-2u)`` is at most 0.29, so that its error is smaller in the result.
+    """
+    small = tl.where(u < 0.625, u, 0.0)
+    s = small * small
+    p = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
+    e = tl.exp(-2.0 * u)
+    return tl.where(u < 0.625, small + small * (s * (p * s - 3.33332819422e-1)), 1.0 - 2.0 * e / (1.0 + e))
+
+
+@triton.jit
+def transformed(x, scale, softcap):
+    """``z = scale · x``, then ``softcap · tanh(z / softcap)``, of ``x >= 0`` or NaN. Either may be None."""
+    if scale is not None:
+        x = x * scale
+    if softcap is not None:
+        x = softcap * tanh(x / softcap)
+    return x
+
+
+@triton.jit
+def transform_slope(x, scale, softcap):
+    """Slope of :func:`transformed` in x; with ``e = exp(-2z / softcap)`` that of the soft cap is ``4e / (1 + e)²``.
+
+    Its relative error is small also where the soft cap is saturated.
+    """
+    slope = 1.0 if scale is None else scale
+    if softcap is not None:
+        z = x if scale is None else x * scale
+        e = tl.exp(-2.0 * (z / softcap))
+        slope *= 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return slope
+
+
+@triton.jit
+def activate(x, scale, softcap, LOGS: tl.constexpr):
+    """``relu(x)``, scale and soft cap unless None, then ``log1p`` LOGS times; NaN stays NaN."""
+    y = transformed(tl.where(is_active(x), x, 0.0), scale, softcap)
     for _ in tl.static_range(LOGS):
         y = log1p(y)
     return y
@@ -211,16 +255,35 @@ def multiply(b_w, b_h, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def logit_gradient(p_grad, p_output, mask, LOGS: tl.constexpr):
+def saturation(softcap, LOGS: tl.constexpr):
+    """As :func:`splade_kernels.backends.pooling.saturation`: from where on an output counts as that of +inf."""
+    largest = softcap
+    for _ in tl.static_range(LOGS):
+        largest = log1p(largest)
+    return largest * (1.0 - 2.0**-22)
+
+
+@triton.jit
+def logit_gradient(p_grad, p_output, mask, scale, softcap, LOGS: tl.constexpr):
     """``g = dy · dact`` of the active entries, from the activated output, and 0 of the others; NaN stays NaN.
 
-    Each ``log1p`` with the output y has the slope ``exp(-y)`` and had the argument ``exp(y) - 1``.
+    Each ``log1p`` with the output y has the slope ``exp(-y)`` and had the argument ``exp(y) - 1``; the soft cap with
+    the output ``z = softcap · t`` has the slope ``(1 - t) (1 + t)``. How precise that is:
+    :func:`splade_kernels.backends.pooling.activation_gradient`.
     """
     y = widen(tl.load(p_output, mask=mask, other=0.0))
     dy = widen(tl.load(p_grad, mask=mask, other=0.0))
     active = is_active(y)
+    if softcap is not None:
+        saturated = y >= saturation(softcap, LOGS)
     slope = 1.0
     for _ in tl.static_range(LOGS):
         slope *= tl.exp(-y)
-        y = tl.exp(y) - 1.0
+        y = tl.exp(y) - 1.0 if softcap is None else expm1(y)
+    if softcap is not None:
+        t = y / softcap
+        # NaN is in the slope already.
+        slope *= tl.where(saturated | (t >= 1.0), 0.0, (1.0 - t) * (1.0 + t))
+    if scale is not None:
+        slope *= scale
     return tl.where(active, dy * slope, 0.0)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..compaction import bucket_by_token
 from ..pooling import PoolingCall
 from .common import logit_gradient, narrow, widen
+from .launch import activation_options
 from .tuning import HiddenConfig
 
 # Entries of a chunk. It decides how sums are rounded, so it is the same for every shape.
@@ -53,7 +54,7 @@ def sum_hidden(
         values = torch.empty(count, vocab_size, device=output.device, dtype=torch.float32)
         tensors = grad[part], output[part], values
         _gradient_kernel[(count, triton.cdiv(vocab_size, GRADIENT_BLOCK))](
-            *tensors, vocab_size, *grad.stride(), LOGS=call.logs, BLOCK_V=GRADIENT_BLOCK, num_warps=4
+            *tensors, vocab_size, *grad.stride(), **activation_options(call), BLOCK_V=GRADIENT_BLOCK, num_warps=4
         )
         entries = bucket_by_token(argmax[part], values, edges[first : first + count + 1], rows)
         chunk_offsets, chunk_rows = _chunk_long_runs(entries[0], count * vocab_size)
@@ -82,14 +83,24 @@ def _chunk_long_runs(bounds: Tensor, entries: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["stride_gb"], do_not_specialize_on_alignment=["grad_ptr", "output_ptr"])
 def _gradient_kernel(
-    grad_ptr, output_ptr, value_ptr, vocab_size, stride_gb, stride_gv, LOGS: tl.constexpr, BLOCK_V: tl.constexpr
+    grad_ptr,
+    output_ptr,
+    value_ptr,
+    vocab_size,
+    stride_gb,
+    stride_gv,
+    logit_scale,
+    logit_softcap,
+    LOGS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """``value[b, v] = g[b, v]``."""
     b = tl.program_id(0).to(tl.int64)
     o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < vocab_size
     p_grad = grad_ptr + b * stride_gb + o_v.to(tl.int64) * stride_gv
-    g = logit_gradient(p_grad, output_ptr + b * vocab_size + o_v, m_v, LOGS)
+    p_output = output_ptr + b * vocab_size + o_v
+    g = logit_gradient(p_grad, p_output, m_v, logit_scale, logit_softcap, LOGS)
     tl.store(value_ptr + b * vocab_size + o_v, g, mask=m_v)
 
 

@@ -35,6 +35,12 @@ def problem(call: PoolingCall, weight: Tensor) -> tuple[int, int, int, torch.dty
     return architecture(weight.device), hidden_size, vocab_size, call.compute_dtype, precision
 
 
+def activation_options(call: PoolingCall) -> dict[str, Any]:
+    """What kernels are told of the activation. For None, a scale of 1 or no soft cap, no code is compiled."""
+    scale = None if call.logit_scale == 1 else call.logit_scale
+    return {"logit_scale": scale, "logit_softcap": call.logit_softcap or None, "LOGS": call.logs}
+
+
 def fits_descriptor(matrix: Tensor) -> bool:
     """Whether a TMA descriptor can describe it: dense rows, 16-byte aligned base address and row stride."""
     row_bytes = matrix.stride(0) * matrix.element_size()

@@ -82,7 +82,7 @@ def _sum_weight(
     tensors = grad, output, argmax, edges, hidden, grad_weight, grad_bias
     sizes = (*output.shape, hidden_size, *grad.stride(), *hidden.stride())
     _weight_kernel[(triton.cdiv(vocab_size, config.block_v), blocks_d)](
-        *tensors, *sizes, LOGS=call.logs, **tiles, maxnreg=MAX_REGISTERS
+        *tensors, *sizes, **launch.activation_options(call), **tiles, maxnreg=MAX_REGISTERS
     )
 
 
@@ -102,6 +102,8 @@ def _weight_kernel(
     stride_gv,
     stride_hn,
     stride_hd,
+    logit_scale,
+    logit_softcap,
     LOGS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -122,7 +124,7 @@ def _weight_kernel(
         p_output = output_ptr + b[:, None] * vocab_size + o_v[None, :]
         p_grad = grad_ptr + b[:, None] * stride_gb + o_v.to(tl.int64)[None, :] * stride_gv
         # [BLOCK_B, BLOCK_V]
-        g = logit_gradient(p_grad, p_output, m_b, LOGS)
+        g = logit_gradient(p_grad, p_output, m_b, logit_scale, logit_softcap, LOGS)
         bias_sum += tl.sum(g, axis=0)
         if grad_weight_ptr is not None:
             active = tl.max((g != 0).to(tl.int32), axis=1)
@@ -134,7 +136,8 @@ def _weight_kernel(
                     o_entry = b_i * vocab_size + o_v
                     p_grad_i = grad_ptr + b_i * stride_gb + o_v.to(tl.int64) * stride_gv
                     # [BLOCK_V]
-                    g_i = logit_gradient(p_grad_i, output_ptr + o_entry, m_v, LOGS)
+                    p_output_i = output_ptr + o_entry
+                    g_i = logit_gradient(p_grad_i, p_output_i, m_v, logit_scale, logit_softcap, LOGS)
                     position = tl.load(argmax_ptr + o_entry, mask=m_v, other=0).to(tl.int32)
                     start = tl.load(edge_ptr + b_i)
                     chosen = (g_i != 0) & (position >= 0) & (position < tl.load(edge_ptr + b_i + 1) - start)

@@ -100,7 +100,8 @@ def max_pool_forward(
         _maximum_kernel[(programs,)](*matrices, bias, group_sequence, group_count, keys, *sizes, **options)
         offsets = packed.group_offsets if config.partials else None
         targets = output[part], argmax[part] if call.need_argmax else None
-        options = {"LOGS": call.logs, "PARTIAL_ROWS": partial_rows, "BLOCK_V": finalise_block, "num_warps": 4}
+        options = launch.activation_options(call)
+        options |= {"PARTIAL_ROWS": partial_rows, "BLOCK_V": finalise_block, "num_warps": 4}
         _finalise_kernel[(sequences, triton.cdiv(vocab_size, finalise_block))](
             keys, bias, packed.positions, offsets, *targets, vocab_size, **options
         )
@@ -305,6 +306,8 @@ def _finalise_kernel(
     output_ptr,
     argmax_ptr,
     vocab_size,
+    logit_scale,
+    logit_softcap,
     LOGS: tl.constexpr,
     PARTIAL_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -328,7 +331,8 @@ def _finalise_kernel(
         logit = unordered(key)
     if bias_ptr is not None:
         logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))
-    y = narrow(tl.where(written, activate(logit, LOGS), 0.0), output_ptr.dtype.element_ty)
+    y = activate(logit, logit_scale, logit_softcap, LOGS)
+    y = narrow(tl.where(written, y, 0.0), output_ptr.dtype.element_ty)
     tl.store(output_ptr + b * vocab_size + o_v, y, mask=m_v)
     if argmax_ptr is not None:
         packed_row = key_row(key)

@@ -21,7 +21,19 @@ from torch import Tensor
 
 from ..pooling import Gradients, PoolingCall
 from . import launch
-from .common import GROUP, GROUP_ROWS, INTERPRETED, activate, dots, log1p, narrow, tile_of, widen
+from .common import (
+    GROUP,
+    GROUP_ROWS,
+    INTERPRETED,
+    activate,
+    dots,
+    log1p,
+    narrow,
+    tile_of,
+    transform_slope,
+    transformed,
+    widen,
+)
 from .pack import find_tokens, group_capacity, pack_groups, pack_sequences, slices
 from .tuning import MatmulConfig, matmul_config
 
@@ -147,7 +159,8 @@ def _configure(
     """The configuration, and what it and the call make of a kernel's constants and launch options."""
     problem = launch.problem(call, weight)
     config = adapt(config or matmul_config(*problem, kind="sum"))
-    return config, {"LOGS": call.logs, "PRECISION": problem[-1], **launch.tile_options(config)}
+    options = {"PRECISION": problem[-1], **launch.activation_options(call), **launch.tile_options(config)}
+    return config, options
 
 
 def _chunks(call: PoolingCall, hidden: Tensor) -> Iterator[Chunk]:
@@ -192,6 +205,8 @@ def _sum_kernel(
     hidden_size,
     stride_wv,
     stride_wd,
+    logit_scale,
+    logit_softcap,
     LOGS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -214,7 +229,8 @@ def _sum_kernel(
         logit = dots(weight, row_ptr, o_v, first_row + rank, m_v, m_t, hidden_size, hidden_size, BLOCK_K, PRECISION)
         if bias_ptr is not None:
             logit += widen(tl.load(bias_ptr + o_v, mask=m_v, other=0.0))[:, None]
-        y += tl.sum(tl.where(m_t[None, :], activate(logit, LOGS), 0.0), axis=1)
+        value = activate(logit, logit_scale, logit_softcap, LOGS)
+        y += tl.sum(tl.where(m_t[None, :], value, 0.0), axis=1)
     p_y = output_ptr + b.to(tl.int64) * vocab_size + o_v
     tl.store(p_y, narrow(y, output_ptr.dtype.element_ty), mask=m_v)
 
@@ -234,6 +250,8 @@ def _logit_grad_kernel(
     stride_wd,
     stride_gb,
     stride_gv,
+    logit_scale,
+    logit_softcap,
     LOGS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -244,7 +262,8 @@ def _logit_grad_kernel(
 ):
     """``G[v, t] = where(x <= 0, 0, dy[b, v] · act'(x))``, ``x = W[v] · h[t] + c[v]``; its sums over a tile's tokens.
 
-    ``act' = 1 / (1 + x)``, for two logarithms ``1 / ((1 + x) (1 + log1p(x)))``. Either result may be None.
+    ``act' = 1 / (1 + x)``, for two logarithms ``1 / ((1 + x) (1 + log1p(x)))``; with a scale or a soft cap of that
+    value z, times dz/dx. Either result may be None.
     """
     GROUPS: tl.constexpr = BLOCK_T // GROUP_ROWS
     tiles_v = tl.cdiv(vocab_size, BLOCK_V)
@@ -269,11 +288,15 @@ def _logit_grad_kernel(
     # False for NaN, which passes. With ``is_active`` the bfloat16 kernel for sm_90 takes 159 registers, not 124.
     inactive = logit <= 0
     y = tl.where(inactive, 0.0, logit)
+    grad = tl.reshape(grad, (BLOCK_V, BLOCK_T))
+    if (logit_scale is not None) or (logit_softcap is not None):
+        grad *= transform_slope(y, logit_scale, logit_softcap)
+        y = transformed(y, logit_scale, logit_softcap)
     divisor = 1.0
     for _ in tl.static_range(LOGS):
         divisor *= 1.0 + y
         y = log1p(y)
-    g = tl.where(inactive | (sequence < 0)[None, :], 0.0, tl.reshape(grad, (BLOCK_V, BLOCK_T)) / divisor)
+    g = tl.where(inactive | (sequence < 0)[None, :], 0.0, grad / divisor)
     if logit_grad_ptr is not None:
         p_g = logit_grad_ptr + o_v.to(tl.int64)[:, None] * ROWS + o_t[None, :]
         tl.store(p_g, narrow(g, logit_grad_ptr.dtype.element_ty), mask=m_v[:, None])
