@@ -7,18 +7,20 @@ tests/integrations/test_tf_families.py holds each of its entries.
 from __future__ import annotations
 
 import argparse
-import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.tables.markdown import replace_block, table
 
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- families: python -m tests.tf_models --document docs/transformers.md -->", "<!-- families end -->"
 V, D = 60, 32
 PAD, BOS, EOS = 0, 2, 3
 _IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
@@ -48,7 +50,7 @@ class Family:
 
     ``is_causal``: what ``config.is_causal=False`` does to a causal model: ``"honoured"`` or ``"ignored"``; None for
     models that attend to all tokens anyway. ``refused``: the reason in one sentence, and ``error``, what is raised and
-    a pattern of its message.
+    a pattern of its message. ``change``: what is done to the model before an encoder is made.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Family:
     error: tuple[type[Exception], str] | None = None
     length: int = 9
     note: str = ""
+    change: Callable[[Any], None] | None = None
 
     @property
     def id(self) -> str:
@@ -73,7 +76,10 @@ class Family:
         model_class = getattr(transformers, self.model)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return model_class(model_class.config_class(**(self.settings | changes))).eval()
+            model = model_class(model_class.config_class(**(self.settings | changes))).eval()
+        if self.change is not None:
+            self.change(model)
+        return model
 
     def batch(self) -> dict[str, Tensor]:
         """Distinct tokens, so that no two positions have the same logits, in rows of different lengths."""
@@ -89,7 +95,7 @@ def _quantise_decoder(model: Any) -> None:
 
 
 _ENCODER_DECODER = "its logits belong to the tokens of its decoder, not to those of the text"
-_NO_DECODER = "get_output_embeddings() is a D × D layer of its head, not the decoder"
+_NO_DECODER = "`get_output_embeddings()` is a D × D layer of its head, not the decoder"
 _PARTLY = "ignored with sdpa attention where a batch has no padding"
 
 FAMILIES = [
@@ -124,7 +130,7 @@ FAMILIES = [
     Family("XLM asm=True", "XLMWithLMHeadModel", {**_XLM, "asm": True, "asm_cutoffs": [10, 20], "asm_div_value": 2.0},
            refused="adaptive softmax is no linear layer", error=(TypeError, "AdaptiveLogSoftmaxWithLoss")),
     Family("FlauBERT", "FlaubertWithLMHeadModel", _XLM),
-    Family("FNet", "FNetForMaskedLM", _NO_HEADS, note="attends to padding, as without the encoder"),
+    Family("FNet", "FNetForMaskedLM", _NO_HEADS, note="mixes padding into all tokens, as without the encoder"),
     Family("ERNIE", "ErnieForMaskedLM", _BERT),
     Family("Megatron-BERT", "MegatronBertForMaskedLM", _BERT),
     Family("RoFormer", "RoFormerForMaskedLM", {**_BERT, "embedding_size": 16}, note="D is `embedding_size`"),
@@ -138,6 +144,9 @@ FAMILIES = [
            error=(ValueError, "MobileBertForMaskedLM: .*never called")),
     Family("ESM", "EsmForMaskedLM", {**_BERT, "mask_token_id": 1},
            refused="it adds a bias to what its decoder returns", error=(ValueError, "EsmForMaskedLM: ")),
+    Family("Llama with a quantised decoder", "LlamaForCausalLM", _LLAMA, change=_quantise_decoder,
+           refused="the fused head needs a floating-point weight; quantise the other layers only",
+           error=(TypeError, "expected exactly torch.nn.Linear.*quantise the layers of the encoder only")),
     Family("T5", "T5ForConditionalGeneration",
            {"vocab_size": V, "d_model": D, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2},
            refused=_ENCODER_DECODER, error=(ValueError, "T5ForConditionalGeneration, an encoder-decoder")),
@@ -151,17 +160,19 @@ FAMILIES = [
     Family("Qwen3", "Qwen3ForCausalLM", _HEADS, "honoured"),
     Family("Qwen3-MoE", "Qwen3MoeForCausalLM", {**_HEADS, **_MOE}, "honoured"),
     Family("Mistral", "MistralForCausalLM", _LLAMA, "honoured"),
-    Family("Mixtral", "MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4, "experts_implementation": "eager"}, "honoured"),
+    Family("Mixtral", "MixtralForCausalLM",
+           {**_LLAMA, "num_local_experts": 4, "experts_implementation": "eager"}, "honoured"),
     Family("SmolLM3", "SmolLM3ForCausalLM", _LLAMA, "honoured"),
     Family("OLMo2", "Olmo2ForCausalLM", _LLAMA, "honoured"),
     Family("Gemma", "GemmaForCausalLM", _HEADS, "honoured"),
     Family("Gemma 2", "Gemma2ForCausalLM", {**_HEADS, "final_logit_softcapping": 2.0}, "honoured",
-           note="with its soft cap"),
+           note="with `final_logit_softcapping`"),
     Family("Gemma 3", "Gemma3ForCausalLM", _HEADS, "honoured"),
-    Family("Gemma 3 capped", "Gemma3ForCausalLM", {**_HEADS, "final_logit_softcapping": 2.0}, "honoured",
-           note="with its soft cap"),
-    Family("Granite", "GraniteForCausalLM", {**_LLAMA, "logits_scaling": 8.0}, "honoured", note="with its scale"),
-    Family("Cohere", "CohereForCausalLM", {**_LLAMA, "logit_scale": 0.0625}, "honoured", note="with its scale"),
+    Family("Gemma 3 with a soft cap", "Gemma3ForCausalLM", {**_HEADS, "final_logit_softcapping": 2.0}, "honoured",
+           note="with `final_logit_softcapping`"),
+    Family("Granite", "GraniteForCausalLM", {**_LLAMA, "logits_scaling": 8.0}, "honoured",
+           note="with `logits_scaling`"),
+    Family("Cohere", "CohereForCausalLM", {**_LLAMA, "logit_scale": 0.0625}, "honoured", note="with `logit_scale`"),
     Family("Phi", "PhiForCausalLM", _LLAMA, "honoured"),
     Family("Phi-3", "Phi3ForCausalLM", _LLAMA, "honoured"),
     Family("OPT", "OPTForCausalLM",
@@ -181,3 +192,36 @@ FAMILIES = [
 ]  # fmt: skip
 WORKING = [family for family in FAMILIES if not family.refused]
 CAUSAL = [family for family in WORKING if family.is_causal]
+
+
+def block() -> str:
+    """What stands in docs/transformers.md between the markers."""
+    pinned = re.search(r"^transformers==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    rows = [["model family", "class", "works, or refused and why", "`config.is_causal=False`"]]
+    for family in FAMILIES:
+        result = f"refused: {family.refused}" if family.refused else "works" + (family.note and f"; {family.note}")
+        rows.append([family.name, f"`{family.model}`", result, _said_of_is_causal(family)])
+    said = f"With transformers {pinned[1]}; {len(WORKING)} work, {len(FAMILIES) - len(WORKING)} are refused. D is the "
+    said += "width of the hidden states that the decoder is given, `hidden_size` unless the table says otherwise."
+    return "\n\n".join([BEGIN, said, table(rows), END])
+
+
+def _said_of_is_causal(family: Family) -> str:
+    if family.is_causal is None:
+        return ""
+    return family.is_causal if family.is_causal == "honoured" else f"{family.is_causal}; the encoder warns"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--document", type=Path, help="replace the table between its markers")
+    path = parser.parse_args(arguments).document
+    if path is None:
+        print(block())
+    else:
+        path.write_text(replace_block(path.read_text(), block()))
+
+
+if __name__ == "__main__":
+    main()
