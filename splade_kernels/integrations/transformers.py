@@ -381,11 +381,10 @@ def _where_causal(inner: Any, decoder: nn.Linear) -> str | None:
             decoder.__dict__.pop("forward")
             if before is not None:
                 decoder.__dict__["forward"] = before
-    return {
-        (True, True): "",
-        (True, False): " in batches without padding",
-        (False, True): " in batches with padding",
-    }.get(tuple(causal))
+    whole, ragged = causal
+    if whole != ragged:
+        return f" in batches {'without' if whole else 'with'} padding"
+    return "" if whole else None
 
 
 def _auto_class(config: Any) -> Any:
