@@ -99,8 +99,8 @@ def probe_model(
                 )
             if applied_to != [(_BATCH, _LENGTH, hidden_size)]:
                 raise ValueError(
-                    f"get_output_embeddings() must be called once, with hidden states "
-                    f"{[_BATCH, _LENGTH, hidden_size]}, but was called with {', '.join(map(str, applied_to))}"
+                    f"the decoder must be applied once, to hidden states {(_BATCH, _LENGTH, hidden_size)}, "
+                    f"but it was applied to {applied_to}"
                 )
             if stand_in is output:
                 transform = _find_transform(config, returned, output, values)
