@@ -47,11 +47,12 @@ test-cpus: $(VENV)/.ready extension
 	done; \
 	if [ "$$failed" ]; then echo "make test-cpus: failed with$$failed" >&2; exit 1; fi
 
-# Every document that is made from result files, again.
+# Every document that is made from result files or tables, again.
 report: $(VENV)/.ready
 	$(RUN) -m bench.report bench/results/*.json --readme README.md --screening docs/screening.md \
 		--numerics docs/numerics.md --figures docs/bench
 	$(RUN) -m bench.short_sequences --document docs/kernels.md
+	$(RUN) -m tests.tf_models --document docs/transformers.md
 
 # On a GPU, into $(OUT): what runs and what it costs (3.5 minutes), the tuner (3), the benchmarks (4), or all. docs/gpu.md.
 # Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.

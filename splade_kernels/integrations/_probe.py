@@ -92,6 +92,11 @@ def probe_model(
                         f"the model could not be run with its decoder's output replaced by a {list(stand_in.shape)} "
                         f"tensor, so its forward does something else with it: {error}"
                     ) from error
+            if not applied_to:
+                raise ValueError(
+                    "get_output_embeddings() was never called: the model computes its logits otherwise, such as from "
+                    "that layer's weight, so there is no call that the hidden states could be taken from"
+                )
             if applied_to != [(_BATCH, _LENGTH, hidden_size)]:
                 raise ValueError(
                     f"the decoder must be applied once, to hidden states {(_BATCH, _LENGTH, hidden_size)}, "
@@ -159,9 +164,26 @@ def _find_transform(config: Any, returned: Tensor, output: Tensor, values: Tenso
             expected = cap * torch.tanh(expected / cap)
         if returned.shape == values.shape and torch.allclose(returned.double(), expected, rtol=8 * eps, atol=0):
             return replace(identity, scale=scale, softcap=cap)
-    raise ValueError(
-        "the model changes its logits after the decoder (shifted, sliced, copied, or scaled or capped by something "
-        f"other than config.{', config.'.join((*SOFTCAPS, *SCALES))}): the fused head would leave that out"
+    raise ValueError(f"{_what_follows(returned, values)}: the fused head would leave that out")
+
+
+def _what_follows(returned: Tensor, values: Tensor) -> str:
+    """What the model does after its decoder, as far as it shows, for a change that is no known one."""
+    if returned.shape[-1] != values.shape[-1]:
+        return (
+            "get_output_embeddings() is not the last layer: from its output of shape "
+            f"{list(values.shape)} the model computes logits of shape {list(returned.shape)}"
+        )
+    if returned.shape != values.shape:
+        return f"the model returns {list(returned.shape)} of the {list(values.shape)} logits of its decoder"
+    if torch.equal(returned, values):
+        return (
+            "the model changes its logits after the decoder. It returns equal values in new memory, as by an operation "
+            "that has no effect yet, such as the addition of a bias that is still 0"
+        )
+    return (
+        "the model changes its logits after the decoder, by something other than a scale or a soft cap that one of "
+        f"config.{', config.'.join((*SOFTCAPS, *SCALES))} names"
     )
 
 

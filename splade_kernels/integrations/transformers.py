@@ -340,7 +340,10 @@ def _check(model: Any, inner: Any) -> nn.Linear:
         raise TypeError(
             f"model: expected a …ForMaskedLM or …ForCausalLM, got {qualified_name(type(inner))}, which has no decoder"
         )
-    check_decoder(decoder)
+    try:
+        check_decoder(decoder)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{type(inner).__name__}: {error}") from None
     if not isinstance(own_forward(decoder), DecoderForward):
         check_free(decoder)
     if reason := read_by_hooks({"the model": model, **around(model, decoder)}):
@@ -361,36 +364,57 @@ def _probe(inner: Any, decoder: nn.Linear) -> LogitTransform:
     except ValueError as error:
         rows, width = decoder.weight.shape
         raise ValueError(
-            f"{type(inner).__name__}: {error} (get_output_embeddings() is [{rows}, {width}], config.vocab_size is "
-            f"{getattr(inner.config.get_text_config(), 'vocab_size', None)})"
+            f"{type(inner).__name__}: {error} (the weight of get_output_embeddings() is [{rows}, {width}], "
+            f"config.vocab_size {getattr(inner.config.get_text_config(), 'vocab_size', None)})"
         ) from error
-    for name, value in (("use_bidirectional_attention", True), ("is_causal", False)):
-        if getattr(inner.config, name, None) is value and _is_causal(inner, decoder):
+    for name, asked in (("use_bidirectional_attention", (True, "all")), ("is_causal", (False,))):
+        value = getattr(inner.config, name, None)
+        where = _where_causal(inner, decoder) if isinstance(value, (bool, str)) and value in asked else None
+        if where is not None:
             warnings.warn(
-                f"config.{name} is {value}, but {type(inner).__name__} ignores it: tokens attend to earlier ones only",
+                f"config.{name} is {value!r}, but {type(inner).__name__} ignores it{where}: tokens attend to earlier "
+                "ones only",
                 stacklevel=3,
             )
     return transform
 
 
-def _is_causal(inner: Any, decoder: nn.Linear) -> bool:
-    """Whether the first token's hidden state ignores the last token."""
+def _where_causal(inner: Any, decoder: nn.Linear) -> str | None:
+    """In which batches a token's hidden state ignores later tokens, as the end of a sentence; None: in none.
+
+    Some models take ``is_causal`` of sdpa for batches without padding, and a mask made elsewhere for others.
+    """
     collector = DecoderForward(decoder, LogitTransform.of(inner.config))
     device = decoder.weight.device
     token = probe_token(inner.config)
-    ids = torch.full((1, 4), token, device=device)
+    ids = torch.full((2, 4), token, device=device)
     other = ids.clone()
     other[0, -1] = token + 2
+    padded = torch.ones_like(ids)
+    padded[1, -1] = 0
     before = decoder.__dict__.get("forward")
+    causal = []
     with isolated(inner, inner.parameters(), device, needs_autocast(inner.config, decoder)):
         decoder.__dict__["forward"] = collector
         try:
-            first, second = (collector.collect(inner, input_ids=tokens)[1][0, 0] for tokens in (ids, other))
+            for mask in (None, padded):
+                first, second = (
+                    collector.collect(inner, input_ids=tokens, attention_mask=mask)[1][0, 0] for tokens in (ids, other)
+                )
+                causal.append(torch.equal(first, second))
+        except Exception as error:
+            raise ValueError(
+                f"{type(inner).__name__}: the model cannot run a batch {'with' if causal else 'without'} padding as it "
+                f"is configured, with attn_implementation={inner.config._attn_implementation!r}: {error}"
+            ) from error
         finally:
             decoder.__dict__.pop("forward")
             if before is not None:
                 decoder.__dict__["forward"] = before
-    return torch.equal(first, second)
+    whole, ragged = causal
+    if whole != ragged:
+        return f" in batches {'without' if whole else 'with'} padding"
+    return "" if whole else None
 
 
 def _token_shape(input_ids: Any, inputs_embeds: Any) -> tuple[int, ...]:
