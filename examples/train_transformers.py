@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -61,6 +61,8 @@ class SpladeLoss:
 class SpladeTrainer(Trainer):
     """Checkpoints are in the layout of sentence-transformers: ``SparseEncoder(checkpoint)`` loads them."""
 
+    loss_is_scaled_for_ga = False  # it is a mean over its batch
+
     def __init__(self, *, loss: SpladeLoss, **options: Any) -> None:
         super().__init__(**options)
         self.loss = loss
@@ -100,8 +102,6 @@ def train_with_trainer(encoder: SpladeEncoder, tokenizer: Any, pairs: Dataset, o
         seed=options.seed,
         report_to="none",
         remove_unused_columns=False,  # "query" and "document" are no arguments of the model
-        # The encoder runs twice a step: a broadcast between would overwrite what the first backward needs.
-        ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
     )
     loss = SpladeLoss(options.lambda_query, options.lambda_document)  # after the arguments, which start processes
@@ -125,7 +125,6 @@ def train_with_accelerate(encoder: SpladeEncoder, tokenizer: Any, pairs: Dataset
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=options.accumulate,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),  # as the Trainer does
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if options.activation_checkpointing:
         encoder.activation_checkpointing_enable()

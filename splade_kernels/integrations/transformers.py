@@ -77,9 +77,8 @@ class SpladeEncoder(nn.Module):
             read them.
     """
 
-    accepts_loss_kwargs = (
-        False  # Trainer: divide the loss by the number of accumulated batches, even if they have labels
-    )
+    # Trainer then divides a loss by the number of accumulated batches, also where these have labels.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
