@@ -19,6 +19,7 @@ from bench.tables import encode, operators, ratios
 from bench.tables.head import floors_section, head_section, readme_part
 from bench.tables.markdown import Result, badge, joined, replace_block, section
 from bench.tables.numerics import numerics_block, numerics_section
+from bench.tables.overhead import overhead_section
 from bench.tables.screening import margins_block, margins_section, screening_section
 from bench.tables.short_sequences import short_sequences_section
 from bench.tables.training import limits_table, training_table
@@ -34,6 +35,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "short-sequences": short_sequences_section,
     "flops": operators.flops_section,
     "training": lambda result: section("Training", result, training_table(result)),
+    "overhead": overhead_section,
     "limits": lambda result: section("Limits", result, limits_table(result)),
     "compaction": operators.plain_section,
     "resources": operators.resources_section,

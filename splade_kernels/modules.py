@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FlopsLoss", "SpladeHead"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 class SpladeHead(nn.Module):
     """Decoder and SPLADE pooling in one: see :func:`splade_kernels.splade_pool` for formula, dtypes and errors.
@@ -123,7 +121,8 @@ class SpladeHead(nn.Module):
 
 def hooks_of(module: nn.Module) -> list[str]:
     """Names of the functions that PyTorch calls before or after the module's forward or backward."""
-    return [qualified_name(hook) for name in _HOOKS for hook in getattr(module, name).values()]
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [qualified_name(hook) for some in hooks if some for hook in some.values()]
 
 
 def why_not_plain(decoder: Any, hooks_of: Callable[[nn.Module], list[str]] = hooks_of) -> TypeError | ValueError | None:

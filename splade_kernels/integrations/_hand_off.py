@@ -100,8 +100,9 @@ class LogitTransform:
         return {"logit_scale": self.scale, "logit_softcap": self.softcap}
 
     def check(self) -> None:
+        values = getattr(self.config, "__dict__", ())  # asking a configuration for what it lacks is slow
         for name, old in zip((*SOFTCAPS, *SCALES), self.settings, strict=True):
-            if (new := getattr(self.config, name, None)) != old:
+            if (old is not None or name in values) and (new := getattr(self.config, name, None)) != old:
                 raise RuntimeError(
                     f"config.{name} was {old!r} when the model was fused and is {new!r} now: {UNFUSE_FIRST}"
                 )
@@ -284,6 +285,18 @@ def around(inner: nn.Module, decoder: nn.Linear) -> dict[str, nn.Module]:
     }
 
 
+def places(inner: nn.Module, decoder: nn.Linear) -> list[tuple[nn.Module, str]]:
+    """The modules that hold the decoder, and as what."""
+    return [(module, name) for module in inner.modules() for name, child in module._modules.items() if child is decoder]
+
+
+def check_in_place(held: list[tuple[nn.Module, str]], decoder: nn.Linear) -> None:
+    """Raise where another module was put in the decoder's place, as resizing embeddings and adding an adapter do."""
+    for module, name in held:
+        if module._modules.get(name) is not decoder:
+            raise RuntimeError(f"the decoder is not the one that was fused (resized or replaced): {UNFUSE_FIRST}")
+
+
 def read_by_hooks(modules: dict[str, nn.Module]) -> str | None:
     """Which of the modules around the decoder has hooks, to which the decoder's output is visible."""
     for name, module in modules.items():
@@ -307,8 +320,9 @@ def check_device(name: str, tensor: Any, decoder: nn.Linear) -> None:
     The hooks of accelerate and of ZeRO-3 bring parameters and inputs together when the decoder itself is called.
     """
     weight = decoder.weight
-    brought = "_hf_hook" in decoder.__dict__ or is_partitioned(weight)
-    if isinstance(tensor, Tensor) and tensor.device != weight.device and not brought:
+    if not isinstance(tensor, Tensor) or tensor.device == weight.device:
+        return
+    if "_hf_hook" not in decoder.__dict__ and not is_partitioned(weight):
         raise RuntimeError(
             f"{name} is on {tensor.device}, the decoder's weight on {weight.device}. torch.nn.DataParallel replicas "
             "keep the first device's decoder: use torchrun (DistributedDataParallel), or one visible device"

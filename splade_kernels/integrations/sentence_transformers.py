@@ -31,9 +31,11 @@ from ._hand_off import (
     check_decoder,
     check_device,
     check_free,
+    check_in_place,
     check_transform,
     join,
     own_forward,
+    places,
     read_by_hooks,
     remove_forward,
     set_forward,
@@ -129,6 +131,7 @@ class _TransformerForward:
         self.transform = transform
         inner: Any = transformer.model
         self.around = around(inner, decoder)
+        self.places = places(inner, decoder)
         self.hand_off = join(decoder, transform, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,9 +139,7 @@ class _TransformerForward:
         self.hand_off = join(self.decoder, self.transform, self)
 
     def __call__(self, features: Features, **kwargs: Any) -> Features:
-        inner: Any = self.transformer.model
-        if inner.get_output_embeddings() is not self.decoder:
-            raise RuntimeError(f"the decoder is not the one that was fused (resized or replaced): {UNFUSE_FIRST}")
+        check_in_place(self.places, self.decoder)
         if reason := read_by_hooks(self.around):
             raise RuntimeError(f"{reason}. They were added after fuse: {UNFUSE_FIRST}")
         check_device("input_ids", features.get("input_ids"), self.decoder)

@@ -30,8 +30,10 @@ from ._hand_off import (
     check_decoder,
     check_device,
     check_free,
+    check_in_place,
     join,
     own_forward,
+    places,
     read_by_hooks,
 )
 from ._probe import (
@@ -73,6 +75,9 @@ class SpladeEncoder(nn.Module):
         ValueError: an option has no such value; the model is an encoder-decoder, does more to its logits, or hooks
             read them.
     """
+
+    # Trainer then divides a loss by the number of accumulated batches, also where these have labels.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -252,10 +257,11 @@ class SpladeEncoder(nn.Module):
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """That of the model; trainers look for it."""
-        inner = _language_model(self.model)
-        getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)(**options)
+        _language_model(self.model).activation_checkpointing_enable(**options)
 
-    gradient_checkpointing_enable = activation_checkpointing_enable
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The earlier name, whose options have other names."""
+        _language_model(self.model).gradient_checkpointing_enable(**options)
 
     def extra_repr(self) -> str:
         names = ("pooling_strategy", "activation_function", "screening", "backend")
@@ -271,10 +277,10 @@ class SpladeEncoder(nn.Module):
         decoder = _language_model(self.model).get_output_embeddings()
         self._hand_off = join(decoder, self._transform, self)
         self._around = {"the model": self.model, **around(self.model, decoder)}
+        self._places = places(self.model, decoder)
 
     def _check_unchanged(self, decoder: nn.Linear) -> None:
-        if _language_model(self.model).get_output_embeddings() is not decoder:
-            raise RuntimeError(f"the decoder is not the one that was fused (resized or replaced): {UNFUSE_FIRST}")
+        check_in_place(self._places, decoder)
         if reason := read_by_hooks(self._around):
             raise RuntimeError(f"{reason}. They were added after the encoder was made: {UNFUSE_FIRST}")
 
