@@ -13,10 +13,9 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ..functional import check_options
@@ -25,25 +24,16 @@ from ._folder import find_tokenizer, load_model, saved_pooling, sentence_transfo
 from ._hand_off import (
     UNFUSE_FIRST,
     DecoderForward,
-    LogitTransform,
     around,
-    check_decoder,
     check_device,
-    check_free,
     check_in_place,
     join,
-    own_forward,
     places,
     read_by_hooks,
 )
+from ._language_model import check_model, language_model, probe
 from ._probe import (
-    assume_transform,
-    isolated,
-    needs_autocast,
-    probe_model,
-    probe_token,
     uses_flash_attention,
-    why_no_probe,
 )
 
 __all__ = ["SpladeEncoder"]
@@ -95,9 +85,9 @@ class SpladeEncoder(nn.Module):
         self.activation_function = activation_function
         self.screening = screening
         self.backend = backend
-        inner = _language_model(model)
-        decoder = _check(model, inner)
-        self._transform = _probe(inner, decoder)
+        inner = language_model(model)
+        decoder = check_model(model, inner)
+        self._transform = probe(inner, decoder)
         self._hand_off: DecoderForward | None = None
         self._takes_cache = "use_cache" in inspect.signature(type(inner).forward).parameters
         self._join()
@@ -234,7 +224,7 @@ class SpladeEncoder(nn.Module):
         """
         folder = Path(folder)
         self.model.save_pretrained(folder)  # type: ignore[operator]
-        inner = _language_model(self.model)
+        inner = language_model(self.model)
         if tokenizer is None:
             tokenizer = find_tokenizer(str(inner.name_or_path)) or find_tokenizer(str(folder))
         if tokenizer is None:
@@ -257,11 +247,11 @@ class SpladeEncoder(nn.Module):
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """That of the model; trainers look for it."""
-        _language_model(self.model).activation_checkpointing_enable(**options)
+        language_model(self.model).activation_checkpointing_enable(**options)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """The earlier name, whose options have other names."""
-        _language_model(self.model).gradient_checkpointing_enable(**options)
+        language_model(self.model).gradient_checkpointing_enable(**options)
 
     def extra_repr(self) -> str:
         names = ("pooling_strategy", "activation_function", "screening", "backend")
@@ -274,7 +264,7 @@ class SpladeEncoder(nn.Module):
 
     def _join(self) -> None:
         # Not as attributes: as a module's attribute the decoder would be in the state_dict twice.
-        decoder = _language_model(self.model).get_output_embeddings()
+        decoder = language_model(self.model).get_output_embeddings()
         self._hand_off = join(decoder, self._transform, self)
         self._around = {"the model": self.model, **around(self.model, decoder)}
         self._places = places(self.model, decoder)
@@ -308,7 +298,7 @@ class SpladeEncoder(nn.Module):
         added = {"cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         added = {name: value for name, value in added.items() if batch.get(name) is None}
         if batch.get("position_ids") is None:
-            inner = _language_model(self.model)
+            inner = language_model(self.model)
             if "position_ids" not in inspect.signature(type(inner).forward).parameters:
                 raise ValueError(
                     f"cu_seq_lens_q: {qualified_name(type(inner))} takes no position_ids, so that its positions would "
@@ -318,109 +308,6 @@ class SpladeEncoder(nn.Module):
             start = ends[torch.searchsorted(ends, position, right=True) - 1]
             added["position_ids"] = (position - start + _first_position(inner)).unsqueeze(0)
         return added
-
-
-def _language_model(model: Any) -> Any:
-    """The model of transformers: ``model``, or the one in a ``PeftModel`` or ``PeftMixedModel``."""
-    if not type(model).__module__.startswith("peft."):
-        return model
-    return model.get_base_model() if hasattr(model, "active_peft_config") else model.base_model.model
-
-
-def _check(model: Any, inner: Any) -> nn.Linear:
-    """The decoder of a model whose hidden states can be pooled."""
-    if not isinstance(inner, transformers.PreTrainedModel):
-        raise TypeError(
-            f"model: expected a …ForMaskedLM or …ForCausalLM of transformers, got {qualified_name(type(inner))}"
-        )
-    if model is not inner and getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        kind = qualified_name(type(model.active_peft_config))
-        raise ValueError(f"model: expected adapters on layers, got {kind}, which adds tokens that no mask knows of")
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model: expected an encoder or a decoder, got {qualified_name(type(inner))}, an encoder-decoder: its "
-            "logits belong to the decoder's tokens, not to those of the text"
-        )
-    decoder: Any = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if decoder is None:
-        raise TypeError(
-            f"model: expected a …ForMaskedLM or …ForCausalLM, got {qualified_name(type(inner))}, which has no decoder"
-        )
-    try:
-        check_decoder(decoder)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{type(inner).__name__}: {error}") from None
-    if not isinstance(own_forward(decoder), DecoderForward):
-        check_free(decoder)
-    if reason := read_by_hooks({"the model": model, **around(model, decoder)}):
-        raise ValueError(reason)
-    return cast(nn.Linear, decoder)
-
-
-def _probe(inner: Any, decoder: nn.Linear) -> LogitTransform:
-    if reason := why_no_probe([inner]):
-        return assume_transform(inner.config, reason)
-
-    def run(input_ids: Tensor, attention_mask: Tensor) -> Any:
-        output = inner(input_ids=input_ids, attention_mask=attention_mask)
-        return output[0] if isinstance(output, tuple) else output.logits
-
-    try:
-        transform = probe_model(inner, inner.config, decoder, run)
-    except ValueError as error:
-        rows, width = decoder.weight.shape
-        raise ValueError(
-            f"{type(inner).__name__}: {error} (the weight of get_output_embeddings() is [{rows}, {width}], "
-            f"config.vocab_size {getattr(inner.config.get_text_config(), 'vocab_size', None)})"
-        ) from error
-    for name, asked in (("use_bidirectional_attention", (True, "all")), ("is_causal", (False,))):
-        value = getattr(inner.config, name, None)
-        where = _where_causal(inner, decoder) if isinstance(value, (bool, str)) and value in asked else None
-        if where is not None:
-            warnings.warn(
-                f"config.{name} is {value!r}, but {type(inner).__name__} ignores it{where}: tokens attend to earlier "
-                "ones only",
-                stacklevel=3,
-            )
-    return transform
-
-
-def _where_causal(inner: Any, decoder: nn.Linear) -> str | None:
-    """In which batches a token's hidden state ignores later tokens, as the end of a sentence; None: in none.
-
-    Some models take ``is_causal`` of sdpa for batches without padding, and a mask made elsewhere for others.
-    """
-    collector = DecoderForward(decoder, LogitTransform.of(inner.config))
-    device = decoder.weight.device
-    token = probe_token(inner.config)
-    ids = torch.full((2, 4), token, device=device)
-    other = ids.clone()
-    other[0, -1] = token + 2
-    padded = torch.ones_like(ids)
-    padded[1, -1] = 0
-    before = decoder.__dict__.get("forward")
-    causal = []
-    with isolated(inner, inner.parameters(), device, needs_autocast(inner.config, decoder)):
-        decoder.__dict__["forward"] = collector
-        try:
-            for mask in (None, padded):
-                first, second = (
-                    collector.collect(inner, input_ids=tokens, attention_mask=mask)[1][0, 0] for tokens in (ids, other)
-                )
-                causal.append(torch.equal(first, second))
-        except Exception as error:
-            raise ValueError(
-                f"{type(inner).__name__}: the model cannot run a batch {'with' if causal else 'without'} padding as it "
-                f"is configured, with attn_implementation={inner.config._attn_implementation!r}: {error}"
-            ) from error
-        finally:
-            decoder.__dict__.pop("forward")
-            if before is not None:
-                decoder.__dict__["forward"] = before
-    whole, ragged = causal
-    if whole != ragged:
-        return f" in batches {'without' if whole else 'with'} padding"
-    return "" if whole else None
 
 
 def _token_shape(input_ids: Any, inputs_embeds: Any) -> tuple[int, ...]:
