@@ -123,7 +123,8 @@ class DecoderForward:
 
     def __call__(self, input: Tensor, *, pooling: dict[str, Any] | None = None) -> Tensor:
         if pooling is not None:
-            if torch.onnx.is_in_onnx_export():
+            # The second alone is slower to ask.
+            if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # type: ignore[attr-defined,no-untyped-call]
                 raise RuntimeError(f"ONNX has no operator for the fused head: {UNFUSE_FIRST}")
             self._check(input)
             return splade_pool(input, self.decoder.weight, self.decoder.bias, **pooling, **self.transform.options())

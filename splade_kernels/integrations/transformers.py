@@ -38,7 +38,7 @@ from ._probe import (
 
 __all__ = ["SpladeEncoder"]
 
-_FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_FLATTENED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 
 class SpladeEncoder(nn.Module):
@@ -155,7 +155,7 @@ class SpladeEncoder(nn.Module):
         """
         if self._hand_off is None:
             raise RuntimeError("this encoder was released: make a new one, SpladeEncoder(model)")
-        if getattr(self, "_is_replica", False):
+        if "_is_replica" in self.__dict__:
             raise RuntimeError(
                 "torch.nn.DataParallel replicas keep the first device's decoder: use torchrun "
                 "(DistributedDataParallel), or one visible device"
@@ -171,7 +171,7 @@ class SpladeEncoder(nn.Module):
             "backend": self.backend,
         }
         tokens = _token_shape(input_ids, batch.get("inputs_embeds"))
-        if any(batch.get(name) is not None for name in _FLATTENED):
+        if not _FLATTENED.isdisjoint(batch) and any(batch.get(name) is not None for name in _FLATTENED):
             self._check_flattened(batch, attention_mask, pooling_mask, tokens)
             options |= {"cu_seqlens": batch["cu_seq_lens_q"], "max_seqlen": batch.get("max_length_q")}
             batch |= self._complete_flattened(batch, tokens[1])
