@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import csr, integrations, reference
 from .backends import available_backends
 from .functional import flops_loss, sparsify, splade_pool
+from .memory import estimate
 from .modules import FlopsLoss, SpladeHead
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "SpladeHead",
     "available_backends",
     "csr",
+    "estimate",
     "flops_loss",
     "integrations",
     "reference",

@@ -9,8 +9,9 @@ import ctypes
 import gc
 import multiprocessing
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+# Parameters of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Imported once for all the processes of :func:`in_a_process`, with the module of its function.
 PRELOAD = ["sentence_transformers.sparse_encoder.modules"]
 
@@ -54,6 +57,26 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def unpooled() -> Iterator[None]:
+    """Have glibc give freed blocks above 128 KiB back at once; elsewhere nothing.
+
+    By itself it keeps up to tens of MiB of them, in an amount that depends on the order of all calls so far, and so a
+    peak of the process is more than the peak of what is allocated. On the way out it is as it becomes by itself in a
+    process that has freed a large block, which is faster: pages are not faulted in again and again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+        mallopt(_M_TRIM_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+            mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def cuda_extra_bytes(step: Callable[[], tuple[Tensor, ...]]) -> int:

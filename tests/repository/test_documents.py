@@ -37,6 +37,14 @@ def test_the_page_on_onnx_shows_the_checked_in_result():
     assert onnx_encoder.block(ROOT / "docs/onnx/result.json") in (ROOT / "docs/onnx.md").read_text()
 
 
+def test_the_page_on_long_documents_shows_the_checked_in_result():
+    """And what the formula says today of the cases that were measured."""
+    from examples import long_documents
+
+    expected = long_documents.block(ROOT / "docs/long-documents/result.json")
+    assert expected in (ROOT / "docs/long-documents.md").read_text()
+
+
 def test_local_links_in_documents_exist():
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
