@@ -116,7 +116,7 @@ class SpladeEncoder(nn.Module):
 
         Raises:
             ValueError: ``config.architectures`` names no masked or causal language model, or sentence-transformers
-                saved its pooling in another place, so that it has to be given.
+                saved its pooling in another place, or further modules after it, so that it has to be given.
         """
         model = load_model(str(name_or_path), model_kwargs)
         options = {"pooling_strategy": pooling_strategy, "activation_function": activation_function}
