@@ -221,10 +221,18 @@ class SpladeEncoder(nn.Module):
             tokenizer: None: that of ``model.name_or_path``, or one that is in ``folder``. Without any there is a
                 warning, and the folder is for transformers alone: sentence-transformers would load it with a tokenizer
                 of a few tokens and without an error.
+
+        Raises:
+            ValueError: there is a PEFT adapter in ``folder`` that is not the model's.
         """
         folder = Path(folder)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
         inner = language_model(self.model)
+        has_adapter = inner is not self.model or getattr(inner, "_hf_peft_config_loaded", False)
+        if not has_adapter and (folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"folder: {folder} holds a PEFT adapter, which would be loaded on top of the model: choose another one"
+            )
+        self.model.save_pretrained(folder)  # type: ignore[operator]
         if tokenizer is None:
             tokenizer = find_tokenizer(str(inner.name_or_path)) or find_tokenizer(str(folder))
         if tokenizer is None:
