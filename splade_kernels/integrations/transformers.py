@@ -31,7 +31,7 @@ from ._hand_off import (
     places,
     read_by_hooks,
 )
-from ._language_model import check_model, language_model, probe
+from ._language_model import attention_is_given, check_model, language_model, probe
 from ._probe import (
     uses_flash_attention,
 )
@@ -89,6 +89,7 @@ class SpladeEncoder(nn.Module):
         decoder = check_model(model, inner)
         self._transform = probe(inner, decoder)
         self._hand_off: DecoderForward | None = None
+        self._lengths_arrive = False  # at the attention, those of flattened sequences: seen in the first call with some
         self._takes_cache = "use_cache" in inspect.signature(type(inner).forward).parameters
         self._join()
 
@@ -150,7 +151,8 @@ class SpladeEncoder(nn.Module):
 
         Raises:
             TypeError: ``labels`` were given, or a mask is not bool or integer.
-            ValueError: a mask has the wrong shape, or sequences are flattened without flash attention.
+            ValueError: a mask has the wrong shape, or sequences are flattened without flash attention, or in a model
+                that keeps their lengths from it.
             RuntimeError: the model was changed since the encoder was made, or the encoder was released.
         """
         if self._hand_off is None:
@@ -196,7 +198,12 @@ class SpladeEncoder(nn.Module):
             batch["attention_mask"] = attention_mask
         if self._takes_cache:
             batch.setdefault("use_cache", False)  # keys and values that nobody would read
-        _, hidden_states = hand_off.collect(self.model, **batch)
+        if "cu_seqlens" in options and not (self._lengths_arrive or torch.compiler.is_compiling()):
+            with attention_is_given("cu_seq_lens_q", language_model(self.model)):
+                _, hidden_states = hand_off.collect(self.model, **batch)
+            self._lengths_arrive = True
+        else:
+            _, hidden_states = hand_off.collect(self.model, **batch)
         if tuple(hidden_states.shape[:-1]) != tokens:
             raise RuntimeError(
                 f"the model gave its decoder {list(hidden_states.shape[:-1])} tokens for {list(tokens)}, so it adds or "
