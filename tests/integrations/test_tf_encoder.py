@@ -364,6 +364,32 @@ def test_hooks_that_see_the_logits(where: str) -> None:
     assert_stock(encoder)
 
 
+FOLLOWED_BY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bias in place": lambda logits, parameter: logits.add_(parameter - 1),
+    "bias in another dtype": lambda logits, parameter: logits.double() + (parameter - 1),
+    "scale of the configuration": lambda logits, parameter: logits * parameter,
+}
+
+
+@pytest.mark.parametrize("follows", FOLLOWED_BY)
+def test_parameters_after_the_decoder_that_change_nothing_yet(follows: str) -> None:
+    model = language_model("bert")
+    model.temperature = nn.Parameter(torch.ones(()))
+    model.config.logit_scale = 1.0
+    stock_forward = model.forward
+
+    def forward(**kwargs: Any) -> Any:
+        output = stock_forward(**kwargs)
+        output.logits = FOLLOWED_BY[follows](output.logits, model.temperature)
+        return output
+
+    model.forward = forward
+    with pytest.raises(ValueError, match="applies parameters of its own to its logits after the decoder"):
+        SpladeEncoder(model)
+    assert is_free(model)
+    assert torch.is_grad_enabled()
+
+
 def flat(features: dict[str, Tensor]) -> dict[str, Any]:
     real = features["attention_mask"].bool()
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), real.sum(dim=1).cumsum(0)]).to(torch.int32)
