@@ -26,7 +26,7 @@ def load_model(name_or_path: str, model_kwargs: dict[str, Any]) -> Any:
 
     Where there is a PEFT adapter, it is a ``PeftModel`` around the adapter's base model.
     """
-    adapter = find_adapter_config_file(name_or_path, **_hub_arguments(model_kwargs))
+    adapter = find_adapter_config_file(name_or_path, **_file_arguments(model_kwargs))
     if adapter is not None:
         base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
         if not base:
@@ -36,18 +36,24 @@ def load_model(name_or_path: str, model_kwargs: dict[str, Any]) -> Any:
             )
         import peft
 
-        of_adapter = _hub_arguments(model_kwargs)
+        of_adapter = _file_arguments(model_kwargs)
         of_base = {name: value for name, value in model_kwargs.items() if name not in _OF_THE_ADAPTER}
         return peft.PeftModel.from_pretrained(load_model(base, of_base), name_or_path, **of_adapter)
     config = model_kwargs.get("config")
     if config is None:
         trusted = {name: value for name, value in model_kwargs.items() if name == "trust_remote_code"}
-        config = transformers.AutoConfig.from_pretrained(name_or_path, **_hub_arguments(model_kwargs), **trusted)
+        config = transformers.AutoConfig.from_pretrained(name_or_path, **_file_arguments(model_kwargs), **trusted)
     return _auto_class(config).from_pretrained(name_or_path, **model_kwargs)
 
 
 def _hub_arguments(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: model_kwargs[name] for name in _HUB_ARGUMENTS if name in model_kwargs}
+
+
+def _file_arguments(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Where the model's own files are, as opposed to those of sentence-transformers."""
+    subfolder = {name: model_kwargs[name] for name in ("subfolder",) if model_kwargs.get(name)}
+    return _hub_arguments(model_kwargs) | subfolder
 
 
 def _auto_class(config: Any) -> Any:
@@ -70,17 +76,28 @@ def _is_masked(name: str) -> bool:
 def saved_pooling(name_or_path: str, model_kwargs: dict[str, Any]) -> dict[str, str]:
     """The options that sentence-transformers wrote, or its defaults where no folder of its own is.
 
+    With a ``subfolder``, its files may be there or, as ``0_Transformer`` once was, be the model's alone.
+
     Raises:
-        ValueError: it wrote its folder with another pooling, or in another place (a Router).
+        ValueError: it wrote its folder with another pooling, in another place (a Router), or with further modules.
         OSError: whether there are such options cannot be seen, because the hub cannot be reached.
     """
     remedy = "pass pooling_strategy and activation_function"
-    options = {**_hub_arguments(model_kwargs), "_raise_exceptions_for_missing_entries": False}
+    options = {**_file_arguments(model_kwargs), "_raise_exceptions_for_missing_entries": False}
     try:
-        file = cached_file(name_or_path, POOLING_CONFIG, **options)
         modules = cached_file(name_or_path, "modules.json", **options)
+        if modules is None and options.pop("subfolder", None):
+            modules = cached_file(name_or_path, "modules.json", **options)
+        file = cached_file(name_or_path, POOLING_CONFIG, **options)
     except OSError as error:
         raise OSError(f"{name_or_path}: could not look for {POOLING_CONFIG}: {remedy}. {error}") from error
+    listed = [] if modules is None else json.loads(Path(modules).read_text())
+    kinds = [str(module["type"]) for module in listed]
+    if others := [kind for kind in kinds if not kind.endswith(("Transformer", "SpladePooling", "Router"))]:
+        raise ValueError(
+            f"{name_or_path}: modules.json names {', '.join(others)}, which SpladeEncoder would leave out: {remedy} to "
+            "have the embeddings before that"
+        )
     saved = {"pooling_strategy": "max", "activation_function": "relu"}
     if file is not None:
         found = json.loads(Path(file).read_text())

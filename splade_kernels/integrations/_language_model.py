@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -85,6 +87,32 @@ def probe(inner: Any, decoder: nn.Linear) -> LogitTransform:
                 stacklevel=3,
             )
     return transform
+
+
+@contextmanager
+def attention_is_given(name: str, inner: nn.Module) -> Iterator[None]:
+    """Raise ``ValueError`` unless every attention module that runs meanwhile gets the argument of this name.
+
+    Some models take any argument and leave it out on the way to their attention (Nemotron, StableLM, GPT-Neo).
+    """
+    without: list[nn.Module] = []
+
+    def look(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get(name) is None:
+            without.append(module)
+
+    attentions = [module for module in inner.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in attentions]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if without:
+        raise ValueError(
+            f"{name}: {type(inner).__name__} does not give it to its attention, {qualified_name(type(without[0]))}, so "
+            "that tokens would attend across sequences: pad them"
+        )
 
 
 def _where_causal(inner: Any, decoder: nn.Linear) -> str | None:

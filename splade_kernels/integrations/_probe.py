@@ -124,7 +124,10 @@ def probe_token(config: Any) -> int:
 
 @contextmanager
 def _standing_in(decoder: nn.Linear, output: Tensor, applied_to: list[tuple[int, ...]]) -> Iterator[None]:
-    """The decoder returns ``output`` in this thread; the shapes of its inputs are appended to ``applied_to``."""
+    """The decoder returns ``output`` in this thread; the shapes of its inputs are appended to ``applied_to``.
+
+    Gradients are on from there until the end, and off then.
+    """
     before, thread = decoder.__dict__.get("forward"), threading.get_ident()
     elsewhere: Any = type(decoder).forward.__get__(decoder) if before is None else before
 
@@ -132,12 +135,14 @@ def _standing_in(decoder: nn.Linear, output: Tensor, applied_to: list[tuple[int,
         if threading.get_ident() != thread:
             return elsewhere(input, **kwargs)
         applied_to.append(tuple(input.shape))
+        torch.set_grad_enabled(True)  # from here on, whatever has trained parameters shows
         return output
 
     decoder.__dict__["forward"] = stand_in
     try:
         yield
     finally:
+        torch.set_grad_enabled(False)
         if before is None:
             del decoder.__dict__["forward"]
         else:
@@ -163,6 +168,11 @@ def _find_transform(config: Any, returned: Tensor, output: Tensor, values: Tenso
         if cap is not None:
             expected = cap * torch.tanh(expected / cap)
         if returned.shape == values.shape and torch.allclose(returned.double(), expected, rtol=8 * eps, atol=0):
+            if returned.requires_grad:
+                raise ValueError(
+                    "the model applies parameters of its own to its logits after the decoder, and the fused head would "
+                    "keep the values that they have now"
+                )
             return replace(identity, scale=scale, softcap=cap)
     raise ValueError(f"{_what_follows(returned, values)}: the fused head would leave that out")
 

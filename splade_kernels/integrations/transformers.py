@@ -31,7 +31,7 @@ from ._hand_off import (
     places,
     read_by_hooks,
 )
-from ._language_model import check_model, language_model, probe
+from ._language_model import attention_is_given, check_model, language_model, probe
 from ._probe import (
     uses_flash_attention,
 )
@@ -89,6 +89,7 @@ class SpladeEncoder(nn.Module):
         decoder = check_model(model, inner)
         self._transform = probe(inner, decoder)
         self._hand_off: DecoderForward | None = None
+        self._lengths_arrive = False  # at the attention, those of flattened sequences: seen in the first call with some
         self._takes_cache = "use_cache" in inspect.signature(type(inner).forward).parameters
         self._join()
 
@@ -116,7 +117,7 @@ class SpladeEncoder(nn.Module):
 
         Raises:
             ValueError: ``config.architectures`` names no masked or causal language model, or sentence-transformers
-                saved its pooling in another place, so that it has to be given.
+                saved its pooling in another place, or further modules after it, so that it has to be given.
         """
         model = load_model(str(name_or_path), model_kwargs)
         options = {"pooling_strategy": pooling_strategy, "activation_function": activation_function}
@@ -150,7 +151,8 @@ class SpladeEncoder(nn.Module):
 
         Raises:
             TypeError: ``labels`` were given, or a mask is not bool or integer.
-            ValueError: a mask has the wrong shape, or sequences are flattened without flash attention.
+            ValueError: a mask has the wrong shape, or sequences are flattened without flash attention, or in a model
+                that keeps their lengths from it.
             RuntimeError: the model was changed since the encoder was made, or the encoder was released.
         """
         if self._hand_off is None:
@@ -196,7 +198,12 @@ class SpladeEncoder(nn.Module):
             batch["attention_mask"] = attention_mask
         if self._takes_cache:
             batch.setdefault("use_cache", False)  # keys and values that nobody would read
-        _, hidden_states = hand_off.collect(self.model, **batch)
+        if "cu_seqlens" in options and not (self._lengths_arrive or torch.compiler.is_compiling()):
+            with attention_is_given("cu_seq_lens_q", language_model(self.model)):
+                _, hidden_states = hand_off.collect(self.model, **batch)
+            self._lengths_arrive = True
+        else:
+            _, hidden_states = hand_off.collect(self.model, **batch)
         if tuple(hidden_states.shape[:-1]) != tokens:
             raise RuntimeError(
                 f"the model gave its decoder {list(hidden_states.shape[:-1])} tokens for {list(tokens)}, so it adds or "
@@ -221,10 +228,18 @@ class SpladeEncoder(nn.Module):
             tokenizer: None: that of ``model.name_or_path``, or one that is in ``folder``. Without any there is a
                 warning, and the folder is for transformers alone: sentence-transformers would load it with a tokenizer
                 of a few tokens and without an error.
+
+        Raises:
+            ValueError: there is a PEFT adapter in ``folder`` that is not the model's.
         """
         folder = Path(folder)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
         inner = language_model(self.model)
+        has_adapter = inner is not self.model or getattr(inner, "_hf_peft_config_loaded", False)
+        if not has_adapter and (folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"folder: {folder} holds a PEFT adapter, which would be loaded on top of the model: choose another one"
+            )
+        self.model.save_pretrained(folder)  # type: ignore[operator]
         if tokenizer is None:
             tokenizer = find_tokenizer(str(inner.name_or_path)) or find_tokenizer(str(folder))
         if tokenizer is None:

@@ -35,6 +35,7 @@ from splade_kernels.integrations.sentence_transformers import fuse, unfuse
 from splade_kernels.integrations.transformers import SpladeEncoder
 from tests.lm_models import batch, decoder_of, folder, language_model, stock
 from tests.st_models import TEXTS, tokenizer
+from tests.tf_models import FAMILIES
 
 HEADS = [(strategy, activation) for strategy in ("max", "sum") for activation in ("relu", "log1p_relu")]
 
@@ -363,6 +364,32 @@ def test_hooks_that_see_the_logits(where: str) -> None:
     assert_stock(encoder)
 
 
+FOLLOWED_BY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bias in place": lambda logits, parameter: logits.add_(parameter - 1),
+    "bias in another dtype": lambda logits, parameter: logits.double() + (parameter - 1),
+    "scale of the configuration": lambda logits, parameter: logits * parameter,
+}
+
+
+@pytest.mark.parametrize("follows", FOLLOWED_BY)
+def test_parameters_after_the_decoder_that_change_nothing_yet(follows: str) -> None:
+    model = language_model("bert")
+    model.temperature = nn.Parameter(torch.ones(()))
+    model.config.logit_scale = 1.0
+    stock_forward = model.forward
+
+    def forward(**kwargs: Any) -> Any:
+        output = stock_forward(**kwargs)
+        output.logits = FOLLOWED_BY[follows](output.logits, model.temperature)
+        return output
+
+    model.forward = forward
+    with pytest.raises(ValueError, match="applies parameters of its own to its logits after the decoder"):
+        SpladeEncoder(model)
+    assert is_free(model)
+    assert torch.is_grad_enabled()
+
+
 def flat(features: dict[str, Tensor]) -> dict[str, Any]:
     real = features["attention_mask"].bool()
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), real.sum(dim=1).cumsum(0)]).to(torch.int32)
@@ -558,6 +585,21 @@ def test_flattened_sequences_that_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             encoder(**flattened | change)
+
+
+@pytest.mark.usefixtures("varlen")
+@pytest.mark.parametrize("name", ["Nemotron", "StableLM", "GPT-Neo"])
+def test_flattened_sequences_whose_lengths_never_reach_the_attention(name: str) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    encoder = SpladeEncoder(family.build())
+    expected, implementation = encoder(**family.batch()), encoder.config._attn_implementation
+    encoder.config._attn_implementation = "flash_on_a_cpu"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q: \w+ForCausalLM does not give it to its attention"):
+            encoder(**flat(family.batch()))
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
+    encoder.config._attn_implementation = implementation
+    assert torch.equal(encoder(**family.batch()), expected)
 
 
 def test_autocast_gives_float32_and_is_no_worse_than_stock() -> None:

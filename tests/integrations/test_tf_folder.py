@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SparseEncoder
+from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
@@ -194,6 +196,32 @@ def test_a_pooling_in_another_place_has_to_be_given(tmp_path: Path) -> None:
         SpladeEncoder.from_pretrained(tmp_path, pooling_strategy="sum")
     given = SpladeEncoder.from_pretrained(tmp_path, pooling_strategy="sum", activation_function="relu")
     assert given.pooling_strategy == "sum"
+
+
+@pytest.mark.parametrize("kind", ["Normalize", "SparseAutoEncoder"])
+def test_modules_after_the_pooling_are_not_left_out_in_silence(kind: str, tmp_path: Path) -> None:
+    transformer, pooling = sparse_encoder("bert")
+    after = Normalize() if kind == "Normalize" else SparseAutoEncoder(len(tokenizer()), 16, k=4)
+    SparseEncoder(modules=[transformer, pooling, after], device="cpu").save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"modules\.json names [\w.]+\.{kind}, which .* leave out: pass pooling_"):
+        SpladeEncoder.from_pretrained(tmp_path)
+    assert_close(
+        embed(SpladeEncoder.from_pretrained(tmp_path, pooling_strategy="max", activation_function="relu")),
+        embed(SpladeEncoder(language_model("bert"))),
+    )
+
+
+def test_a_model_in_a_subfolder(tmp_path: Path) -> None:
+    encoder = SpladeEncoder(language_model("bert"), pooling_strategy="sum")
+    encoder.save_pretrained(tmp_path / "sub", tokenizer())
+    language_model("llama").save_pretrained(tmp_path)
+    loaded = SpladeEncoder.from_pretrained(tmp_path, subfolder="sub")
+    assert type(loaded.model) is type(encoder.model)
+    assert torch.equal(embed(loaded), embed(encoder))
+    for name in WRITTEN:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.move(tmp_path / "sub" / name, tmp_path / name)
+    assert torch.equal(embed(SpladeEncoder.from_pretrained(tmp_path, subfolder="sub")), embed(encoder))
 
 
 def test_options_that_cannot_be_looked_for_have_to_be_given(monkeypatch: pytest.MonkeyPatch) -> None:

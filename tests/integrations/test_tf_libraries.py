@@ -173,6 +173,18 @@ def test_an_adapter_folder(family: str, tmp_path: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(injected(**batch(TEXTS)), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_is_not_saved_under_an_adapter(tmp_path: Path) -> None:
+    """transformers would load the adapter around the merged model, and ``from_pretrained`` around the old one."""
+    encoder = SpladeEncoder(adapted())
+    for _ in range(2):
+        encoder.save_pretrained(tmp_path)
+    encoder.release()
+    merged = SpladeEncoder(encoder.model.merge_and_unload())
+    with pytest.raises(ValueError, match="folder: .* holds a PEFT adapter, which would be loaded on top of the model"):
+        merged.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_an_adapter_whose_base_has_no_name(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
