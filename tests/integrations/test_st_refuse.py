@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Callable[[SparseEncoder], Any], str]] = {
     "soft-capped": (_change_logits(lambda _, logits: 30 * torch.tanh(logits / 30)), "changes its logits"),
     "hard-capped": (_change_logits(lambda _, logits: logits.clamp_(max=1000)), "changes its logits"),
     "learned-scale-still-one": (_learned_scale, "changes its logits"),
-    "learned-bias-still-zero": (_learned_bias, "could not be run"),
+    "learned-bias-still-zero": (_learned_bias, "parameters of its own"),
     "decoder-applied-twice": (_twice, "applied once"),
     "onnx": (_set(0, "backend", "onnx"), "backend: expected 'torch', got 'onnx'"),
     "other-task": (_set(0, "transformer_task", "feature-extraction"), "transformer_task: expected 'fill-mask'"),
