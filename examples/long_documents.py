@@ -116,7 +116,7 @@ def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
     memory, time = curves(rows, "peak_bytes"), curves(rows, "median")
     head = ["length"]
     head += [f"{NAMES[name]}, {unit}" for unit in ("MiB", "s") for name in HEADS]
-    head += ["memory: fused / no head", "stock / fused", "time: fused / no head", "stock / fused"]
+    head += [f"{what}: {ratio}" for what in ("memory", "time") for ratio in ("fused / no head", "stock / fused")]
     lines = [head]
 
     def cell(curve: dict[str, dict[int, tuple[float, bool]]], name: str, length: int, shown: str, scale: float) -> str:
@@ -169,7 +169,7 @@ def lengths_note(rows: Sequence[dict[str, Any]], limit: str) -> str:
 
 
 def formula_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Measured and computed bytes of a step; parameters and optimizer's states, known exactly, are left out."""
+    """Measured and computed bytes of a step, without parameters and optimizer's states, which are known exactly."""
     lines = [["layers", "shape: layers, D, V, B × S", "head", "step", "measured, MiB", "computed, MiB", "error"]]
     for row in rows:
         job = Job(
@@ -219,8 +219,10 @@ def block(path: Path) -> str:
             _origin(result, "lengths"),
             picture,
         ]
-    if rows["formula"]:
-        parts += ["## The formula against measurements", formula_table(rows["formula"]), _origin(result, "formula")]
+    compared = [row for row in result["rows"] if row["head"] != "none" and row["status"] == "ok"]
+    if compared:
+        parts += ["## The formula against measurements", formula_table(compared)]
+        parts += [_origin(result, "formula")] if rows["formula"] else []
     parts += [
         "## The largest batch",
         f"**Computed, not measured**: ModernBERT-base on a GPU with {COMPUTED_MEMORY}, float32 parameters under "
@@ -302,9 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if "formula" in args.part:
         measure_formula(result, budget)
     result.finish()
-    for part, show in (("lengths", lengths_table), ("formula", formula_table)):
-        if rows := [row for row in result.rows if row["part"] == part]:
-            print(show(rows))
+    if rows := [row for row in result.rows if row["part"] == "lengths"]:
+        print(lengths_table(rows))
+    if rows := [row for row in result.rows if row["head"] != "none" and row["status"] == "ok"]:
+        print(formula_table(rows))
     if args.document:
         if any(row["part"] == "lengths" for row in result.rows):
             plot(result.content, output.parent / "lengths.png")
