@@ -189,7 +189,7 @@ def formula_table(rows: Sequence[dict[str, Any]]) -> str:
                 ", ".join(step),
                 f"{row['peak_bytes'] / 2**20:,.0f}",
                 f"{computed / 2**20:,.0f}",
-                f"{computed / row['peak_bytes'] - 1:+.0%}",
+                f"{computed / row['peak_bytes'] - 1:+.1%}",
             ]
         )
     return table(lines)
@@ -283,7 +283,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = options.parser(__doc__, device=True)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=[*PARTS], help="what to measure (default: both)")
+    parser.add_argument(
+        "--part", nargs="*", choices=PARTS, default=[*PARTS], help="default: both; none: only the document, made again"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[*LENGTHS])
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each (default: 3); 0: memory only")
     parser.add_argument("--memory", default="8GiB", help="what a process may hold (default: 8GiB)")
@@ -295,6 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--document", type=Path, help="a page with the markers; its result is PAGE/result.json")
     args = parser.parse_args(arguments)
     output = args.output or (args.document and args.document.with_suffix("") / "result.json")
+    if not args.part:
+        if not (args.document and output.is_file()):
+            parser.error("--part: expected what to measure, or --document PAGE with a result PAGE/result.json")
+        return _render(args.document, output)
     budget = Budget(args.budget)
     result = Result(
         "long-documents", "examples.long_documents", output, append=args.append, key=KEY, run={"memory": args.memory}
@@ -309,10 +315,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if rows := [row for row in result.rows if row["head"] != "none" and row["status"] == "ok"]:
         print(formula_table(rows))
     if args.document:
-        if any(row["part"] == "lengths" for row in result.rows):
-            plot(result.content, output.parent / "lengths.png")
-        args.document.write_text(replace_block(args.document.read_text(), block(output)))
+        _render(args.document, output)
     return result.content
+
+
+def _render(document: Path, path: Path) -> dict[str, Any]:
+    """Write the picture and the document's block again; returns the result that they show."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    if any(row["part"] == "lengths" for row in result["rows"]):
+        plot(result, path.parent / "lengths.png")
+    document.write_text(replace_block(document.read_text(), block(path)))
+    return result
 
 
 if __name__ == "__main__":
