@@ -116,7 +116,7 @@ def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
     memory, time = curves(rows, "peak_bytes"), curves(rows, "median")
     head = ["length"]
     head += [f"{NAMES[name]}, {unit}" for unit in ("MiB", "s") for name in HEADS]
-    head += ["memory: fused / no head", "stock / fused", "time: fused / no head", "stock / fused"]
+    head += [f"{what}: {ratio}" for what in ("memory", "time") for ratio in ("fused / no head", "stock / fused")]
     lines = [head]
 
     def cell(curve: dict[str, dict[int, tuple[float, bool]]], name: str, length: int, shown: str, scale: float) -> str:
@@ -169,7 +169,7 @@ def lengths_note(rows: Sequence[dict[str, Any]], limit: str) -> str:
 
 
 def formula_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Measured and computed bytes of a step; parameters and optimizer's states, known exactly, are left out."""
+    """Measured and computed bytes of a step, without parameters and optimizer's states, which are known exactly."""
     lines = [["layers", "shape: layers, D, V, B × S", "head", "step", "measured, MiB", "computed, MiB", "error"]]
     for row in rows:
         job = Job(
@@ -189,7 +189,7 @@ def formula_table(rows: Sequence[dict[str, Any]]) -> str:
                 ", ".join(step),
                 f"{row['peak_bytes'] / 2**20:,.0f}",
                 f"{computed / 2**20:,.0f}",
-                f"{computed / row['peak_bytes'] - 1:+.0%}",
+                f"{computed / row['peak_bytes'] - 1:+.1%}",
             ]
         )
     return table(lines)
@@ -219,8 +219,10 @@ def block(path: Path) -> str:
             _origin(result, "lengths"),
             picture,
         ]
-    if rows["formula"]:
-        parts += ["## The formula against measurements", formula_table(rows["formula"]), _origin(result, "formula")]
+    compared = [row for row in result["rows"] if row["head"] != "none" and row["status"] == "ok"]
+    if compared:
+        parts += ["## The formula against measurements", formula_table(compared)]
+        parts += [_origin(result, "formula")] if rows["formula"] else []
     parts += [
         "## The largest batch",
         f"**Computed, not measured**: ModernBERT-base on a GPU with {COMPUTED_MEMORY}, float32 parameters under "
@@ -281,7 +283,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = options.parser(__doc__, device=True)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=[*PARTS], help="what to measure (default: both)")
+    parser.add_argument(
+        "--part", nargs="*", choices=PARTS, default=[*PARTS], help="default: both; none: only the document, made again"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[*LENGTHS])
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each (default: 3); 0: memory only")
     parser.add_argument("--memory", default="8GiB", help="what a process may hold (default: 8GiB)")
@@ -293,6 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--document", type=Path, help="a page with the markers; its result is PAGE/result.json")
     args = parser.parse_args(arguments)
     output = args.output or (args.document and args.document.with_suffix("") / "result.json")
+    if not args.part:
+        if not (args.document and output.is_file()):
+            parser.error("--part: expected what to measure, or --document PAGE with a result PAGE/result.json")
+        return _render(args.document, output)
     budget = Budget(args.budget)
     result = Result(
         "long-documents", "examples.long_documents", output, append=args.append, key=KEY, run={"memory": args.memory}
@@ -302,14 +310,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if "formula" in args.part:
         measure_formula(result, budget)
     result.finish()
-    for part, show in (("lengths", lengths_table), ("formula", formula_table)):
-        if rows := [row for row in result.rows if row["part"] == part]:
-            print(show(rows))
+    if rows := [row for row in result.rows if row["part"] == "lengths"]:
+        print(lengths_table(rows))
+    if rows := [row for row in result.rows if row["head"] != "none" and row["status"] == "ok"]:
+        print(formula_table(rows))
     if args.document:
-        if any(row["part"] == "lengths" for row in result.rows):
-            plot(result.content, output.parent / "lengths.png")
-        args.document.write_text(replace_block(args.document.read_text(), block(output)))
+        _render(args.document, output)
     return result.content
+
+
+def _render(document: Path, path: Path) -> dict[str, Any]:
+    """Write the picture and the document's block again; returns the result that they show."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    if any(row["part"] == "lengths" for row in result["rows"]):
+        plot(result, path.parent / "lengths.png")
+    document.write_text(replace_block(document.read_text(), block(path)))
+    return result
 
 
 if __name__ == "__main__":

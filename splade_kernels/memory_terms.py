@@ -128,8 +128,8 @@ def step_terms(
 
     The peak is the largest of five moments: the head; the backward of the last layer, when all others are saved; that
     of the first layer, when the gradients of all others are there; the embeddings, when all gradients are there; and
-    before all of them the making of masks, ``2·B·S²``, and ModernBERT's of its window, from distances of 8 bytes,
-    ``16·S²``.
+    before all of them the making of masks: one for padding, ``B·S²``, beside the larger of ``2·B·S²`` and, for
+    ModernBERT's window, two matrices of distances of 8 bytes, ``16·S²``.
 
     Raises:
         ValueError: an argument is not one of these.
@@ -241,7 +241,8 @@ def _making_masks(sizes: ModelSizes, setup: Setup, batch: int, length: int) -> f
     local = _has_local_mask(sizes, length)
     if setup.attention == "flash_attention_2" or not (local or setup.padded):
         return 0
-    return float(length) ** 2 * ((16 if local and sizes.block == "modernbert" else 0) + 2 * batch)
+    distances = 16 if local and sizes.block == "modernbert" else 0
+    return float(length) ** 2 * (setup.padded * batch + max(distances, 2 * batch))
 
 
 def _has_local_mask(sizes: ModelSizes, length: int) -> bool:

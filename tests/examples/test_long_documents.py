@@ -54,6 +54,8 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "Not measured." not in shown
     assert (tmp_path / "page" / "lengths.png").stat().st_size > 10_000
     result = json.loads((tmp_path / "page" / "result.json").read_text())
+    assert example.main(["--part", "--document", str(page)]) == result
+    assert page.read_text() == f"before\n\n{shown}\n\nafter\n"
     assert example.lengths_table(result["rows"]) in capsys.readouterr().out
     rows = {(row["length"], row["head"]): row for row in result["rows"]}
     for length in (512, 2048):
