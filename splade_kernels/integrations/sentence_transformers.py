@@ -81,11 +81,11 @@ class FlopsLoss(sparse_losses.FlopsLoss):
 def fuse(model: Model, *, screening: str | bool = "auto") -> Model:
     """Give every SPLADE head in ``model`` the fused forward, in place.
 
-    Each fill-mask ``Transformer`` that feeds a ``SpladePooling``, directly or in a route of a ``Router``, is checked,
-    and probed once on random hidden states; nothing changes unless all pass. Of a fused model only ``screening`` is
-    set. Once fused, ``SpladePooling.chunk_size`` has no effect, ``token_embeddings`` holds hidden states instead of
-    logits, and embeddings are float32 under autocast. Fuse before ``torch.compile``, and before other threads compute:
-    the probe runs on one thread, so that the process may still be forked.
+    Each ``Transformer`` with a masked or causal language model that feeds a ``SpladePooling``, directly or in a
+    route of a ``Router``, is checked, and probed once on random logits; nothing changes unless all pass. Of a fused
+    model only ``screening`` is set. Once fused, ``SpladePooling.chunk_size`` has no effect, ``token_embeddings`` holds
+    hidden states instead of logits, and embeddings are float32 under autocast. Fuse before ``torch.compile``, and
+    before other threads compute: the probe runs on one thread, so that the process may still be forked.
 
     Args:
         model: a ``SparseEncoder``, or a module that contains one (a loss, a wrapper).
