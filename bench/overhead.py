@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,38 +28,43 @@ VOCABULARY, HIDDEN_SIZE, LENGTH = 100, 32, 8
 Call = Callable[[], Tensor]
 
 
-def tiny(architecture: str) -> nn.Module:
+def tiny(architecture: str) -> Any:
     """A model of one layer with random weights."""
     import transformers
 
+    model: Any
     size: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 80}
+    sizes: dict[str, Any] = {
+        "hidden_size": HIDDEN_SIZE,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     if architecture == "distilbert":
         size |= {"dim": HIDDEN_SIZE, "n_layers": 1, "n_heads": 2, "hidden_dim": 48}
-        model: Any = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**size))
-        return model.eval()  # type: ignore[no-any-return]
-    size |= {"hidden_size": HIDDEN_SIZE, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    if architecture == "bert":
-        model = transformers.BertForMaskedLM(transformers.BertConfig(**size))
+        model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**size))
+    elif architecture == "bert":
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**size, **sizes))
     else:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, num_key_value_heads=2))
-    return model.eval()  # type: ignore[no-any-return]
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, **sizes, num_key_value_heads=2))
+    return model.eval()
 
 
-def body(architecture: str, model: Any, **batch: Tensor) -> Tensor:
+def body(architecture: str, model: Any, **batch: Tensor) -> Any:
     """What the model gives to its decoder."""
     if architecture == "distilbert":
         hidden_states = model.distilbert(**batch).last_hidden_state
-        return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_states)))  # type: ignore[no-any-return]
+        return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_states)))
     if architecture == "bert":
-        return model.cls.predictions.transform(model.bert(**batch).last_hidden_state)  # type: ignore[no-any-return]
-    return model.model(**batch, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return model.cls.predictions.transform(model.bert(**batch).last_hidden_state)
+    return model.model(**batch, use_cache=False).last_hidden_state
 
 
 def calls(architecture: str) -> dict[str, Call]:
     """By variant; each is compared with the one before it."""
     from splade_kernels.integrations.transformers import SpladeEncoder
 
-    model: Any = tiny(architecture)
+    model = tiny(architecture)
     decoder = model.get_output_embeddings()
     encoder = SpladeEncoder(model)
     ids = torch.arange(5, 5 + LENGTH).unsqueeze(0)
@@ -97,7 +103,7 @@ def sparse_calls() -> dict[str, Call]:
 
 
 CASES: dict[str, Callable[[], dict[str, Call]]] = {
-    **{name: (lambda name=name: calls(name)) for name in ("distilbert", "bert", "llama")},  # type: ignore[misc]
+    **{name: partial(calls, name) for name in ("distilbert", "bert", "llama")},
     "sentence-transformers": sparse_calls,
 }
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .backends.pooling import check_choice
-from .memory_terms import HEADS, RESERVE, Setup, check_count, step_terms
+from .functional import check_count
+from .memory_terms import HEADS, RESERVE, Setup, step_terms
 from .model_sizes import ModelSizes
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -90,7 +91,7 @@ def estimate(
     for head in heads:
         check_choice("heads", HEADS, head)
     for length in lengths:
-        check_count("lengths", length)
+        check_count("lengths", length, 1)
     return [
         _largest(sizes, setup, room, length, head, checkpointed)
         for length in lengths

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .backends.pooling import check_choice
 from .backends.tiled import packed
+from .functional import check_count
 from .model_sizes import ModelSizes
 
 HEADS = ("stock", "fused")
@@ -136,8 +137,8 @@ def step_terms(
     """
     sizes, setup = ModelSizes.of(model), setup or Setup()
     check_choice("head", HEADS, head)
-    check_count("batch", batch)
-    check_count("length", length)
+    check_count("batch", batch, 1)
+    check_count("length", length, 1)
     size, tokens, layers = setup.parameter_bytes, batch * length, sizes.layers
     parameters = sizes.parameters * (size + (setup.compute_bytes if setup.autocast else 0))
     in_head = _head(sizes, setup, batch, length, head)
@@ -170,12 +171,6 @@ def step_terms(
     )
     peak = parameters + optimizer + max(moments)
     return Terms(parameters, optimizer, gradients, saved, layer, in_head, peak)
-
-
-def check_count(name: str, value: int) -> None:
-    """Raise a ValueError that names the argument if its value is no positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def _outside(sizes: ModelSizes, setup: Setup) -> tuple[float, float]:

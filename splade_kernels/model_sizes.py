@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .backends.pooling import check_choice
+from .functional import check_count
 
 # Three kinds of layers, by the first model that had them, and the types of transformers' models that are built of each.
 BLOCKS: dict[str, tuple[str, ...]] = {
@@ -56,9 +57,7 @@ class ModelSizes:
     def __post_init__(self) -> None:
         check_choice("block", BLOCKS, self.block)
         for name in ("layers", "hidden_size", "intermediate_size", "heads", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            check_count(name, getattr(self, name), 1)
 
     @classmethod
     def of(cls, model: Any) -> ModelSizes:

@@ -27,11 +27,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from splade_kernels.integrations.transformers import SpladeEncoder
 from tests.st_models import TEXTS, backbone, tokenizer
 
 CAUSAL = ("llama", "gpt2", "qwen3")
 # These cap or scale their logits after the decoder, here by enough to matter.
 TRANSFORMED = ("gemma2", "granite", "cohere")
+HEADS = [(strategy, activation) for strategy in ("max", "sum") for activation in ("relu", "log1p_relu")]
 _FOLDER = tempfile.TemporaryDirectory(prefix="tiny-language-models-")
 
 
@@ -109,3 +111,13 @@ def stock(
 def decoder_of(model: Any) -> nn.Linear:
     decoder: nn.Linear = model.get_output_embeddings()
     return decoder
+
+
+def assert_stock(encoder: SpladeEncoder, features: dict[str, Any] | None = None) -> None:
+    """The encoder gives what its model's logits give, and not a row of zeros."""
+    features = batch() if features is None else features
+    with torch.no_grad():
+        expected = stock(encoder.model, features, encoder.pooling_strategy, encoder.activation_function)
+        actual = encoder(**features)
+    assert 0.05 < (expected > 0).double().mean()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -47,6 +48,7 @@ _REMEDIES = {
 # Names under which models' configurations hold what they do to their logits after the decoder.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 SCALES = ("logits_scaling", "logit_scale", "output_multiplier")
+LOGIT_SETTINGS = (*SOFTCAPS, *SCALES)
 T = TypeVar("T")
 _users_lock = threading.RLock()  # a garbage collection may run a finalizer while its thread holds the lock
 
@@ -75,11 +77,11 @@ class HandOff(threading.local):
 class LogitTransform:
     """What a model does to its logits after the decoder: ``softcap · tanh(scale · x / softcap)``, or ``scale · x``.
 
-    ``settings`` are the values of its configuration that this was derived from.
+    ``settings`` are the entries of its configuration that this was derived from, None where there is none.
     """
 
     config: Any
-    settings: tuple[Any, ...]
+    settings: dict[str, Any]
     scale: float = 1.0
     softcap: float | None = None
 
@@ -88,7 +90,7 @@ class LogitTransform:
         """The identity, with the settings that this configuration has now."""
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
-        return LogitTransform(config, tuple(getattr(config, name, None) for name in (*SOFTCAPS, *SCALES)))
+        return LogitTransform(config, {name: getattr(config, name, None) for name in LOGIT_SETTINGS})
 
     def __str__(self) -> str:
         return f"scaled by {self.scale} and capped at {self.softcap}"
@@ -101,7 +103,7 @@ class LogitTransform:
 
     def check(self) -> None:
         values = getattr(self.config, "__dict__", ())  # asking a configuration for what it lacks is slow
-        for name, old in zip((*SOFTCAPS, *SCALES), self.settings, strict=True):
+        for name, old in self.settings.items():
             if (old is not None or name in values) and (new := getattr(self.config, name, None)) != old:
                 raise RuntimeError(
                     f"config.{name} was {old!r} when the model was fused and is {new!r} now: {UNFUSE_FIRST}"
@@ -238,6 +240,19 @@ def remove_forward(module: nn.Module) -> None:
         module.__dict__["_old_forward"] = MethodType(type(module).forward, module)  # what accelerate's hooks wrap
     else:
         module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def temporary_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module has this ``forward`` meanwhile, and the one that it had before afterwards."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
 
 
 def check_free(module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -20,8 +20,9 @@ from ._hand_off import (
     check_free,
     own_forward,
     read_by_hooks,
+    temporary_forward,
 )
-from ._probe import assume_transform, isolated, needs_autocast, probe_model, probe_token, why_no_probe
+from ._probe import isolated, needs_autocast, probe_model, probe_token, why_no_probe
 
 
 def language_model(model: Any) -> Any:
@@ -45,25 +46,24 @@ def check_model(model: Any, inner: Any) -> nn.Linear:
             f"model: expected an encoder or a decoder, got {qualified_name(type(inner))}, an encoder-decoder: its "
             "logits belong to the decoder's tokens, not to those of the text"
         )
-    decoder: Any = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if decoder is None:
+    found = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if found is None:
         raise TypeError(
             f"model: expected a …ForMaskedLM or …ForCausalLM, got {qualified_name(type(inner))}, which has no decoder"
         )
     try:
-        check_decoder(decoder)
+        decoder = check_decoder(found)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{type(inner).__name__}: {error}") from None
     if not isinstance(own_forward(decoder), DecoderForward):
         check_free(decoder)
     if reason := read_by_hooks({"the model": model, **around(model, decoder)}):
         raise ValueError(reason)
-    return cast(nn.Linear, decoder)
+    return decoder
 
 
 def probe(inner: Any, decoder: nn.Linear) -> LogitTransform:
-    if reason := why_no_probe([inner]):
-        return assume_transform(inner.config, reason)
+    """What the model does to its logits, by :func:`probe_model`; warns where it is causal and configured not to be."""
 
     def run(input_ids: Tensor, attention_mask: Tensor) -> Any:
         output = inner(input_ids=input_ids, attention_mask=attention_mask)
@@ -77,6 +77,8 @@ def probe(inner: Any, decoder: nn.Linear) -> LogitTransform:
             f"{type(inner).__name__}: {error} (the weight of get_output_embeddings() is [{rows}, {width}], "
             f"config.vocab_size {getattr(inner.config.get_text_config(), 'vocab_size', None)})"
         ) from error
+    if why_no_probe([inner]):
+        return transform
     for name, asked in (("use_bidirectional_attention", (True, "all")), ("is_causal", (False,))):
         value = getattr(inner.config, name, None)
         where = _where_causal(inner, decoder) if isinstance(value, (bool, str)) and value in asked else None
@@ -128,10 +130,9 @@ def _where_causal(inner: Any, decoder: nn.Linear) -> str | None:
     other[0, -1] = token + 2
     padded = torch.ones_like(ids)
     padded[1, -1] = 0
-    before = decoder.__dict__.get("forward")
     causal = []
-    with isolated(inner, inner.parameters(), device, needs_autocast(inner.config, decoder)):
-        decoder.__dict__["forward"] = collector
+    autocast = needs_autocast(inner.config, decoder)
+    with isolated(inner, inner.parameters(), device, autocast), temporary_forward(decoder, collector):
         try:
             for mask in (None, padded):
                 first, second = (
@@ -143,10 +144,6 @@ def _where_causal(inner: Any, decoder: nn.Linear) -> str | None:
                 f"{type(inner).__name__}: the model cannot run a batch {'with' if causal else 'without'} padding as it "
                 f"is configured, with attn_implementation={inner.config._attn_implementation!r}: {error}"
             ) from error
-        finally:
-            decoder.__dict__.pop("forward")
-            if before is not None:
-                decoder.__dict__["forward"] = before
     whole, ragged = causal
     if whole != ragged:
         return f" in batches {'without' if whole else 'with'} padding"

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ._hand_off import SCALES, SOFTCAPS, LogitTransform, is_partitioned, is_sharded
+from ._hand_off import (
+    LOGIT_SETTINGS,
+    SCALES,
+    SOFTCAPS,
+    LogitTransform,
+    is_partitioned,
+    is_sharded,
+    temporary_forward,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +50,14 @@ def why_no_probe(modules: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def assume_transform(config: Any, reason: str) -> LogitTransform:
+def _assume_transform(config: Any, reason: str) -> LogitTransform:
     """What follows the decoder of a model that cannot be probed: nothing, where its configuration names nothing.
 
     Raises:
         ValueError: it names a soft cap or a scale, which the model may or may not apply.
     """
     transform = LogitTransform.of(config)
-    for name, value in zip((*SOFTCAPS, *SCALES), transform.settings, strict=True):
+    for name, value in transform.settings.items():
         if value not in (None, 1):
             raise ValueError(
                 f"config.{name} is {value!r}, and whether the model applies it cannot be checked, because its weights "
@@ -68,10 +76,14 @@ def probe_model(
 ) -> LogitTransform:
     """How the logits that ``run(input_ids, attention_mask)`` returns follow from what the decoder returned.
 
+    Where this process lacks the weights' values, nothing is run, and the configuration may name no change of logits.
+
     Raises:
         ValueError: the model cannot be run so, does not apply its decoder once to all tokens, or changes the logits in
             a way that its configuration does not explain.
     """
+    if reason := why_no_probe([model]):
+        return _assume_transform(config, reason)
     (vocab_size, hidden_size), device, dtype = decoder.weight.shape, decoder.weight.device, decoder.weight.dtype
     mask = _attention_mask(device)
     ids = torch.full_like(mask, probe_token(config))
@@ -128,8 +140,7 @@ def _standing_in(decoder: nn.Linear, output: Tensor, applied_to: list[tuple[int,
 
     Gradients are on from there until the end, and off then.
     """
-    before, thread = decoder.__dict__.get("forward"), threading.get_ident()
-    elsewhere: Any = type(decoder).forward.__get__(decoder) if before is None else before
+    elsewhere, thread = decoder.forward, threading.get_ident()
 
     def stand_in(input: Tensor, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
@@ -138,15 +149,11 @@ def _standing_in(decoder: nn.Linear, output: Tensor, applied_to: list[tuple[int,
         torch.set_grad_enabled(True)  # from here on, whatever has trained parameters shows
         return output
 
-    decoder.__dict__["forward"] = stand_in
     try:
-        yield
+        with temporary_forward(decoder, stand_in):
+            yield
     finally:
         torch.set_grad_enabled(False)
-        if before is None:
-            del decoder.__dict__["forward"]
-        else:
-            decoder.__dict__["forward"] = before
 
 
 def _find_transform(config: Any, returned: Tensor, output: Tensor, values: Tensor) -> LogitTransform:
@@ -156,7 +163,7 @@ def _find_transform(config: Any, returned: Tensor, output: Tensor, values: Tenso
     other memory and no setting accounts for it, only a change of dtype is accepted.
     """
     identity = LogitTransform.of(config)
-    caps, scales = identity.settings[: len(SOFTCAPS)], identity.settings[len(SOFTCAPS) :]
+    caps, scales = ([identity.settings[name] for name in names] for names in (SOFTCAPS, SCALES))
     caps_tried = [None, *(float(cap) for cap in caps if _is_positive(cap))]
     scales_tried = [1.0, *(factor for scale in scales if _is_positive(scale) for factor in (1 / scale, float(scale)))]
     moved = returned.dtype == values.dtype and returned.data_ptr() != output.data_ptr()
@@ -193,7 +200,7 @@ def _what_follows(returned: Tensor, values: Tensor) -> str:
         )
     return (
         "the model changes its logits after the decoder, by something other than a scale or a soft cap that one of "
-        f"config.{', config.'.join((*SOFTCAPS, *SCALES))} names"
+        f"config.{', config.'.join(LOGIT_SETTINGS)} names"
     )
 
 

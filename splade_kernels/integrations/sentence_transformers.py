@@ -40,7 +40,7 @@ from ._hand_off import (
     remove_forward,
     set_forward,
 )
-from ._probe import assume_transform, probe_model, probe_pooling, why_no_probe
+from ._probe import probe_model, probe_pooling, why_no_probe
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -210,12 +210,8 @@ class _Head:
                 raise TypeError(f"expected a SpladePooling, got {name} with a forward of its own")
 
     def probe(self) -> None:
-        reason = why_no_probe([self.decoder, *self.transformers])
         for transformer in self.transformers:
             inner: Any = transformer.model
-            if reason is not None:
-                self.transform = assume_transform(inner.config, reason)
-                continue
 
             def run(input_ids: Tensor, attention_mask: Tensor, transformer: Transformer = transformer) -> Any:
                 features = {"input_ids": input_ids, "attention_mask": attention_mask, **_of_task(transformer)}
@@ -227,7 +223,7 @@ class _Head:
             self.transform = transform
         assert self.transform is not None
         check_transform(self.decoder, self.transform)
-        if reason is None:
+        if why_no_probe([self.decoder]) is None:
             plain = DecoderForward(self.decoder, LogitTransform.of(None))
             for pooling in self.poolings:
                 probe_pooling(pooling, self.decoder, _PoolingForward(pooling, plain))

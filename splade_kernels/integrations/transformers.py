@@ -32,9 +32,7 @@ from ._hand_off import (
     read_by_hooks,
 )
 from ._language_model import attention_is_given, check_model, language_model, probe
-from ._probe import (
-    uses_flash_attention,
-)
+from ._probe import uses_flash_attention
 
 __all__ = ["SpladeEncoder"]
 
@@ -337,7 +335,10 @@ def _token_shape(input_ids: Any, inputs_embeds: Any) -> tuple[int, ...]:
 
 
 def _first_position(inner: nn.Module) -> int:
-    """RoBERTa and its descendants count positions from ``padding_idx + 1``: the other tables have no such index."""
+    """Position of a sequence's first token: 0, but ``padding_idx + 1`` in RoBERTa and its descendants.
+
+    Those alone have an integer ``padding_idx`` in the module that holds their table of positions.
+    """
     for module in inner.modules():
         index = getattr(module, "padding_idx", None)
         if isinstance(index, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):

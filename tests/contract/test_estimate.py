@@ -121,7 +121,7 @@ def test_bytes() -> None:
     [
         ({"memory": "much"}, "memory: expected bytes, or a text such as '24GiB', got 'much'"),
         ({"memory": -1}, "memory: expected bytes"),
-        ({"lengths": (0,)}, "lengths: expected a positive integer, got 0"),
+        ({"lengths": (0,)}, "lengths: expected at least 1, got 0"),
         ({"heads": ("best",)}, "heads: expected one of 'stock', 'fused', got 'best'"),
         ({"dtype": torch.float64}, "dtype: expected one of .*, got 'float64'"),
         ({"autocast": "float32"}, "autocast: expected one of 'bfloat16', 'float16', got 'float32'"),
@@ -131,7 +131,7 @@ def test_bytes() -> None:
         ({"model": SIZES | {"depth": 1}}, "model: expected sizes among .*, got depth"),
         ({"model": {"block": "bert"}}, "model: expected the sizes .*, got none of layers"),
         ({"model": SIZES | {"block": "t5"}}, "block: expected one of .*, got 't5'"),
-        ({"model": SIZES | {"layers": 0}}, "layers: expected a positive integer, got 0"),
+        ({"model": SIZES | {"layers": 0}}, "layers: expected at least 1, got 0"),
     ],
 )
 def test_errors(change: dict[str, Any], message: str) -> None:

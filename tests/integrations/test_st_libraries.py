@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -333,14 +333,6 @@ def test_traced_programs_are_saved_and_loaded() -> None:
         torch.jit.save(torch.jit.trace(model, example_kwarg_inputs=features), file)
         file.seek(0)
         torch.testing.assert_close(torch.jit.load(file)(**features), model(**features))
-
-
-@pytest.fixture
-def autocast_cache() -> Iterator[None]:
-    """PyTorch's exporter turns the cache off, and leaves it off where the export fails; graphs guard on it."""
-    enabled = torch.is_autocast_cache_enabled()
-    yield
-    torch.set_autocast_cache_enabled(enabled)
 
 
 @pytest.mark.usefixtures("autocast_cache")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,29 +15,8 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from splade_kernels.integrations.sentence_transformers import fuse
+from tests import without_package
 from tests.st_models import TEXTS, decoder_of, gradients, sparse_encoder
-
-LOAD_WITHOUT_THE_PACKAGE = """
-import sys
-import torch
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "splade_kernels":
-            raise ImportError("splade_kernels cannot be imported here")
-
-sys.meta_path.insert(0, Blocked())
-from sentence_transformers import SparseEncoder
-
-try:
-    import splade_kernels
-except ImportError:
-    pass
-else:
-    raise AssertionError("splade_kernels was imported")
-texts = torch.load(sys.argv[1])
-torch.save([SparseEncoder(folder, device="cpu").encode(texts).to_dense() for folder in sys.argv[3:]], sys.argv[2])
-"""
 
 
 def encode(model: SparseEncoder) -> Tensor:
@@ -108,14 +84,7 @@ def test_saved_files_are_those_of_stock_models(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_saved_models_load_without_this_package(tmp_path: Path) -> None:
     folders, expected = save_fused(tmp_path)
-    torch.save(TEXTS, tmp_path / "texts.pt")
-    subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, tmp_path / "texts.pt", tmp_path / "out.pt", *folders],
-        check=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        timeout=300,
-    )
-    for actual, wanted in zip(torch.load(tmp_path / "out.pt"), expected, strict=True):
+    for actual, wanted in zip(without_package.encode(folders, TEXTS, tmp_path), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -193,13 +162,6 @@ def test_a_compiled_inner_model_still_knows_who_calls_it() -> None:
     for _ in range(2):
         torch.testing.assert_close(inner(**features).logits, logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model(dict(features))["sentence_embedding"], embeddings, rtol=1e-5, atol=1e-6)
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")

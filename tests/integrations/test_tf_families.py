@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from splade_kernels import reference
 from splade_kernels.integrations.transformers import SpladeEncoder
+from tests.lm_models import HEADS
 from tests.tf_models import CAUSAL, FAMILIES, PAD, WORKING, Family, V
 
-HEADS = [(strategy, activation) for strategy in ("max", "sum") for activation in ("relu", "log1p_relu")]
 # With fullgraph=True in the ordinary run; all families are compiled in the slow one.
 COMPILED = ("BERT", "Llama")
 # PyTorch's FFT on a CPU takes no bfloat16.
