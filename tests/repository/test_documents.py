@@ -58,6 +58,29 @@ def test_the_readme_code_for_plain_pytorch_runs():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_readme_code_for_other_libraries_runs():
+    """As printed, but for the models: tiny ones."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    tiny = {
+        "answerdotai/ModernBERT-base": folder("modernbert"),
+        "distilbert/distilbert-base-uncased": folder("distilbert"),
+    }
+    names = {}
+    for code in (block for block in blocks if "integrations" in block):
+        for name, path in tiny.items():
+            code = code.replace(name, str(path))
+        exec(code, names)
+    assert names["embeddings"].shape == (1, len(names["tokenizer"]))
+    assert names["loss"].model is names["model"]
+
+
+def test_the_code_on_long_documents_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/long-documents.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert capsys.readouterr().out.count("\n") == 2 + len({row.length for row in names["rows"]})
+
+
 def test_the_code_on_search_runs(monkeypatch, capsys):
     """As printed, but for the model: a tiny one."""
     monkeypatch.setattr("sentence_transformers.SparseEncoder", lambda name: sparse_encoder())
