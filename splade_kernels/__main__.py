@@ -1,0 +1,5 @@
+"""``python -m splade_kernels``: the command line."""
+
+from .cli import main
+
+main()

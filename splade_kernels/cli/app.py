@@ -1,0 +1,35 @@
+"""The commands in one application, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from ..encoding.errors import DONE, CommandError
+
+# In the order of their use; each is the function ``command`` of a module beside this one.
+COMMANDS = ("encode", "export", "search", "evaluate", "info", "estimate")
+
+app = typer.Typer(
+    name="splade-kernels",
+    help="Encode a corpus with a SPLADE model, and take it to where it is searched.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for name in COMMANDS:
+    app.command(name)(importlib.import_module(f".{name}", __package__).command)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status, or exits with that of a wrong command line, 2."""
+    try:
+        app(args=arguments, prog_name="splade-kernels")
+    except CommandError as error:
+        print(f"splade-kernels: {error}", file=sys.stderr)
+        return error.status
+    return DONE

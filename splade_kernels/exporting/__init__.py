@@ -1,0 +1,1 @@
+"""Encoded corpora written for search engines (docs/formats.md)."""

@@ -1,0 +1,1 @@
+"""Searching an encoded corpus, and judging the result."""
