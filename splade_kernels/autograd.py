@@ -45,7 +45,8 @@ class SpladePool(torch.autograd.Function):
             options = options._replace(out_dtype=torch.promote_types(options.out_dtype, torch.float32))
         output, argmax = ops.pool_forward(*tensors, *options, need_argmax)
         ctx.save_for_backward(output, argmax, *tensors)
-        return output.to(ctx.options.out_dtype)  # type: ignore[no-any-return]
+        # Not `to` alone: compiled by PyTorch 2.11, one that converts nothing of a saved output gives gradients of zero.
+        return output if output.dtype == ctx.options.out_dtype else output.to(ctx.options.out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,8 @@ same bytes, more slowly. Only :func:`sparsify`, whose result has the exact size,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,9 +81,12 @@ def sparsify_in_pytorch(embeddings: Tensor, max_active_dims: int | None) -> tupl
     """:func:`sparsify` by PyTorch's operations."""
     kept = embeddings != 0
     if max_active_dims is not None and max_active_dims < embeddings.shape[1]:
-        # topk leaves the choice among ties open.
+        # topk leaves the choice among ties open, and on CUDA sorts a NaN with its sign bit set behind all numbers: the
+        # smallest of what it took is found without its order.
         count = max_active_dims
-        smallest = embeddings.topk(count, dim=1).values[:, -1:]
+        taken = embeddings.topk(count, dim=1, sorted=False).values
+        smallest = taken.masked_fill(taken.isnan(), math.inf).amin(dim=1, keepdim=True)
+        smallest.masked_fill_(taken.isnan().all(dim=1, keepdim=True), math.nan)
         above = (embeddings > smallest) | (embeddings.isnan() & ~smallest.isnan())
         tied = (embeddings == smallest) | (embeddings.isnan() & smallest.isnan())
         places = count - above.sum(dim=1, keepdim=True)

@@ -102,6 +102,22 @@ def test_compiled_without_graph_breaks_equals_eager_bit_for_bit(packed, autocast
     assert torch.allclose(compiled[0], run(loss)[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_compiled_converts_the_output_only_where_its_dtype_changes(dtype):
+    """PyTorch 2.11 compiles a conversion of the saved output to its own dtype to gradients of zero."""
+    conversions = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        modules = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        conversions.extend(node for module in modules for node in module.graph.nodes if node.target == "to")
+        return graph
+
+    leaves = [torch.randn(*size, dtype=dtype, requires_grad=True) for size in ((2, 3, 4), (7, 4))]
+    torch._dynamo.reset()
+    torch.compile(lambda h, w: sk.splade_pool(h, w, backend="torch"), fullgraph=True, backend=count)(*leaves)
+    assert len(conversions) == (0 if dtype == torch.float32 else 1)
+
+
 @pytest.mark.parametrize("pooling", ["max", "sum"])
 def test_autocast_computes_in_its_dtype_and_returns_float32(pooling, backend):
     case = make_case((4, 30, 64, 200))

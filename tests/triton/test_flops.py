@@ -78,17 +78,14 @@ def test_dropped_rows_are_skipped_and_nan_counts_as_a_non_zero(poison):
 
 @pytest.mark.parametrize("threshold", [None, 30.0])
 def test_any_strides(threshold):
+    """A GPU adds in another order where another kernel is compiled for the strides."""
     embeddings = make_embeddings(70, 300)
-    expected = flops.flops_sums(embeddings, threshold)
     wide = torch.full((301, 211), math.nan, device=DEVICE)
-    strided = wide[1:, 1::3].t().copy_(embeddings)
-    for ours, theirs in zip(flops.flops_sums(strided, threshold), expected, strict=True):
-        assert torch.equal(ours, theirs)
-    row = embeddings[-1:].expand(70, -1)
-    for ours, theirs in zip(
-        flops.flops_sums(row, threshold), flops.flops_sums(row.contiguous(), threshold), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    for strided in (wide[1:, 1::3].t().copy_(embeddings), embeddings[-1:].expand(70, -1)):
+        exact, rows = expected_sums(strided, threshold)
+        sums, kept = flops.flops_sums(strided, threshold)
+        assert ((sums - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact).all()
+        assert torch.equal(kept, rows) if threshold is not None else kept.numel() == 0
 
 
 @pytest.mark.parametrize("threshold", [None, 1.0])

@@ -302,7 +302,8 @@ def test_a_right_candidate_agrees_and_a_wrong_one_is_seen(kind, monkeypatch):
         smaller = {"block_v": 8} if kind == "backward-weight" else {"rows": 2, "entries": 4}
         other = dataclasses.replace(first, **smaller)
     else:
-        first, other = tuning.MatmulConfig(32, 32, 16, 4, 1), tuning.MatmulConfig(16, 64, 32, 4, 1)
+        # 32 is the least depth of an int8 product on a GPU.
+        first, other = tuning.MatmulConfig(32, 32, 32, 4, 1), tuning.MatmulConfig(16, 64, 64, 4, 1)
     monkeypatch.setattr(tune, "shipped", lambda question: first)
     assert tune.disagreement(question, other, device) is None
 
