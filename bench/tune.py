@@ -58,8 +58,8 @@ class Load:
     active_terms: int | None = None
 
 
-# The choice is judged by both loads together, since a configuration may depend on neither.
-FORWARD_LOADS = {"32 x 256": Load(32, 256), "32 x 60": Load(32, 60)}
+# The choice is judged by all loads of a kind together, since a configuration may depend on none of them.
+FORWARD_LOADS = {"32 x 256": Load(32, 256), "32 x 60": Load(32, 60), "64 x 512": Load(64, 512)}
 BACKWARD_LOADS = {"32 x 256, most active": Load(32, 256), "32 x 256, 200 active": Load(32, 256, 200)}
 # What results are compared on: sizes that fill no tile, and sequences longer than any tile.
 CHECKED_LOAD = Load(3, 300)
