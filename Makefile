@@ -54,7 +54,7 @@ report: $(VENV)/.ready
 	$(RUN) -m bench.short_sequences --document docs/kernels.md
 	$(RUN) -m tests.tf_models --document docs/transformers.md
 
-# On a GPU, into $(OUT): what runs and what it costs (3.5 minutes), the tuner (3), the benchmarks (4), or all. docs/gpu.md.
+# On a GPU, into $(OUT): what runs and what it costs (4.6 minutes), the tuner (3.4), the benchmarks (4.6), or all. docs/gpu.md.
 # Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.
 gpu gpu-check gpu-tune gpu-bench:
 	@for python in $(PYTHON) $(RUN); do \

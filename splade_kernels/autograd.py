@@ -46,7 +46,7 @@ class SpladePool(torch.autograd.Function):
         output, argmax = ops.pool_forward(*tensors, *options, need_argmax)
         ctx.save_for_backward(output, argmax, *tensors)
         # Not `to` alone: compiled by PyTorch 2.11, one that converts nothing of a saved output gives gradients of zero.
-        return output if output.dtype == ctx.options.out_dtype else output.to(ctx.options.out_dtype)
+        return output if output.dtype == ctx.options.out_dtype else output.to(ctx.options.out_dtype)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

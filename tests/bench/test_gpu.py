@@ -84,7 +84,7 @@ def test_a_command_runs_end_to_end_on_a_stand_in(name, tmp_path, monkeypatch, st
 
 def test_budgets_add_up_and_thirty_rows_are_named():
     assert {name: sum(stage.seconds for stage in stages) for name, stages in gpu.STAGES.items()} == gpu.SECONDS
-    assert gpu.SECONDS == {"check": 210, "tune": 180, "bench": 240}
+    assert gpu.SECONDS == {"check": 275, "tune": 200, "bench": 273}
     named = [row for stage in gpu.STAGES["bench"] for row in stage.rows.split()]
     assert len(named) == len(set(named)) <= 30
     assert all((gpu.ROOT / "tests" / name).exists() for name in gpu.KERNEL_TESTS)

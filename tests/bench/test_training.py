@@ -182,6 +182,11 @@ def test_predicted_hours_are_steps_times_the_wall_clock() -> None:
     assert "with every term active take 3.14 h stock and 1.57 h fused (2.00x)" in text
 
 
+def test_steps_that_wait_for_the_host_predict_nothing() -> None:
+    (text,) = predictions(seed_rows(gpu_ms_per_step=6.0))
+    assert "not predicted for GPU X: the GPU computes for 5%, 10% of a step (stock, fused)" in text
+
+
 @pytest.mark.parametrize(
     "change", [{"layers": 2}, {"device": "cpu"}, {"pairs_per_batch": 4}, {"lengths": "full"}, {"out_of_memory": True}]
 )

@@ -45,6 +45,14 @@ def test_the_page_on_long_documents_shows_the_checked_in_result():
     assert expected in (ROOT / "docs/long-documents.md").read_text()
 
 
+def test_lines_quoted_from_a_gpu_are_those_of_the_files():
+    boxes = re.findall(r"```text\n(\S+)\n(.*?)```", (ROOT / "docs/h200.md").read_text(), re.DOTALL)
+    assert len(boxes) == 3
+    for name, lines in boxes:
+        file = (ROOT / "bench/results/h200" / name).read_text().splitlines()
+        assert set(lines.splitlines()) <= set(file), name
+
+
 def test_local_links_in_documents_exist():
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):

@@ -2,7 +2,7 @@
 
 Never by batch or length: a row must not depend on what else is in its batch, and no training step may recompile.
 Nothing is tuned while training either. ``python -m bench.tune`` measures and writes a table. The package reads the file
-that ``SPLADE_KERNELS_CONFIG`` names first, then ``configs/sm_XX.json``, each once, at the first launch; a kernel that
+that ``SPLADE_KERNELS_CONFIG`` names first, then ``configs/sm_XX*.json``, each once, at the first launch; a kernel that
 neither has an entry for takes the default below.
 """
 
@@ -26,7 +26,7 @@ from .common import GROUP, INT8_WIDTH, INTERPRETED, LARGEST_BLOCK_T
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ENVIRONMENT_VARIABLE = "SPLADE_KERNELS_CONFIG"
-# The tables that ship: results of the tuner, one file for each architecture.
+# The tables that ship: results of the tuner, sm_XX.json and sm_XX-*.json, of which no two have the same entry.
 FOLDER = Path(__file__).parent / "configs"
 ORDERS = ("strips", "runs")
 EPILOGUE_SLICES = (1, 2, 4)
@@ -225,9 +225,9 @@ def _nearest(table: Mapping[Shape, Config], wanted: Shape) -> Config | None:
 
 @functools.cache
 def shipped_table(arch: int) -> Mapping[Shape, Config]:
-    """What ships for an architecture; empty where nothing was tuned."""
-    path = FOLDER / f"sm_{arch}.json"
-    return _read(path) if path.exists() else {}
+    """What ships for an architecture, in one file or several; empty where nothing was tuned."""
+    paths = [*FOLDER.glob(f"sm_{arch}.json"), *FOLDER.glob(f"sm_{arch}-*.json")]
+    return {shape: config for path in paths for shape, config in _read(path).items()}
 
 
 def _user_table(arch: int) -> Mapping[Shape, Config]:
