@@ -20,7 +20,8 @@ class EncodeBatch:
     """Encode Arrow batches, for Ray Data's ``map_batches`` and Spark's ``mapInArrow`` (docs/engines.md).
 
         texts.map_batches(EncodeBatch, fn_constructor_kwargs={"model": "naver/splade-v3"}, batch_format="pyarrow")
-        texts.mapInArrow(functools.partial(map, EncodeBatch("naver/splade-v3")), "id string, …")
+        encode = EncodeBatch("naver/splade-v3")
+        texts.mapInArrow(lambda batches: map(encode, batches), "id string, indices array<int>, values array<float>")
 
     The result has the rows of the batch in their order and the columns of :data:`.output.SCHEMA`, and is a Table or
     RecordBatch as the batch was. A text is ``title + " " + text`` where there is a title that is not empty. Other
