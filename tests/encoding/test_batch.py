@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -165,3 +167,13 @@ def test_the_package_is_light_until_it_is_asked_for() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AttributeError, match="has no attribute 'Other'"):
         splade_kernels.encoding.Other  # noqa: B018
+
+
+def test_the_code_in_the_docs_runs(model_folder: str) -> None:
+    """As printed, but for the model: a tiny one."""
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("naver/splade-v3", model_folder), names)
+    assert names["vectors"].schema == SCHEMA and names["vectors"]["id"].to_pylist() == ["d1", "d2"]
+    assert [len(ids) > 0 for ids in names["vectors"]["indices"].to_pylist()] == [True, False]
