@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -27,7 +28,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     raise DataError(f"{path}:{number}: expected UTF-8, got the byte 0x{raw[error.start]:02x}") from error
                 if line.strip():
                     yield number, line
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
