@@ -10,7 +10,8 @@ import typer
 
 from ..encoding.errors import DONE, CommandError
 
-# In the order of their use; each is the function ``command`` of a module beside this one.
+# In the order of their use; each is the function ``command`` of a module beside this one, which may hold a class
+# ``Command`` that parses its options.
 COMMANDS = ("encode", "export", "search", "evaluate", "info", "estimate")
 
 app = typer.Typer(
@@ -22,7 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for name in COMMANDS:
-    app.command(name)(importlib.import_module(f".{name}", __package__).command)
+    module = importlib.import_module(f".{name}", __package__)
+    app.command(name, cls=getattr(module, "Command", None))(module.command)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

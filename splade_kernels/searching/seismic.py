@@ -38,10 +38,7 @@ def search(output: Output, queries: Tensor, k: int, threads: int = 0) -> list[Hi
         UsageError: pyseismic-lsr is not installed.
         DataError: a part is broken, see :func:`.documents.blocks`.
     """
-    try:
-        import seismic
-    except ImportError as error:
-        raise UsageError("--engine seismic needs pyseismic-lsr: pip install 'splade-kernels[seismic]'") from error
+    seismic = library()
     wide = output.vocabulary_size > NARROW
     dataset = (seismic.SeismicDatasetLV if wide else seismic.SeismicDataset)(dim=output.vocabulary_size)
     for block in documents.blocks(output):
@@ -49,7 +46,7 @@ def search(output: Output, queries: Tensor, k: int, threads: int = 0) -> list[Hi
             block.ids.to_pylist(), block.indices.astype(np.int64), block.values, block.offsets.astype(np.int64)
         )
     texts = queries.shape[0]
-    if not len_of(dataset):
+    if not dataset.len:  # which leaves empty documents out
         return [Hits([], np.zeros(0, np.float32))] * texts
     kind = seismic.SeismicIndexLV if wide else seismic.SeismicIndex
     index = kind.build_from_dataset(dataset, num_threads=threads, **INDEX)
@@ -75,6 +72,10 @@ def search(output: Output, queries: Tensor, k: int, threads: int = 0) -> list[Hi
     return [hits.get(number, Hits([], np.zeros(0, np.float32))) for number in range(texts)]
 
 
-def len_of(dataset: Any) -> int:
-    """Documents in a dataset, which leaves empty ones out."""
-    return int(dataset.len)
+def library() -> Any:
+    """pyseismic-lsr; raises UsageError where it is not installed."""
+    try:
+        import seismic
+    except ImportError as error:
+        raise UsageError("--engine seismic needs pyseismic-lsr: pip install 'splade-kernels[seismic]'") from error
+    return seismic
