@@ -53,7 +53,7 @@ def command(
     try:
         rows = estimate(
             config,
-            memory if not memory.isdigit() else int(memory),
+            memory,
             lengths=lengths or LENGTHS,
             dtype=dtype,
             autocast=autocast,

@@ -96,7 +96,7 @@ def _configurations(index: int, arch: int) -> Iterator[tuple[str, str]]:
     except (ImportError, ValueError) as error:
         yield f"GPU {index}, kernels", f"none: {error}"
         return
-    where = "from a table of the tuner" if tuned else "untuned defaults"
+    where = "a table of the tuner where it has an entry" if tuned else "untuned defaults"
     yield f"GPU {index}, kernels", f"sm_{arch}, bfloat16, {HIDDEN_SIZE} × {VOCAB_SIZE}, {where}"
     for kind, config in found.items():
         values = dataclasses.asdict(config)  # type: ignore[call-overload]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ from .run import Hits
 # that its summary keeps. pyseismic-lsr's own defaults.
 INDEX = {"n_postings": 3500, "centroid_fraction": 0.1, "summary_energy": 0.4}
 # Of a query: terms that choose posting lists, and the share of the k-th score that a block's summary has to promise.
-SEARCH = {"query_cut": 10, "heap_factor": 0.7}
+SEARCH = {"query_cut": 20, "heap_factor": 0.7}
 # Terms that the narrow index can number.
 NARROW = 1 << 16
 
@@ -49,7 +53,8 @@ def search(output: Output, queries: Tensor, k: int, threads: int = 0) -> list[Hi
     if not dataset.len:  # which leaves empty documents out
         return [Hits([], np.zeros(0, np.float32))] * texts
     kind = seismic.SeismicIndexLV if wide else seismic.SeismicIndex
-    index = kind.build_from_dataset(dataset, num_threads=threads, **INDEX)
+    with _output_as_error():
+        index = kind.build_from_dataset(dataset, num_threads=threads, **INDEX)
     string = seismic.get_seismic_string()
     crow, col, values = (
         part.cpu().numpy() for part in (queries.crow_indices(), queries.col_indices(), queries.values())
@@ -65,8 +70,8 @@ def search(output: Output, queries: Tensor, k: int, threads: int = 0) -> list[Hi
     )
     hits: dict[int, Hits] = {}
     for results in found:
-        kept = sorted(((-score, identifier) for _, score, identifier in results if score > 0))
         if results:
+            kept = sorted((-score, identifier) for _, score, identifier in results if score > 0)
             scores = np.array([-score for score, _ in kept], dtype=np.float32)
             hits[int(results[0][0])] = Hits([identifier for _, identifier in kept], scores)
     return [hits.get(number, Hits([], np.zeros(0, np.float32))) for number in range(texts)]
@@ -79,3 +84,16 @@ def library() -> Any:
     except ImportError as error:
         raise UsageError("--engine seismic needs pyseismic-lsr: pip install 'splade-kernels[seismic]'") from error
     return seismic
+
+
+@contextlib.contextmanager
+def _output_as_error() -> Iterator[None]:
+    """What the library itself prints on the standard output goes to the standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

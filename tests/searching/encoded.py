@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from splade_kernels.encoding.output import FORMAT_VERSION, MANIFEST, SCHEMA, Output, open_output, part_name
@@ -25,16 +27,19 @@ def random_rows(count: int, size: int, share: float, seed: int, *, levels: int =
 
 
 def to_csr(dense: Any) -> Tensor:
-    return torch.from_numpy(dense).to_sparse_csr()
+    stored = csr_array(dense)
+    arrays = (torch.from_numpy(array.astype(np.int64)) for array in (stored.indptr, stored.indices))
+    return torch.sparse_csr_tensor(*arrays, torch.from_numpy(stored.data), stored.shape, check_invariants=True)
 
 
 def write_output(
     folder: Path, ids: Sequence[str], dense: Any, rows_per_part: int = 7, manifest: dict[str, Any] | None = None
 ) -> Output:
-    """A complete output with the non-zeros of ``dense`` ``[N, V]``."""
+    """A complete output with the non-zeros of ``[N, V]``, a dense or a SciPy array."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [np.flatnonzero(row).astype(np.int32) for row in dense]
-    values = [row[chosen] for row, chosen in zip(dense, rows, strict=True)]
+    stored = csr_array(dense)
+    places = [slice(first, last) for first, last in itertools.pairwise(stored.indptr)]
+    rows, values = [stored.indices[place] for place in places], [stored.data[place] for place in places]
     parts = []
     for first in range(0, len(ids), rows_per_part):
         part = slice(first, first + rows_per_part)
