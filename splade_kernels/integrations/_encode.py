@@ -28,7 +28,7 @@ COUNTED = 256
 # What ``encode`` keeps for itself; it hands all other arguments to ``preprocess``.
 _OF_ENCODE = frozenset(inspect.signature(SparseEncoder.encode).parameters)
 # The prompts that the model's methods look for when none is named.
-_PROMPTS = {None: (), "query": ("query",), "document": ("document", "passage", "corpus")}
+PROMPTS = {None: (), "query": ("query",), "document": ("document", "passage", "corpus")}
 
 
 def encode_sparse(
@@ -176,7 +176,7 @@ def _count_tokens(
     tokenised = module is None or isinstance(module, Transformer)
     if not tokenised or not all(isinstance(text, str) for text in texts):
         return None
-    names = _PROMPTS[task] if options.get("prompt_name") is None else (options["prompt_name"],)
+    names = PROMPTS[task] if options.get("prompt_name") is None else (options["prompt_name"],)
     prompts = [model.prompts[name] for name in (*names, model.default_prompt_name) if name in model.prompts]
     prompt = next(iter(prompts), None) if options.get("prompt") is None else options["prompt"]
     more = {name: value for name, value in options.items() if name not in _OF_ENCODE}
@@ -187,12 +187,18 @@ def _count_tokens(
     for first in range(0, len(texts), COUNTED):
         chosen = order[first : first + COUNTED]
         features = model.preprocess([texts[index] for index in chosen], prompt=prompt, **more)
-        if "cu_seq_lens_q" in features:
-            found = features["cu_seq_lens_q"].diff()
-        elif "attention_mask" in features:
-            found = features["attention_mask"].sum(dim=1)
-        else:
+        found = token_counts(features)
+        if found is None:
             return None
         for index, count in zip(chosen, found.clamp(min=1).tolist(), strict=True):
             counts[index] = count
     return counts
+
+
+def token_counts(features: dict[str, Any]) -> Tensor | None:
+    """Tokens of each text of what ``preprocess`` returns, ``[B]``; None where it is not tokenised for a Transformer."""
+    if "cu_seq_lens_q" in features:
+        return features["cu_seq_lens_q"].diff()  # type: ignore[no-any-return]
+    if "attention_mask" in features:
+        return features["attention_mask"].sum(dim=1)  # type: ignore[no-any-return]
+    return None
