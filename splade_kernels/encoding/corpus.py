@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,11 @@ class Corpus:
                         self.skipped_first.append(f"{source.place(number)}: {found}")
             self._current = None
             self._finished_bytes += source.size or 0
+
+    def again(self) -> Corpus:
+        """The same corpus from its beginning, while this one is being read."""
+        sources = [replace(source) for source in self.sources]
+        return Corpus(sources, self.fields, self.on_error, self.limit, self.split)
 
     @property
     def identity(self) -> list[dict[str, Any]]:
@@ -190,11 +196,15 @@ def _hub_source(name: str, split: str) -> Source:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
-        raise DataError(f"{name}: no such file; a dataset of the hub needs {error.name}: pip install datasets") from error
+        raise DataError(
+            f"{name}: no such file; a dataset of the hub needs {error.name}: pip install datasets"
+        ) from error
     dataset_name, _, configuration = name.partition(":")
     try:
         dataset = load_dataset(dataset_name, configuration or None, split=split, streaming=True)
     except Exception as error:  # of any kind: network, the hub, formats of files
         message = " ".join(str(error).split())
-        raise DataError(f"{name}: no such file, and no dataset of the hub: {type(error).__name__}: {message}") from error
+        raise DataError(
+            f"{name}: no such file, and no dataset of the hub: {type(error).__name__}: {message}"
+        ) from error
     return Source(place, None, "row", partial(read_hub, dataset=dataset))

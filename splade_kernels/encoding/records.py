@@ -195,7 +195,9 @@ def read_arrow(source: Source, fields: Fields) -> Iterator[Record]:
             schema = stream.schema
         columns = _typed_columns(source, schema, fields)
         small = (
-            batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, max(batch.num_rows, 1), BATCH_ROWS)
+            batch.slice(first, BATCH_ROWS)
+            for batch in batches
+            for first in range(0, max(batch.num_rows, 1), BATCH_ROWS)
         )
         yield from progress.count(batch.select(columns) for batch in small)
 
