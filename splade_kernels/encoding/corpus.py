@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import DataError, UsageError
-from .records import READERS, Fields, Problem, Source, file_source, read_hub
+from .records import DEFAULT_FIELDS, READERS, Fields, Problem, Source, file_source, read_hub
 
 # How many of the rows that were skipped are named in the end.
 NAMED = 3
@@ -42,8 +42,8 @@ class Corpus:
     """
 
     def __init__(
-        self, sources: list[Source], fields: Fields, on_error: str = "fail", limit: int | None = None, split: str | None = None
-    ) -> None:  # fmt: skip
+        self, sources: list[Source], fields: Fields, on_error: str, limit: int | None, split: str | None
+    ) -> None:
         self.sources = sources
         self.fields = fields
         self.on_error = on_error
@@ -134,8 +134,13 @@ def _expected(field: str, expected: str, got: object) -> Problem:
 
 
 def open_corpus(
-    name: str, fields: Fields = Fields(), *, split: str = "train", on_error: str = "fail", limit: int | None = None
-) -> Corpus:  # fmt: skip
+    name: str,
+    fields: Fields = DEFAULT_FIELDS,
+    *,
+    split: str = "train",
+    on_error: str = "fail",
+    limit: int | None = None,
+) -> Corpus:
     """The corpus at a path, or else of that name on the hub (``NAME`` or ``NAME:CONFIG``).
 
     Raises:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .corpus import Row
+from .corpus import Corpus, Row
 from .errors import DataError
 
 Hashes = npt.NDArray[np.uint64]
@@ -49,7 +49,7 @@ class Seen:
         return np.unique(np.concatenate(found))
 
 
-def check_duplicates(found: Hashes, rows: Sequence[Row], corpus: Iterable[Row]) -> None:
+def check_duplicates(found: Hashes, rows: Sequence[Row], corpus: Corpus) -> None:
     """Tell ids that are there twice from different ids with the same hash.
 
     Args:
@@ -68,7 +68,8 @@ def check_duplicates(found: Hashes, rows: Sequence[Row], corpus: Iterable[Row]) 
         if id_hash(row.id) in wanted:
             if row.id in first_place:
                 raise DataError(
-                    f"{row.place}: expected an id of its own, got {row.id!r} of {first_place[row.id]} again"
+                    f"{row.place}: {corpus.fields.id}: expected an id that no other row has, got {row.id!r}, "
+                    f"which {first_place[row.id]} has"
                 )
             first_place[row.id] = row.place
         if row.place == rows[-1].place:

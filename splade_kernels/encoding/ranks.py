@@ -1,4 +1,4 @@
-"""Many processes, as ``torchrun`` or ``accelerate launch`` start them: who takes which part, and how they hear of errors.
+"""Many processes, as ``torchrun`` or ``accelerate launch`` start them: who takes which part, how they hear of errors.
 
 The processes talk through the key-value store of ``torch.distributed`` alone: they exchange no tensors.
 """
@@ -91,9 +91,7 @@ class Ranks(Alone):
         try:
             return bool(self.store.check([key]))
         except RuntimeError as error:  # of torch.distributed: the process that keeps the store has ended
-            raise DataError(
-                f"rank {self.rank}: the store of the ranks is gone, with the process that kept it"
-            ) from error
+            raise DataError("the store of the ranks is gone, with the process that kept it") from error
 
     def _wait(self, key: str, *of: int) -> None:
         """Until ``key`` is there, or for ever while those it depends on live."""
@@ -194,7 +192,7 @@ def join() -> Alone:
         raise UsageError(f"RANK, WORLD_SIZE, LOCAL_RANK: expected integers: {error}") from error
     if not 0 <= rank < world_size:
         raise UsageError(f"RANK: expected 0 to {world_size - 1}, got {rank}")
-    from torch.distributed import PrefixStore, rendezvous
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
     try:
         store, _, _ = next(iter(rendezvous("env://", timeout=MOST_WAIT)))

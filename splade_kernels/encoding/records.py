@@ -38,6 +38,9 @@ class Fields(NamedTuple):
     title: str = "title"
 
 
+DEFAULT_FIELDS = Fields()
+
+
 class Problem(str):
     """Why one record cannot be read, without its place."""
 
@@ -105,7 +108,9 @@ def _json_record(line: bytes) -> Mapping[str, Any] | Problem:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return _not_utf8(error)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return Problem("expected a JSON object, got one that is nested too deeply")
+    except ValueError as error:
         return Problem(f"expected a JSON object, got a line that is no JSON: {error}")
     if not isinstance(record, dict):
         return Problem(f"expected a JSON object, got {_kind(record)}")
@@ -163,7 +168,7 @@ def check_columns(place: str, names: Sequence[str], fields: Fields) -> list[str]
         DataError: one of them is missing, or is there twice.
     """
     wanted = [fields.id, fields.text]
-    if fields.title in names or fields.title not in ("", Fields().title):
+    if fields.title in names or fields.title not in ("", DEFAULT_FIELDS.title):
         wanted.append(fields.title)
     for name in wanted:
         if list(names).count(name) != 1:

@@ -21,7 +21,7 @@ from .output import part_name
 from .parts import IDS, PartCounts, cut, part_files, read_counts, read_hashes, rows_digest, write_part
 from .progress import Progress
 from .ranks import Alone, join
-from .records import Fields
+from .records import DEFAULT_FIELDS, Fields
 from .stopping import Stop
 
 
@@ -32,7 +32,7 @@ class RunOptions:
     encoder: EncoderOptions
     input: str
     output: Path
-    fields: Fields = Fields()
+    fields: Fields = DEFAULT_FIELDS
     split: str = "train"
     rows_per_part: int = 2000
     limit: int | None = None
@@ -126,7 +126,7 @@ class _Run:
             options = replace(options, device=f"cuda:{self.ranks.local_rank % torch.cuda.device_count()}")
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # of loading the weights
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading the weights
         encoder = TextEncoder(options)
         self.stop.check()
         return encoder
@@ -220,8 +220,8 @@ class _Run:
             counts = read_counts(self.folder / part_name(number))
             if counts is None or counts.rows_blake2b != rows_digest(rows):
                 raise UsageError(
-                    f"--output {self.folder} cannot be continued: {part_name(number)} was made of other rows than those "
-                    f"from {rows[0].place} on, though the input's names and sizes are the same (--overwrite begins again)"
+                    f"--output {self.folder} cannot be continued: {part_name(number)} was made of other rows than "
+                    f"those from {rows[0].place} on, though names and sizes are the same (--overwrite begins again)"
                 )
             hashes = read_hashes(self.folder, number)
             if hashes is not None and len(hashes) == len(rows):
@@ -261,7 +261,7 @@ class _Run:
         manifests.write_manifest(self.folder, manifests.completed(manifest, self.folder, counts, corpus.skipped))
         if corpus.skipped:
             self.progress.warn(
-                f"{corpus.skipped:,} rows were skipped, the first of them: {'; '.join(corpus.skipped_first)}"
+                f"{corpus.skipped:,} skipped, the first of them: {'; '.join(corpus.skipped_first)}"
             )
         return self._summary(counts, corpus.skipped, False)
 

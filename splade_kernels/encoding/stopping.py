@@ -18,9 +18,7 @@ class Stopped(CommandError):
 
     def __init__(self, number: int) -> None:
         self.status = 128 + number
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; the same command goes on with the parts that are missing"
-        )
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
 
 
 class Stop:
