@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from ..encoding.errors import DONE, CommandError
+from ..encoding.errors import DONE, FAILED, CommandError
 
 # In the order of their use; each is the function ``command`` of a module beside this one, which may hold a class
 # ``Command`` that parses its options.
@@ -34,4 +34,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"splade-kernels: {error}", file=sys.stderr)
         return error.status
+    except ModuleNotFoundError as error:  # of the extra
+        if (error.name or "").split(".")[0] == "splade_kernels":
+            raise
+        print(f"splade-kernels: this needs {error.name}: pip install 'splade-kernels[cli]'", file=sys.stderr)
+        return FAILED
     return DONE

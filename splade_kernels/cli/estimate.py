@@ -27,7 +27,9 @@ def command(
     dtype: Annotated[
         str, typer.Option(metavar="float32|bfloat16|float16", help="Of the model's parameters.")
     ] = "float32",
-    autocast: Annotated[str | None, typer.Option(metavar="bfloat16|float16", help="Of autocast; default: none.")] = None,
+    autocast: Annotated[
+        str | None, typer.Option(metavar="bfloat16|float16", help="Of autocast; default: none.")
+    ] = None,
     optimizer: Annotated[str, typer.Option(metavar="adamw|none", help="Whose state is kept, in training.")] = "adamw",
     attention: Annotated[
         str, typer.Option(metavar="sdpa|eager|flash_attention_2", help="The model's implementation of attention.")
@@ -74,10 +76,8 @@ def command(
 
 def _configuration(model: str, revision: str | None, trust_remote_code: bool) -> Any:
     """transformers' configuration; of a folder of sentence-transformers that of its first module."""
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise UsageError("estimate needs transformers: pip install 'splade-kernels[cli]'") from error
+    from transformers import AutoConfig
+
     path = Path(model)
     modules = path / "modules.json"
     try:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def command(
     index: Annotated[Path, typer.Option(metavar="DIR", help="What encode wrote.")],
-    model: Annotated[str, typer.Option(metavar="M", help="The model that has encoded it: a folder, or a name on the hub.")],
+    model: Annotated[
+        str, typer.Option(metavar="M", help="The model that has encoded it: a folder, or a name on the hub.")
+    ],
     queries: Annotated[
         Path,
         typer.Option(

@@ -58,7 +58,9 @@ def _checked(batch: pa.RecordBatch, output: Output) -> Block:
             raise DataError(f"{output.folder}: {name}: expected no nulls, got some in the part of {ids[0]}")
     for identifier in ids.to_pylist():
         if has_white_space(identifier):
-            raise DataError(f"{output.folder}: id: expected no white space, since a run is split at it, got {identifier!r}")
+            raise DataError(
+                f"{output.folder}: id: expected no white space, since a run is split at it, got {identifier!r}"
+            )
     lengths = np.diff(indices.offsets.to_numpy())
     if not np.array_equal(lengths, np.diff(values.offsets.to_numpy())):
         raise DataError(f"{output.folder}: expected as many values as indices in every row, got others after {ids[0]}")

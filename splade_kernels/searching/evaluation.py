@@ -33,13 +33,13 @@ def evaluate(run: Path, qrels: Path, metrics: Sequence[str] = METRICS) -> Evalua
     """The mean of each metric, named as ir-measures names them, over the queries that ``qrels`` judges.
 
     Raises:
-        UsageError: a metric is unknown or cannot be computed; ir-measures is not installed.
-        DataError: a line is broken, see :func:`read_run` and :func:`read_qrels`.
+        UsageError: a metric is unknown or cannot be computed.
+        DataError: ir-measures is not installed; a line is broken, see :func:`read_run` and :func:`read_qrels`.
     """
     try:
         import ir_measures
     except ImportError as error:
-        raise UsageError("evaluate needs ir-measures: pip install 'splade-kernels[cli]'") from error
+        raise DataError("evaluate needs ir-measures: pip install 'splade-kernels[cli]'") from error
     measures = {name: _parse(ir_measures, name) for name in dict.fromkeys(metrics)}
     judged, ranked = read_qrels(qrels), read_run(run)
     found = {query: documents for query, documents in ranked.items() if query in judged}

@@ -38,6 +38,7 @@ def search(output: Output, queries: Tensor, k: int) -> list[Hits]:
     Raises:
         DataError: a part is broken, see :func:`.documents.blocks`.
     """
+    k = max(1, min(k, output.rows))
     best = _Best(queries.shape[0], k)
     for block in documents.blocks(output):
         # In a block in ascending order of ids, the first of equal scores, which csr.search takes, has the lowest id.

@@ -25,7 +25,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{path}:{number}: expected UTF-8, got the byte 0x{raw[error.start]:02x}") from error
+                    raise DataError(
+                        f"{path}:{number}: expected UTF-8, got the byte 0x{raw[error.start]:02x}"
+                    ) from error
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..encoding.errors import UsageError
+from ..encoding.errors import DataError
 from ..encoding.output import Output
 from . import documents
 from .run import Hits
@@ -39,8 +40,7 @@ def search(output: Output, queries: Tensor, k: int, threads: int = 0) -> list[Hi
         threads: of Seismic; 0: one a core.
 
     Raises:
-        UsageError: pyseismic-lsr is not installed.
-        DataError: a part is broken, see :func:`.documents.blocks`.
+        DataError: pyseismic-lsr is not installed; a part is broken, see :func:`.documents.blocks`.
     """
     seismic = library()
     wide = output.vocabulary_size > NARROW
@@ -59,12 +59,12 @@ def search(output: Output, queries: Tensor, k: int, threads: int = 0) -> list[Hi
     crow, col, values = (
         part.cpu().numpy() for part in (queries.crow_indices(), queries.col_indices(), queries.values())
     )
-    rows = [slice(first, last) for first, last in zip(crow[:-1], crow[1:], strict=True)]
+    rows = [slice(first, last) for first, last in itertools.pairwise(crow)]
     found = index.batch_search(
         np.array([str(number) for number in range(texts)], dtype=string),
         [col[row].astype(string) for row in rows],
         [values[row] for row in rows],
-        k=k,
+        k=min(k, output.rows),
         num_threads=threads,
         **SEARCH,
     )
@@ -78,11 +78,11 @@ def search(output: Output, queries: Tensor, k: int, threads: int = 0) -> list[Hi
 
 
 def library() -> Any:
-    """pyseismic-lsr; raises UsageError where it is not installed."""
+    """pyseismic-lsr; raises DataError where it is not installed."""
     try:
         import seismic
     except ImportError as error:
-        raise UsageError("--engine seismic needs pyseismic-lsr: pip install 'splade-kernels[seismic]'") from error
+        raise DataError("--engine seismic needs pyseismic-lsr: pip install 'splade-kernels[seismic]'") from error
     return seismic
 
 

@@ -15,7 +15,7 @@ from sentence_transformers import SparseEncoder
 from splade_kernels.cli.app import COMMANDS
 from splade_kernels.searching import documents
 from tests.cli import help_page
-from tests.cli.commands import ROOT, call, start
+from tests.cli.commands import ROOT, call
 from tests.st_models import PAIRS, sparse_encoder
 
 PAGE = ROOT / "docs/command-line.md"
@@ -79,7 +79,7 @@ def ndcg_of_the_stock_model(model: Path) -> float:
     return float(np.mean(values))
 
 
-def test_the_lines_from_a_corpus_to_metrics_run(tmp_path: Path) -> None:
+def test_the_lines_from_a_corpus_to_metrics_run(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """As printed, but for the model: a tiny one."""
     beir(tmp_path / "scifact")
     sparse_encoder().save_pretrained(str(tmp_path / "model"))
@@ -88,13 +88,14 @@ def test_the_lines_from_a_corpus_to_metrics_run(tmp_path: Path) -> None:
     assert [shlex.split(line)[:2] for line in lines] == [
         ["splade-kernels", command] for command in ("encode", "search", "evaluate")
     ]
+    monkeypatch.chdir(tmp_path)
     for line in lines:
-        arguments = shlex.split(line.replace("naver/splade-v3", "model"))[1:]
-        done = start(*arguments, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-    found = dict(re.findall(r"^(\S+) +(\d\.\d{4})$", done.stdout, re.MULTILINE))
+        capsys.readouterr()
+        assert call(*shlex.split(line.replace("naver/splade-v3", "model"))[1:]) == 0, line
+    said = capsys.readouterr().out
+    found = dict(re.findall(r"^(\S+) +(\d\.\d{4})$", said, re.MULTILINE))
     assert list(found) == ["nDCG@10", "RR@10", "R@1000"]
     expected = ndcg_of_the_stock_model(tmp_path / "model")
     assert expected > 0.2
     assert found["nDCG@10"] == f"{expected:.4f}"
-    assert "over 12 queries with judgements" in done.stdout
+    assert "over 12 queries with judgements" in said

@@ -46,7 +46,13 @@ def test_every_option_reaches_the_formula(capsys: Any) -> None:
     model = backbone("modernbert")
     options: dict[str, Any] = {"lengths": (100, 700), "dtype": "bfloat16", "device": "cpu", "attention": "eager"}
     rows = sk.estimate(
-        AutoConfig.from_pretrained(model), 2**34, training=False, padded=False, reserve="2GiB", optimizer=None, **options
+        AutoConfig.from_pretrained(model),
+        2**34,
+        training=False,
+        padded=False,
+        reserve="2GiB",
+        optimizer=None,
+        **options,
     )
     given = ["--lengths", 100, 700, "--dtype", "bfloat16", "--device", "cpu", "--attention", "eager"]
     more = ["--inference", "--no-padding", "--reserve", "2GiB", "--optimizer", "none"]

@@ -65,7 +65,9 @@ def test_a_gpu_and_its_configurations(monkeypatch: Any, capsys: Any, tmp_path: A
 def test_where_a_package_comes_from(monkeypatch: Any, tmp_path: Any) -> None:
     """Outside of a clone, pip's record says from which commit it was installed, or nothing does."""
     monkeypatch.setattr(info, "__file__", str(tmp_path / "site-packages" / "splade_kernels" / "cli" / "info.py"))
-    record = json.dumps({"url": "https://example.org/r.git", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}})
+    record = json.dumps(
+        {"url": "https://example.org/r.git", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}}
+    )
     monkeypatch.setattr(info, "distribution", lambda name: SimpleNamespace(read_text=lambda file: record))
     assert info._commit() == "commit 0123456789ab"
     monkeypatch.setattr(info, "distribution", lambda name: SimpleNamespace(read_text=lambda file: None))

@@ -66,7 +66,11 @@ def stock_scores(model: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("options", "stock"),
-    [([], {}), (["--prompt-name", "other"], {"prompt_name": "other"}), (["--max-active-dims", 2], {"max_active_dims": 2})],
+    [
+        ([], {}),
+        (["--prompt-name", "other"], {"prompt_name": "other"}),
+        (["--max-active-dims", 2], {"max_active_dims": 2}),
+    ],
     ids=["query-prompt", "named-prompt", "pruned"],
 )
 def test_the_run_is_that_of_the_stock_model(
@@ -131,7 +135,9 @@ def changed(model: Path, folder: Path, what: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("what", "message"), [("weights", "got other weights"), ("tokenizer", "expected the tokenizer")])
+@pytest.mark.parametrize(
+    ("what", "message"), [("weights", "got other weights"), ("tokenizer", "expected the tokenizer")]
+)
 def test_another_model_is_refused(
     what: str, message: str, model: Path, index: Path, queries: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -155,7 +161,9 @@ def test_what_is_there_stays(model: Path, index: Path, queries: Path, tmp_path: 
     assert search(model, index, queries, tmp_path, "--overwrite") == 2  # a folder
 
 
-def test_errors_have_one_line_and_a_status(model: Path, index: Path, queries: Path, tmp_path: Path, capsys: Any) -> None:
+def test_errors_have_one_line_and_a_status(
+    model: Path, index: Path, queries: Path, tmp_path: Path, capsys: Any
+) -> None:
     output, bad = tmp_path / "run.trec", tmp_path / "bad.tsv"
     bad.write_text("1\ta\n1\tb\n")
     cases: list[tuple[int, str, Any]] = [

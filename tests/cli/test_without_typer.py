@@ -32,7 +32,16 @@ def test_a_command_without_its_library_names_the_extra(tmp_path: Path) -> None:
         *("evaluate", "--run", run, "--qrels", qrels),
         package="ir_measures",
     )
-    assert said == "splade-kernels: evaluate needs ir-measures: pip install 'splade-kernels[cli]'\n2\n"
+    assert said == "splade-kernels: evaluate needs ir-measures: pip install 'splade-kernels[cli]'\n1\n"
+
+
+def test_any_package_of_the_extra_is_named() -> None:
+    said = without_package.run(
+        "from splade_kernels.cli.app import run; sys.stderr = sys.stdout; print(run(sys.argv[1:]))",
+        *("search", "--index", "a", "--model", "m", "--queries", "q.tsv", "--output", "o"),
+        package="pyarrow",
+    )
+    assert said == "splade-kernels: this needs pyarrow: pip install 'splade-kernels[cli]'\n1\n"
 
 
 def test_the_package_itself_imports_none_of_it() -> None:

@@ -47,7 +47,9 @@ def test_metrics_are_those_of_trec_eval(tmp_path: Path) -> None:
     """Many queries, graded judgements and equal scores; pytrec_eval itself skips a query that is not in the run."""
     pytrec_eval = pytest.importorskip("pytrec_eval")
     generator = np.random.default_rng(0)
-    qrels = {f"q{q}": {f"d{d}": int(generator.integers(0, 4)) for d in generator.integers(0, 60, 12)} for q in range(40)}
+    qrels = {
+        f"q{q}": {f"d{d}": int(generator.integers(0, 4)) for d in generator.integers(0, 60, 12)} for q in range(40)
+    }
     run = {
         f"q{q}": {f"d{d}": float(generator.integers(1, 30)) for d in generator.permutation(60)[:30]}
         for q in range(5, 50)
@@ -70,7 +72,9 @@ def test_an_empty_run_counts_0(tmp_path: Path) -> None:
     assert (found.queries, found.missing, found.unjudged) == (4, 4, 0)
 
 
-@pytest.mark.parametrize("name", ["nDCG10", "foo", "nDCG@", "nDCG@x", "RR@0", "R", "nDCG@-1", "P(x=1)@5", "", "α_nDCG@10"])
+@pytest.mark.parametrize(
+    "name", ["nDCG10", "foo", "nDCG@", "nDCG@x", "RR@0", "R", "nDCG@-1", "P(x=1)@5", "", "α_nDCG@10"]
+)
 def test_unknown_metrics_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--metrics: expected metrics of ir-measures such as nDCG@10"):
         evaluate(*write(tmp_path), ["nDCG@10", name])
@@ -118,6 +122,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_both_ways_of_equal_scores_are_known(tmp_path: Path) -> None:
-    """docs/command-line.md says so: trec_eval takes the document with the last id first, RR@k the one with the first."""
+    """docs/command-line.md says so: trec_eval takes the last id first, RR@k the first one."""
     paths: Any = write(tmp_path, "q Q0 a 1 1 t\nq Q0 b 2 1 t\n", "q 0 b 1\n")
     assert evaluate(*paths, ["RR@10", "nDCG@10", "RR"]).metrics == {"RR@10": 0.5, "nDCG@10": 1.0, "RR": 1.0}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,11 @@ def test_equal_scores_are_ordered_by_id_also_at_the_cut(k: int, rows: int, tmp_p
     """Weights of 1 and 2 only, so that most scores are equal, in float32 and float64 alike, in and across blocks."""
     monkeypatch.setattr(exact, "MERGED", 4)
     monkeypatch.setattr(documents.blocks, "__defaults__", (rows, documents.VALUES))
-    ids, corpus, queries = shuffled_ids(300), random_rows(300, 20, 0.2, 1, levels=2), random_rows(11, 20, 0.3, 2, levels=2)
+    ids, corpus, queries = (
+        shuffled_ids(300),
+        random_rows(300, 20, 0.2, 1, levels=2),
+        random_rows(11, 20, 0.3, 2, levels=2),
+    )
     queries[4] = 0
     wanted = expected(ids, corpus, queries, k)
     assert sum(len({score for _, score in row}) for row in wanted) < 0.5 * sum(map(len, wanted)) or k < 10
@@ -55,7 +62,9 @@ def test_equal_scores_are_ordered_by_id_also_at_the_cut(k: int, rows: int, tmp_p
 def test_ids_are_compared_as_utf8_bytes(tmp_path: Path) -> None:
     ids = [IDS[place] for place in (7, 2, 0, 8, 5, 3, 6, 1, 4)]
     for count in (1, 2):  # in one part, and each in a part
-        output = write_output(tmp_path / str(count), ids, np.ones((9, 3), np.float32), rows_per_part=9 if count == 1 else 1)
+        output = write_output(
+            tmp_path / str(count), ids, np.ones((9, 3), np.float32), rows_per_part=9 if count == 1 else 1
+        )
         for k in range(1, 10):
             ((found_ids, _),) = exact.search(output, to_csr(np.ones((1, 3), np.float32)), k)
             assert found_ids == IDS[:k]
@@ -129,3 +138,31 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     output.parts[0].unlink()
     with pytest.raises(DataError, match=r"part-00000\.parquet"):
         exact.search(output, to_csr(np.ones((1, 3), np.float32)), 5)
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+import torch
+from splade_kernels.encoding.output import open_output
+from splade_kernels.searching import exact
+from tests.searching.encoded import random_rows, to_csr
+
+hits = exact.search(open_output(Path(sys.argv[1])), to_csr(random_rows(64, 2000, 0.02, 1)), 100)
+assert [len(ids) for ids, _ in hits] == [100] * 64
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """8 times the documents, the same part over and over: a peak within 5 %, where what is read grows by 300 MB."""
+    rows = documents.ROWS
+    output = write_output(tmp_path, shuffled_ids(rows), random_rows(rows, 2000, 0.05, 2), rows_per_part=2000)
+    manifest, peaks = dict(output.manifest), []
+    for times in (2, 16):
+        parts = output.manifest["parts"] * times
+        (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "parts": parts, "rows": rows * times}))
+        done = subprocess.run([sys.executable, "-c", _PEAK, tmp_path], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] <= 1.05 * peaks[0], peaks

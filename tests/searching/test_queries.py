@@ -39,7 +39,11 @@ def test_queries_are_read(name: str, content: str, expected: list[tuple[str, str
     [
         ("q.jsonl", JSONL + "{oops\n", "q.jsonl:4: expected a JSON object"),
         ("q.jsonl", JSONL + "[1]\n", "q.jsonl:4: expected a JSON object, got list"),
-        ("q.jsonl", '{"text": "x"}\n', "q.jsonl:1: '_id': expected a string that is not empty, or an integer, got None"),
+        (
+            "q.jsonl",
+            '{"text": "x"}\n',
+            "q.jsonl:1: '_id': expected a string that is not empty, or an integer, got None",
+        ),
         ("q.jsonl", '{"_id": "", "text": "x"}\n', "q.jsonl:1: '_id': expected .* got ''"),
         ("q.jsonl", '{"_id": true, "text": "x"}\n', "q.jsonl:1: '_id': expected .* got True"),
         ("q.jsonl", '{"_id": 1.0, "text": "x"}\n', "q.jsonl:1: '_id': expected .* got 1.0"),

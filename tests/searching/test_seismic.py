@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from splade_kernels.encoding.errors import UsageError
+from splade_kernels.encoding.errors import DataError
 from splade_kernels.searching import exact, seismic
 from tests.searching.encoded import random_rows, to_csr, write_output
 from tests.searching.scifact import weighted
@@ -83,6 +84,6 @@ def test_nothing_to_find(tmp_path: Path) -> None:
 
 
 def test_without_the_library(monkeypatch: Any) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "seismic", None)
-    with pytest.raises(UsageError, match=r"pip install 'splade-kernels\[seismic\]'"):
+    monkeypatch.setitem(sys.modules, "seismic", None)
+    with pytest.raises(DataError, match=r"pip install 'splade-kernels\[seismic\]'"):
         seismic.library()
