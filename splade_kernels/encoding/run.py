@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import manifest as manifests
@@ -18,7 +19,7 @@ from .errors import DataError, UsageError
 from .files import locked
 from .identity import model_identity, tokenizer_sha256
 from .output import part_name
-from .parts import IDS, PartCounts, cut, part_files, read_counts, read_hashes, rows_digest, write_part
+from .parts import IDS, PartCounts, cut, part_files, read_counts, read_hashes, rows_digest, write_hashes, write_part
 from .progress import Progress
 from .ranks import Alone, join
 from .records import DEFAULT_FIELDS, Fields
@@ -223,10 +224,10 @@ class _Run:
                     f"--output {self.folder} cannot be continued: {part_name(number)} was made of other rows than "
                     f"those from {rows[0].place} on, though names and sizes are the same (--overwrite begins again)"
                 )
-            hashes = read_hashes(self.folder, number)
-            if hashes is not None and len(hashes) == len(rows):
-                return hashes
-        return id_hashes(row.id for row in rows)
+        hashes = id_hashes(row.id for row in rows)
+        if done and not np.array_equal(hashes, read_hashes(self.folder, number)):
+            write_hashes(self.folder, number, hashes)
+        return hashes
 
     @contextmanager
     def _watched(self, encoder: TextEncoder) -> Iterator[None]:
