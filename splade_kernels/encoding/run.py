@@ -110,12 +110,13 @@ class _Run:
                 stack.enter_context(locked(self.folder, self.progress.warn))
             encoder = self._encoder()
             shared = self.ranks.share(lambda: self._begin(encoder, corpus))
-            done = set(shared["done"])
-            if shared["complete"]:
-                return self._summary(self._counts(), shared["manifest"]["skipped"], True) if self.first else None
-            parts = self._encode(encoder, corpus, done)
-            self.ranks.wait_for_all()
-            summary = self._end(shared["manifest"], corpus, parts) if self.first else None
+            summary = None
+            if not shared["complete"]:
+                parts = self._encode(encoder, corpus, set(shared["done"]))
+                self.ranks.wait_for_all()
+                summary = self._end(shared["manifest"], corpus, parts) if self.first else None
+            elif self.first:
+                summary = self._summary(self._counts(), shared["manifest"]["skipped"], True)
             self.ranks.wait_for_first()
             return summary
 
@@ -261,9 +262,7 @@ class _Run:
             raise DataError(f"{self.options.input}: expected rows, got none{self._skipped(corpus)}")
         manifests.write_manifest(self.folder, manifests.completed(manifest, self.folder, counts, corpus.skipped))
         if corpus.skipped:
-            self.progress.warn(
-                f"{corpus.skipped:,} skipped, the first of them: {'; '.join(corpus.skipped_first)}"
-            )
+            self.progress.warn(f"{corpus.skipped:,} skipped, the first of them: {'; '.join(corpus.skipped_first)}")
         return self._summary(counts, corpus.skipped, False)
 
     def _skipped(self, corpus: Corpus) -> str:

@@ -1,4 +1,4 @@
-"""``splade-kernels encode`` in processes of their own that can be killed, forked from one that has the imports behind it."""
+"""``splade-kernels encode`` in processes that can be killed, forked from one that has the imports behind it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def start_ranks(folder: Path, size: int, *arguments: Any, prepare: Callable[[], 
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [
-        start(folder / f"rank-{rank}.log", *arguments, prepare=prepare, RANK=str(rank), **common) for rank in range(size)
+        start(folder / f"rank-{rank}.log", *arguments, prepare=prepare, RANK=str(rank), **common)
+        for rank in range(size)
     ]
 
 

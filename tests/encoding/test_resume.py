@@ -13,7 +13,7 @@ import pytest
 
 from splade_kernels.encoding.stopping import stoppable
 from tests.encoding.models import ROOT, encode, model_folder, needs_squad, parts
-from tests.encoding.processes import Running, _CONTEXT, start
+from tests.encoding.processes import _CONTEXT, Running, start
 from tests.st_models import TEXTS
 
 DATA = ROOT.parent / "shared/data"
@@ -103,7 +103,10 @@ def test_a_signal_ends_the_run_and_the_command_goes_on(tmp_path, number, status)
     stopped.until(lambda: count(tmp_path / "stopped") > 1)
     stopped.signal(number)
     assert stopped.wait() == status
-    assert stopped.said == f"splade-kernels: stopped by {signal.Signals(number).name}; the same command goes on from here\n"
+    assert (
+        stopped.said
+        == f"splade-kernels: stopped by {signal.Signals(number).name}; the same command goes on from here\n"
+    )
     left = parts(tmp_path / "stopped")
     assert 4 <= len(left) < 60
     assert not list((tmp_path / "stopped").rglob("*.tmp"))
@@ -240,7 +243,12 @@ def test_counts_survive(tmp_path):
     """Rows, empty, skipped and truncated of a run in two steps are those of one."""
     corpus = synthetic(tmp_path / "c.jsonl", 60)
     lines = corpus.read_text().splitlines()
-    for index, line in ((2, "no JSON"), (3, '{"_id": "e", "text": ""}'), (50, "no JSON"), (51, '{"_id": "f", "text": " "}')):
+    for index, line in (
+        (2, "no JSON"),
+        (3, '{"_id": "e", "text": ""}'),
+        (50, "no JSON"),
+        (51, '{"_id": "f", "text": " "}'),
+    ):
         lines[index] = line
     corpus.write_text("\n".join(lines))
     arguments = ("--on-error", "skip", "--max-length", 16, "--quiet")
