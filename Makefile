@@ -54,6 +54,7 @@ report: $(VENV)/.ready
 	$(RUN) -m bench.short_sequences --document docs/kernels.md
 	$(RUN) -m tests.tf_models --document docs/transformers.md
 	$(RUN) -m tests.cli.help_page --document docs/command-line.md
+	$(RUN) -m tests.encoding.bad_input --document docs/encoding.md
 
 # On a GPU, into $(OUT): what runs and what it costs (3.5 minutes), the tuner (3), the benchmarks (4), or all. docs/gpu.md.
 # Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.

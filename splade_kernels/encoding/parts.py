@@ -69,10 +69,13 @@ def write_part(folder: Path, number: int, rows: Sequence[Row], hashes: Hashes, e
     """
     counts = PartCounts(number, len(rows), encoded.empty, encoded.truncated, len(encoded.indices), rows_digest(rows))
     table = encoded.to_arrow([row.id for row in rows]).replace_schema_metadata({KEY: json.dumps(asdict(counts))})
-    # Before the part: where there is a part, there are its hashes.
-    write_whole(ids_path(folder, number), lambda file: file.write(hashes.astype("<u8").tobytes()))
+    write_hashes(folder, number, hashes)  # before the part: where there is a part, there are its hashes
     write_whole(folder / part_name(number), lambda file: pq.write_table(table, file, compression="zstd"))
     return counts
+
+
+def write_hashes(folder: Path, number: int, hashes: Hashes) -> None:
+    write_whole(ids_path(folder, number), lambda file: file.write(hashes.astype("<u8").tobytes()))
 
 
 def read_counts(path: Path) -> PartCounts | None:
@@ -95,8 +98,9 @@ def part_files(folder: Path) -> dict[int, Path]:
     return {number: named[number] for number in sorted(named) if named[number].name == part_name(number)}
 
 
-def read_hashes(folder: Path, number: int) -> Hashes | None:
+def read_hashes(folder: Path, number: int) -> Hashes:
+    """Those beside a part, none where there is no such file."""
     try:
         return np.fromfile(ids_path(folder, number), "<u8").astype(np.uint64)
-    except OSError:
-        return None
+    except FileNotFoundError:
+        return np.empty(0, np.uint64)

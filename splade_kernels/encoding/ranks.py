@@ -127,16 +127,18 @@ class Ranks(Alone):
     def wait_for_first(self) -> None:
         if self.rank == 0:
             self.store.set("finished", "")
-            # It may be this process that keeps the store.
-            deadline = time.monotonic() + LAST_WORDS
-            while self._count("left") < self.world_size - 1 and time.monotonic() < deadline:
-                time.sleep(LOOK)
         else:
             self._wait("finished", 0)
-            self.store.add("left", 1)
+        self.leave()
 
-    def _count(self, key: str) -> int:
-        return int(self.store.add(key, 0))
+    def leave(self) -> None:
+        """The last that a rank has to do with the store. Rank 0, which may be the one that keeps it, goes last."""
+        if self.rank != 0:
+            self.store.add("left", 1)
+            return
+        deadline = time.monotonic() + LAST_WORDS
+        while int(self.store.add("left", 0)) < self.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(LOOK)
 
     def failing(self) -> AbstractContextManager[object]:
         return _Telling(self)
@@ -155,23 +157,15 @@ class _Telling:
         ranks = self.ranks
         status = error.status if isinstance(error, CommandError) else 1
         message = f"rank {ranks.rank}: {error}"
-        try:
-            if isinstance(error, Elsewhere):
-                ranks.store.add("left", 1)
-                return
+        with suppress(RuntimeError):  # the store is gone: the error itself is what can be said
             said = json.dumps({"status": status, "message": message, "rank": ranks.rank})
             first = json.loads(ranks.store.compare_set("error", "", said))
-            if first["rank"] == ranks.rank:
-                deadline = time.monotonic() + LAST_WORDS
-                while ranks.rank == 0 and ranks._count("left") < ranks.world_size - 1 and time.monotonic() < deadline:
-                    time.sleep(LOOK)
-            else:
-                ranks.store.add("left", 1)
+            ranks.leave()
+            if first["rank"] != ranks.rank:
                 raise Elsewhere(first["status"], first["message"]) from error
-        except RuntimeError:  # the store is gone: the error itself is what can be said
-            pass
         if isinstance(error, CommandError):
-            named = type(error)(message) if type(error) in (DataError, UsageError) else error
+            named = CommandError(message)
+            named.status = error.status
             raise named from error
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import manifest as manifests
@@ -18,7 +19,7 @@ from .errors import DataError, UsageError
 from .files import locked
 from .identity import model_identity, tokenizer_sha256
 from .output import part_name
-from .parts import IDS, PartCounts, cut, part_files, read_counts, read_hashes, rows_digest, write_part
+from .parts import IDS, PartCounts, cut, part_files, read_counts, read_hashes, rows_digest, write_hashes, write_part
 from .progress import Progress
 from .ranks import Alone, join
 from .records import DEFAULT_FIELDS, Fields
@@ -109,12 +110,13 @@ class _Run:
                 stack.enter_context(locked(self.folder, self.progress.warn))
             encoder = self._encoder()
             shared = self.ranks.share(lambda: self._begin(encoder, corpus))
-            done = set(shared["done"])
-            if shared["complete"]:
-                return self._summary(self._counts(), shared["manifest"]["skipped"], True) if self.first else None
-            parts = self._encode(encoder, corpus, done)
-            self.ranks.wait_for_all()
-            summary = self._end(shared["manifest"], corpus, parts) if self.first else None
+            summary = None
+            if not shared["complete"]:
+                parts = self._encode(encoder, corpus, set(shared["done"]))
+                self.ranks.wait_for_all()
+                summary = self._end(shared["manifest"], corpus, parts) if self.first else None
+            elif self.first:
+                summary = self._summary(self._counts(), shared["manifest"]["skipped"], True)
             self.ranks.wait_for_first()
             return summary
 
@@ -223,10 +225,10 @@ class _Run:
                     f"--output {self.folder} cannot be continued: {part_name(number)} was made of other rows than "
                     f"those from {rows[0].place} on, though names and sizes are the same (--overwrite begins again)"
                 )
-            hashes = read_hashes(self.folder, number)
-            if hashes is not None and len(hashes) == len(rows):
-                return hashes
-        return id_hashes(row.id for row in rows)
+        hashes = id_hashes(row.id for row in rows)
+        if done and not np.array_equal(hashes, read_hashes(self.folder, number)):
+            write_hashes(self.folder, number, hashes)
+        return hashes
 
     @contextmanager
     def _watched(self, encoder: TextEncoder) -> Iterator[None]:
@@ -260,9 +262,7 @@ class _Run:
             raise DataError(f"{self.options.input}: expected rows, got none{self._skipped(corpus)}")
         manifests.write_manifest(self.folder, manifests.completed(manifest, self.folder, counts, corpus.skipped))
         if corpus.skipped:
-            self.progress.warn(
-                f"{corpus.skipped:,} skipped, the first of them: {'; '.join(corpus.skipped_first)}"
-            )
+            self.progress.warn(f"{corpus.skipped:,} skipped, the first of them: {'; '.join(corpus.skipped_first)}")
         return self._summary(counts, corpus.skipped, False)
 
     def _skipped(self, corpus: Corpus) -> str:

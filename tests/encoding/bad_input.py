@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,6 @@ from bench.tables.markdown import replace_block, table
 BEGIN = "<!-- bad input: python -m tests.encoding.bad_input --document docs/encoding.md -->"
 END = "<!-- bad input end -->"
 GOOD = b'{"_id": "a", "text": "water"}\n'
-
-
-def jsonl(*lines: str | bytes) -> bytes:
-    return b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines)
 
 
 def parquet(columns: dict[str, object]) -> Callable[[Path], object]:
@@ -98,11 +93,14 @@ CASES = [
     Case("a title that is a list", "c.jsonl", GOOD + b'{"_id": "b", "title": ["bees"], "text": "bees"}\n',
          'c.jsonl, line 2: title: expected a string or null, got ["bees"]'),
     Case("an id twice", "c.jsonl", GOOD + b'{"_id": "b", "text": "bees"}\n' + GOOD,
-         "c.jsonl, line 3: _id: expected an id that no other row has, got 'a', which c.jsonl, line 1 has", skipped=None),
+         "c.jsonl, line 3: _id: expected an id that no other row has, got 'a', which c.jsonl, line 1 has",
+         skipped=None),
     Case("an id twice, as integer and string", "c.jsonl", b'{"_id": 7, "text": "x"}\n{"_id": "7", "text": "y"}\n',
-         "c.jsonl, line 2: _id: expected an id that no other row has, got '7', which c.jsonl, line 1 has", skipped=None),
+         "c.jsonl, line 2: _id: expected an id that no other row has, got '7', which c.jsonl, line 1 has",
+         skipped=None),
     Case("an id in two files", "folder", {"a.jsonl": GOOD, "b.jsonl": GOOD},
-         "b.jsonl, line 1: _id: expected an id that no other row has, got 'a', which a.jsonl, line 1 has", skipped=None),
+         "b.jsonl, line 1: _id: expected an id that no other row has, got 'a', which a.jsonl, line 1 has",
+         skipped=None),
     Case("no rows", "c.jsonl", b"\n", "c.jsonl: expected rows, got none", skipped=None),
     Case("a gzip file that is cut off", "c.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-8],
          "c.jsonl.gz, after line 1: expected a whole gzip file, got: Compressed file ended before the end-of-stream "
@@ -142,7 +140,7 @@ CASES = [
          f"folder: expected files that end in {_SUFFIXES}, got notes.txt", skipped=None, status=2),
     Case("an empty folder", "folder", {"sub/a.jsonl": GOOD},
          f"folder: expected files that end in {_SUFFIXES}, got none", skipped=None),
-    Case("a split that a saved dataset lacks", "folder", {"dataset_dict.json": json.dumps({"splits": ["test"]}).encode()},
+    Case("a split that a saved dataset lacks", "folder", {"dataset_dict.json": b'{"splits": ["test"]}'},
          "--split: expected one of 'test' (folder), got 'train'", skipped=None, status=2),
 ]  # fmt: skip
 

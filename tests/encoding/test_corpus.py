@@ -64,7 +64,9 @@ def test_a_suffix_in_capitals(tmp_path):
 
 def test_integers_become_strings(tmp_path):
     path = tmp_path / "c.jsonl"
-    path.write_text('{"_id": 7, "text": "x"}\n{"_id": -123456789012345678901234567890, "text": "y"}\n{"_id": 0, "text": "z"}\n')
+    path.write_text(
+        '{"_id": 7, "text": "x"}\n{"_id": -123456789012345678901234567890, "text": "y"}\n{"_id": 0, "text": "z"}\n'
+    )
     assert [name for name, _ in read(path)] == ["7", "-123456789012345678901234567890", "0"]
     pq.write_table(pa.table({"_id": pa.array([7, 2**63], pa.uint64()), "text": ["x", "y"]}), tmp_path / "c.parquet")
     assert [name for name, _ in read(tmp_path / "c.parquet")] == ["7", str(2**63)]
@@ -72,7 +74,9 @@ def test_integers_become_strings(tmp_path):
 
 def test_fields_by_name(tmp_path):
     path = tmp_path / "c.jsonl"
-    path.write_text('{"docno": "a", "body": "x", "headline": "T", "title": "no", "text": "no"}\n{"docno": "b", "body": "y"}\n')
+    path.write_text(
+        '{"docno": "a", "body": "x", "headline": "T", "title": "no", "text": "no"}\n{"docno": "b", "body": "y"}\n'
+    )
     fields = Fields("docno", "body", "headline")
     assert read(path, fields) == [("a", "T x"), ("b", "y")]
     assert read(path, fields._replace(title="")) == [("a", "x"), ("b", "y")]
@@ -125,7 +129,11 @@ def test_a_large_row_group_is_not_read_whole(tmp_path):
     texts = [f"{index:x}" * 200 for index in range(1 << 24, (1 << 24) + 40_000)]
     names = [str(index) for index in range(len(texts))]
     pq.write_table(
-        pa.table({"_id": names, "text": texts}), path, row_group_size=len(texts), use_dictionary=False, compression="none"
+        pa.table({"_id": names, "text": texts}),
+        path,
+        row_group_size=len(texts),
+        use_dictionary=False,
+        compression="none",
     )
     del texts, names
     before, peak = pa.total_allocated_bytes(), 0
@@ -136,7 +144,9 @@ def test_a_large_row_group_is_not_read_whole(tmp_path):
     assert peak < path.stat().st_size / 4
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_kinds_of_string_columns(tmp_path, kind):
     texts = pa.array(["x", "y", "x"]).cast(kind) if kind != pa.string_view() else pa.array(["x", "y", "x"], kind)
     table = pa.table({"_id": [1, 2, 3], "text": texts, "other": [[1]] * 3})
@@ -222,7 +232,9 @@ def test_a_dataset_of_the_hub(hub, tmp_path, monkeypatch):
     assert hub[1] == ("squad", None, {"split": "train", "streaming": True})
     with pytest.raises(DataError, match=r"^squad \(train\): expected one column 'docno', got the columns '_id', "):
         read("squad", Fields(id="docno"))
-    with pytest.raises(DataError, match=r"^nobody/nothing: no such file, and no dataset of the hub: DatasetNotFoundError"):
+    with pytest.raises(
+        DataError, match=r"^nobody/nothing: no such file, and no dataset of the hub: DatasetNotFoundError"
+    ):
         open_corpus("nobody/nothing")
 
 
