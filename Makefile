@@ -53,6 +53,8 @@ report: $(VENV)/.ready
 		--numerics docs/numerics.md --figures docs/bench
 	$(RUN) -m bench.short_sequences --document docs/kernels.md
 	$(RUN) -m tests.tf_models --document docs/transformers.md
+	$(RUN) -m tests.cli.help_page --document docs/command-line.md
+	$(RUN) -m tests.encoding.bad_input --document docs/encoding.md
 
 # On a GPU, into $(OUT): what runs and what it costs (4.6 minutes), the tuner (3.4), the benchmarks (4.6), or all. docs/gpu.md.
 # Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.

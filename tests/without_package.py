@@ -1,4 +1,4 @@
-"""Other processes, in which ``splade_kernels`` cannot be imported: what is saved must load there."""
+"""Other processes, in which a package cannot be imported: what ``splade_kernels`` saves must load without it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ import torch
 from torch import Tensor
 
 _BLOCKED = """
+import importlib
 import sys
 import torch
 
+PACKAGE = sys.argv.pop(1)
+
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "splade_kernels":
-            raise ImportError("splade_kernels cannot be imported here")
+        if name.split(".")[0] == PACKAGE:
+            raise ModuleNotFoundError(f"{PACKAGE} cannot be imported here", name=name)
 
 sys.meta_path.insert(0, Blocked())
 try:
-    import splade_kernels
+    importlib.import_module(PACKAGE)
 except ImportError:
     pass
 else:
-    raise AssertionError("splade_kernels was imported")
+    raise AssertionError(f"{PACKAGE} was imported")
 """
 
 _ENCODE = """
@@ -37,10 +40,12 @@ torch.save([SparseEncoder(folder, device="cpu").encode(texts).to_dense() for fol
 """
 
 
-def run(code: str, *arguments: str | Path) -> None:
-    """``code`` with ``sys`` and ``torch`` imported, and the arguments in ``sys.argv``."""
+def run(code: str, *arguments: str | Path, package: str = "splade_kernels") -> str:
+    """``code`` with ``sys`` and ``torch`` imported, and the arguments in ``sys.argv``; returns what it prints."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", _BLOCKED + code, *arguments], check=True, env=environment, timeout=300)
+    command = [sys.executable, "-c", _BLOCKED + code, package, *arguments]
+    done = subprocess.run(command, check=True, env=environment, timeout=300, stdout=subprocess.PIPE, text=True)
+    return done.stdout
 
 
 def encode(folders: Sequence[str | Path], texts: list[str], scratch: Path) -> list[Tensor]:

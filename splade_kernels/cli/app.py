@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import typer
 
-from ..encoding.errors import DONE, CommandError
+from ..encoding.errors import DONE, FAILED, CommandError
 
-# In the order of their use; each is the function ``command`` of a module beside this one.
+# In the order of their use; each is the function ``command`` of a module beside this one, which may hold a class
+# ``Command`` that parses its options.
 COMMANDS = ("encode", "export", "search", "evaluate", "info", "estimate")
 
 app = typer.Typer(
@@ -22,7 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for name in COMMANDS:
-    app.command(name)(importlib.import_module(f".{name}", __package__).command)
+    module = importlib.import_module(f".{name}", __package__)
+    app.command(name, cls=getattr(module, "Command", None))(module.command)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -32,4 +34,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"splade-kernels: {error}", file=sys.stderr)
         return error.status
+    except ModuleNotFoundError as error:  # of the extra
+        if (error.name or "").split(".")[0] == "splade_kernels":
+            raise
+        print(f"splade-kernels: this needs {error.name}: pip install 'splade-kernels[cli]'", file=sys.stderr)
+        return FAILED
     return DONE
