@@ -18,11 +18,9 @@ def command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `splade-kernels encode` wrote.")],
     format: Annotated[FormatName, typer.Option(help="What is to read it (docs/formats.md).")],
     output: Annotated[Path, typer.Option(help="The file or folder to write; it must not exist.")],
-    scale: Annotated[
-        float | None, typer.Option(help="Multiply weights by this.", show_default="the format's")
-    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Multiply weights by this; default: the format's.")] = None,
     tokens: Annotated[
-        bool | None, typer.Option("--tokens/--ids", help="Name terms by token or by id.", show_default="the format's")
+        bool | None, typer.Option("--tokens/--ids", help="Name terms by token or by id; default: the format's.")
     ] = None,
 ) -> None:
     """Write an encoded corpus for a search engine."""

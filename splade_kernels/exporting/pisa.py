@@ -1,7 +1,7 @@
 """PISA's uncompressed collection: https://pisa.readthedocs.io, and pisa-engine/ciff, whose files these are.
 
-A sequence is its length and its numbers, all uint32, little-endian. A lexicon is the number of its texts, the offsets of
-their ends after a 0, all uint64, and the texts.
+A sequence is its length and its numbers, all uint32, little-endian. A lexicon is the number of its texts, 0 and the
+offsets of their ends, all uint64, and the texts.
 """
 
 from __future__ import annotations

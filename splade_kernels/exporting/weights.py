@@ -122,6 +122,8 @@ class Weights:
                 sums = Rows(rows.ids, rows.offsets, rows.indices, np.where(kept, scaled, 0)).sums
                 found.total += int(sums.sum())
                 found.largest_sum = max(found.largest_sum, int(sums.max(initial=0)))
+        if found.rows != self.output.rows:
+            raise DataError(f"{self.output.folder}: expected the manifest's {self.output.rows} rows, got {found.rows}")
         self._refuse(found, emptied, least)
         return found
 

@@ -58,7 +58,11 @@ def write_output(
     parts = []
     for number, first in enumerate(range(0, len(rows), rows_per_part)):
         some = slice(first, first + rows_per_part)
-        columns = [ids[some], [sorted(row) for row in rows[some]], [[row[i] for i in sorted(row)] for row in rows[some]]]
+        columns = [
+            ids[some],
+            [sorted(row) for row in rows[some]],
+            [[row[i] for i in sorted(row)] for row in rows[some]],
+        ]
         path = folder / part_name(number)
         pq.write_table(pa.table(columns, schema=SCHEMA), path)
         hashed = hashlib.sha256(path.read_bytes()).hexdigest()
