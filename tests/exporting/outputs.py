@@ -48,7 +48,7 @@ def write_output(
     *,
     vocabulary: int = VOCABULARY,
     rows_per_part: int = 400,
-    model: str = "no/model",
+    model: str = "/no/model",
     tokenizer_sha256: str = "0" * 64,
     **manifest: Any,
 ) -> Encoded:

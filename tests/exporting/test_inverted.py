@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def read_lexicon(path: Path) -> list[str]:
     ends = np.frombuffer(data[8 : 16 + 8 * count], "<u8").astype(int)
     texts = data[16 + 8 * count :]
     assert ends[-1] == len(texts)
-    return [texts[first:last].decode() for first, last in zip(ends, ends[1:], strict=False)]
+    return [texts[first:last].decode() for first, last in itertools.pairwise(ends)]
 
 
 def test_pisas_collection_is_the_matrix(encoded, tmp_path) -> None:

@@ -18,7 +18,22 @@ from splade_kernels.exporting.terms import term_names
 from tests.exporting.outputs import Encoded, write_output
 from tests.st_models import backbone, sparse_encoder, tokenizer
 
-TOKENS = ["[PAD]", "hello", ".", "a.b", "wa lk", "\u00a0", "tab\t", "é", "[v1]", "x" * 101, "y" * 100, '"', "日本", "##s"]
+TOKENS = [
+    "[PAD]",
+    "hello",
+    ".",
+    "a.b",
+    "wa lk",
+    "\u00a0",
+    "tab\t",
+    "é",
+    "[v1]",
+    "x" * 101,
+    "y" * 100,
+    '"',
+    "日本",
+    "##s",
+]
 VOCABULARY = len(TOKENS) + 3
 
 

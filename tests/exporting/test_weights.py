@@ -112,7 +112,7 @@ def test_a_scale_that_loses_more_than_a_tenth_is_refused(small: int, refused: bo
 
 
 def test_a_row_whose_weights_add_up_beyond_32_bits_is_refused(tmp_path) -> None:
-    encoded = write_output(tmp_path / "encoded", [{term: 1.2e7 for term in range(2)}])
+    encoded = write_output(tmp_path / "encoded", [dict.fromkeys(range(2), 12000000.0)])
     with pytest.raises(UsageError, match="add up to 2400000000, beyond 2147483647"):
         export(encoded.folder, "pisa", tmp_path / "out", names="ids")
 
