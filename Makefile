@@ -53,6 +53,7 @@ report: $(VENV)/.ready
 		--numerics docs/numerics.md --figures docs/bench
 	$(RUN) -m bench.short_sequences --document docs/kernels.md
 	$(RUN) -m tests.tf_models --document docs/transformers.md
+	$(RUN) -m tests.export_formats --document docs/formats.md
 
 # On a GPU, into $(OUT): what runs and what it costs (3.5 minutes), the tuner (3), the benchmarks (4), or all. docs/gpu.md.
 # Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.

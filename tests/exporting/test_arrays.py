@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ def test_scipy_loads_the_matrix(encoded, tmp_path) -> None:
 
 def test_npz_holds_what_scipy_itself_saves(encoded, tmp_path) -> None:
     export(encoded.folder, "npz", tmp_path / "out.npz")
+    with zipfile.ZipFile(tmp_path / "out.npz") as archive:
+        assert {one.date_time for one in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     scipy.sparse.save_npz(tmp_path / "scipys.npz", encoded.matrix, compressed=False)
     found, expected = np.load(tmp_path / "out.npz"), np.load(tmp_path / "scipys.npz")
     for name in ("data", "indices", "indptr", "format", "shape"):

@@ -69,9 +69,14 @@ def bmp_query(query: np.ndarray) -> np.ndarray:
     return np.ceil(query * np.float32(32 / query.max())).astype(np.float64)
 
 
-def test_bmp_finds_what_exact_integer_scores_find(encoded, tmp_path, capfd) -> None:
+def test_bmp_finds_what_exact_integer_scores_find(tmp_path) -> None:
     """Exactly, on the weights that were written and the query's as it rounds them."""
     bmp = pytest.importorskip("bmp", reason=f"the package bmp {INSTALL}")
+    rows = random_rows(1500)
+    # Weights beyond 5, which are clipped: 5.1 would be 260, of 8 bits 4.
+    for row in range(20, 1500, 150):
+        rows[row] = {term: 5.05 + weight / 10 for term, weight in rows[row].items()}
+    encoded = write_output(tmp_path / "encoded", rows)
     export(encoded.folder, "ciff", tmp_path / "corpus.ciff", names="ids")
     bmp.ciff2bmp(str(tmp_path / "corpus.ciff"), str(tmp_path / "corpus.bmp"), 32, False)
     searcher = bmp.Searcher(str(tmp_path / "corpus.bmp"))

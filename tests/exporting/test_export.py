@@ -161,21 +161,25 @@ def small_and_large(tmp_path_factory) -> list[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc/self/status")
 @pytest.mark.parametrize("name", ["elasticsearch", "ciff", "pisa", "npz"])
 def test_the_memory_does_not_grow_with_the_corpus(name: str, small_and_large: list[Path], tmp_path) -> None:
-    """Of a process of its own: with ten times the rows no more than a quarter more, beyond what it imports."""
+    """Of a process of its own (getrusage would count its parent): beyond what it imports, 4 MiB of noise more."""
     script = (
-        "import resource, sys, pathlib\n"
+        "import sys, pathlib\n"
         "from splade_kernels.exporting import inverted\n"
         "inverted.POSTINGS_HELD = 1 << 18\n"
         "from splade_kernels.exporting.export import export\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "def peak():\n"
+        "    lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
+        "    return int(next(line for line in lines if line.startswith('VmHWM')).split()[1])\n"
+        "before = peak()\n"
         "export(pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]), names='ids')\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(peak() - before)"
     )
     grown = []
     for folder in small_and_large:
         command = [sys.executable, "-c", script, str(folder), name, str(tmp_path / folder.name)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600)
         grown.append(int(done.stdout) / 1024)
-    assert grown[1] < 1.25 * grown[0] + 4, grown
+    assert grown[1] < grown[0] + 4, grown

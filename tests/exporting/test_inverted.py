@@ -89,9 +89,11 @@ def test_numbers_at_the_limits_of_their_bytes(number: int) -> None:
     from ciff_toolkit.ciff_pb2 import PostingsList
 
     gaps, weights = np.array([0, number, 1, 0]), np.array([number, 1, number, 3])
-    message = PostingsList.FromString(ciff._encoded(gaps, weights).tobytes())
+    encoded, ends = ciff._encoded(gaps, weights)
+    message = PostingsList.FromString(encoded.tobytes())
     assert [(one.docid, one.tf) for one in message.postings] == list(zip(gaps.tolist(), weights.tolist(), strict=True))
-    assert message.SerializeToString() == ciff._encoded(gaps, weights).tobytes()
+    assert message.SerializeToString() == encoded.tobytes()
+    assert len(PostingsList.FromString(encoded[: ends[1]].tobytes()).postings) == 2
 
 
 def test_postings_are_the_same_however_few_are_held(encoded, tmp_path, monkeypatch) -> None:
