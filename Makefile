@@ -55,6 +55,7 @@ report: $(VENV)/.ready
 	$(RUN) -m tests.tf_models --document docs/transformers.md
 	$(RUN) -m tests.cli.help_page --document docs/command-line.md
 	$(RUN) -m tests.encoding.bad_input --document docs/encoding.md
+	$(RUN) -m tests.export_formats --document docs/formats.md
 
 # On a GPU, into $(OUT): what runs and what it costs (4.6 minutes), the tuner (3.4), the benchmarks (4.6), or all. docs/gpu.md.
 # Downloads nothing: it takes $(PYTHON) when that has a PyTorch that sees the GPU, else the virtual environment.
