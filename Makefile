@@ -23,6 +23,7 @@ APART := $(addprefix tests/,bench/test_resources.py bench/test_compiled.py bench
 	triton/test_specialization.py)
 test: SELECTION := -m "not slow"
 test-all: SELECTION := --hostile-cases 10000
+test-all: $(VENV)/.engines
 test test-all: $(VENV)/.ready extension
 	@interpreted=0; compiled=0; \
 	TRITON_INTERPRET=1 $(PYTEST) $(SELECTION) $(APART:%=--ignore=%) || interpreted=$$?; \
@@ -90,6 +91,14 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 		{ echo "$(PYTHON) cannot make virtual environments: install python3-venv (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[dev]"
+	@touch $@
+
+# Engines that the tests of encoding and of exports run, gigabytes with what they need: `make test` skips these tests
+# where they are missing. ciff-toolkit is installed alone, since it asks for a protobuf older than onnx does; it works
+# with this one.
+$(VENV)/.engines: $(VENV)/.ready
+	$(RUN) -m pip install --constraint constraints.txt --editable ".[dev,engines]"
+	$(RUN) -m pip install --constraint constraints.txt --no-deps ciff-toolkit
 	@touch $@
 
 clean:

@@ -296,11 +296,31 @@ def _load(options: EncoderOptions, device: str, dtype: torch.dtype) -> SparseEnc
         )
     except Exception as error:  # of any kind: files, the hub's client, the model's own code
         raise DataError(f"{options.model}: cannot be loaded as a SparseEncoder: {_one_line(error)}") from error
+    _check_no_weight_is_missing(options.model, model)
     try:
         fuse(model, screening=SCREENING[options.screening])
     except (TypeError, ValueError) as error:
         raise DataError(f"{options.model}: {_one_line(error)}") from error
     return model.eval()
+
+
+def _check_no_weight_is_missing(name: str, model: SparseEncoder) -> None:
+    """transformers fills weights that a checkpoint lacks, an encoder's missing head for example, with random numbers.
+
+    It marks the parameters that it has read. Adapters are read by PEFT, which marks none.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel) or getattr(module, "_hf_peft_config_loaded", False):
+            continue
+        read = {key: getattr(weight, "_is_hf_initialized", False) for key, weight in module.named_parameters()}
+        missing = [key for key, was_read in read.items() if not was_read]
+        if missing and len(missing) < len(read):
+            raise DataError(
+                f"{name}: the checkpoint lacks {len(missing)} weights of {type(module).__name__}, which would be "
+                f"random: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+            )
 
 
 def _prompt(model: SparseEncoder, name: str | None, task: str) -> str | None:

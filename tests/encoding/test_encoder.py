@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding
@@ -292,3 +293,15 @@ def test_texts_are_str(model_folder: str) -> None:
     encoder = TextEncoder(EncoderOptions(model_folder))
     with pytest.raises(TypeError, match=r"texts: expected str, got NoneType at 1"):
         encoder(["a", None])  # type: ignore[list-item]
+
+
+def test_a_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
+    """transformers would fill it with random numbers, and say so in a table among its messages."""
+    folder = Path(save(sparse_encoder(), tmp_path / "model"))
+    (path,) = folder.rglob("model.safetensors")
+    weights = load_file(path)
+    kept = {name: weight for name, weight in weights.items() if "vocab_" not in name and "cls." not in name}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"the checkpoint lacks \d weights of \w+ForMaskedLM, which would be random: "):
+        TextEncoder(EncoderOptions(str(folder)))
