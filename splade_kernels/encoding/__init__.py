@@ -6,4 +6,18 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batch import EncodeBatch
+
+__all__ = ["EncodeBatch"]
+
+
+def __getattr__(name: str) -> Any:
+    # Not before it is asked for: it imports pyarrow.
+    if name == "EncodeBatch":
+        from .batch import EncodeBatch
+
+        return EncodeBatch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -66,15 +66,15 @@ class EncoderOptions:
 
 
 class WeightError(DataError):
-    """A weight that is no finite number. ``row`` is the place of its text in the call."""
+    """A weight that is no finite number; ``row`` is the place of its text in the call."""
 
-    def __init__(self, message: str, row: int) -> None:
-        super().__init__(message, row)
-        self.message = message
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(row, reason)  # as pickle wants it
         self.row = row
+        self.reason = reason
 
     def __str__(self) -> str:
-        return self.message
+        return f"text {self.row}: {self.reason}"
 
 
 @dataclass
@@ -134,7 +134,7 @@ class TextEncoder:
     """
 
     def __init__(self, options: EncoderOptions) -> None:
-        _check(options)
+        check_options(options)
         self.options = options
         self.task = "query" if options.query else "document"
         self.device = _device(options.device)
@@ -243,7 +243,8 @@ class TextEncoder:
         return lost
 
 
-def _check(options: EncoderOptions) -> None:
+def check_options(options: EncoderOptions) -> None:
+    """Raises UsageError where an option is wrong whatever the model and the machine."""
     for name in ("max_length", "batch_tokens", "max_active_dims"):
         value = getattr(options, name)
         optional = " or None" * (name != "batch_tokens")
@@ -363,9 +364,9 @@ def _check_finite(rows: npt.NDArray[np.int64], indices: npt.NDArray[np.int32], v
     wrong = np.flatnonzero(~np.isfinite(values))
     if len(wrong):
         first = wrong[0]
-        row = int(rows[first])
         raise WeightError(
-            f"text {row}: expected finite weights, got {values[first]} for vocabulary id {indices[first]}", row
+            int(rows[first]),
+            f"expected finite weights, got {values[first]} for vocabulary id {indices[first]}",
         )
 
 

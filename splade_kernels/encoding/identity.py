@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ CONFIGURATIONS = ("config.json", "adapter_config.json", "router_config.json")
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _DEFAULT_ORGANIZATION = "sparse-encoder"  # of sentence-transformers, for a name without one
 _BLOCK = 1 << 20
+# Where sentence-transformers names the folders of a model's modules, and of a Router's.
+_LISTS: dict[str, Callable[[Any], Iterable[Any]]] = {
+    "modules.json": lambda modules: [module["path"] for module in modules],
+    "router_config.json": lambda router: router["types"],
+}
 
 
 def model_identity(model: str, revision: str | None = None) -> dict[str, str | None]:
@@ -81,24 +86,26 @@ def _snapshot(model: str, revision: str | None) -> Path:
 
 
 def _model_files(folder: Path) -> Iterator[Path]:
-    """Weights and configurations, of sentence-transformers' modules those in the folders that modules.json names."""
-    yield from _files_of(folder)
-    modules = folder / "modules.json"
-    if modules.is_file():
-        try:
-            paths = [str(module["path"]) for module in json.loads(modules.read_text())]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{modules}: expected a list of modules with their paths, got {error!r}") from error
-        for path in filter(None, paths):
-            for inner, _, _ in os.walk(folder / path):  # the routes of a Router are folders in its own
-                yield from _files_of(Path(inner))
-
-
-def _files_of(folder: Path) -> Iterator[Path]:
+    """Weights and configurations: the model's own, and those of the modules and routes of sentence-transformers."""
     files = [file for file in folder.iterdir() if file.is_file()]
     weights = [file for file in files if file.suffix == ".safetensors"]
     yield from weights or filter(_is_weights, files)
     yield from (file for file in files if file.name in CONFIGURATIONS)
+    for inner in filter(Path.is_dir, _inner_folders(folder)):
+        yield from _model_files(inner)
+
+
+def _inner_folders(folder: Path) -> Iterator[Path]:
+    """Those that sentence-transformers' lists in ``folder`` name; without such lists, none."""
+    for name, paths_of in _LISTS.items():
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            paths = [str(path) for path in paths_of(json.loads(file.read_text()))]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: expected a list of modules with their folders, got {error!r}") from error
+        yield from (folder / path for path in paths if path)
 
 
 def _is_weights(file: Path) -> bool:
