@@ -62,9 +62,9 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(runs, "run", lambda options, stop: given.append(options))
     arguments = """--model m --input in.jsonl --output out --text-field body --title-field headline --id-field docno
-    --split test --query --prompt-name p --max-length 9 --batch-tokens 10 --max-active-dims 11 --min-weight 0.25 --dtype float16
-    --device cuda:1 --screening off --rows-per-part 12 --limit 13 --threads 3 --on-error skip --revision r
-    --trust-remote-code --overwrite --quiet""".split()
+    --split test --query --prompt-name p --max-length 9 --batch-tokens 10 --max-active-dims 11 --min-weight 0.25
+    --dtype float16 --device cuda:1 --screening off --rows-per-part 12 --limit 13 --threads 3 --on-error skip
+    --revision r --trust-remote-code --overwrite --quiet""".split()
     with pytest.raises(SystemExit) as ended:
         run(["encode", *arguments])
     assert not ended.value.code
