@@ -44,8 +44,12 @@ class Alone:
     def takes(self, part: int) -> bool:
         return part % self.world_size == self.rank
 
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self.check = check
+
     def look(self) -> None:
-        """Called between batches: raises what another rank has failed of."""
+        """Called between batches: raises where this process is to stop, or another rank has failed."""
+        self.check()
 
     def share(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, and the others wait for; JSON."""
@@ -65,7 +69,10 @@ class Alone:
 class Ranks(Alone):
     """This process among others, with a store that all of them reach."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, local_rank: int) -> None:
+    def __init__(
+        self, store: Any, rank: int, world_size: int, local_rank: int, check: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__(check)
         self.store = store
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self._looked = 0.0
@@ -79,6 +86,7 @@ class Ranks(Alone):
                 time.sleep(BEAT)
 
     def look(self) -> None:
+        self.check()
         now = time.monotonic()
         if now - self._looked < LOOK:
             return
@@ -169,8 +177,10 @@ class _Telling:
             raise named from error
 
 
-def join() -> Alone:
+def join(check: Callable[[], None] = lambda: None) -> Alone:
     """The ranks of this run by ``RANK`` and ``WORLD_SIZE`` in the environment; one process where there are none.
+
+    ``check`` is called whenever a rank looks for the errors of others, also while it waits for them.
 
     Raises:
         UsageError: they cannot be understood.
@@ -178,7 +188,7 @@ def join() -> Alone:
     """
     size = os.environ.get("WORLD_SIZE")
     if size is None or "RANK" not in os.environ or size == "1":
-        return Alone()
+        return Alone(check)
     try:
         rank, world_size = int(os.environ["RANK"]), int(size)
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -192,4 +202,4 @@ def join() -> Alone:
         store, _, _ = next(iter(rendezvous("env://", timeout=MOST_WAIT)))
     except (RuntimeError, ValueError) as error:
         raise DataError(f"rank {rank}: the other ranks cannot be reached: {' '.join(str(error).split())}") from error
-    return Ranks(PrefixStore("splade-kernels encode", store), rank, world_size, local_rank)
+    return Ranks(PrefixStore("splade-kernels encode", store), rank, world_size, local_rank, check)

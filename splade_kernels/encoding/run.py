@@ -79,7 +79,7 @@ def run(options: RunOptions, stop: Stop) -> Summary | None:
     ):
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-    ranks = join()
+    ranks = join(stop.check)
     with ranks.failing():
         try:
             return _Run(options, ranks, stop)()
@@ -199,7 +199,6 @@ class _Run:
         seen, number, before = Seen(), -1, corpus.fraction
         with self.progress, self._watched(encoder):
             for number, rows in enumerate(cut(corpus, self.options.rows_per_part)):
-                self.stop.check()
                 self.ranks.look()
                 hashes: Hashes | None = None
                 if self.first:
@@ -235,7 +234,6 @@ class _Run:
         """Look for signals and for other ranks' errors before each batch, and count its tokens, padding included."""
 
         def before_batch(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-            self.stop.check()
             self.ranks.look()
             features = inputs[0]
             if "input_ids" in features:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -159,6 +160,24 @@ def test_a_signal_to_one_rank_ends_all(tmp_path, number, status):
         == f"splade-kernels: rank 1: stopped by {signal.Signals(number).name}; the same command goes on from here\n"
     )
     assert processes[0].said == ""
+
+
+def _rank_one_hangs() -> None:
+    if os.environ["RANK"] == "1":
+        _hang()
+    else:
+        impatient()
+
+
+def test_a_rank_that_waits_for_others_can_be_stopped(corpus, tmp_path):
+    processes = start_ranks(
+        tmp_path, 2, *options(corpus), "--limit", 20, "--output", tmp_path / "out", prepare=_rank_one_hangs
+    )
+    processes[0].until(lambda: count(tmp_path / "out") == 2)
+    processes[0].signal(signal.SIGINT)
+    assert processes[0].wait() == 130
+    (tmp_path / "go").touch()
+    processes[1].wait()
 
 
 @pytest.mark.slow
