@@ -288,7 +288,7 @@ def _encoded(encoder: TextEncoder, rows: list[Row]) -> Encoded:
         return encoder([row.text for row in rows])
     except WeightError as error:
         row = rows[error.row]
-        raise DataError(f"{row.place}: {row.id!r}: {error}") from error
+        raise DataError(f"{row.place}: {row.id!r}: {error.reason}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise DataError(f"{rows[0].place} and what follows: out of memory: lower --batch-tokens") from error
 

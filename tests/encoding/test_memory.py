@@ -42,7 +42,8 @@ def short_texts(rows: int) -> dict[str, list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_200_000_short_texts_take_little_more_than_20_000(tmp_path, suffix):
-    """At most 1.1 times the peak, the hashes of the ids included."""
+    """At most 1.1 times the peak, the hashes of the ids included. Most of either are the libraries: to hold the rows
+    themselves takes 50 MiB more, which is less than a tenth."""
     peaks = {}
     for rows in (20_000, 200_000):
         columns, path = short_texts(rows), tmp_path / f"{rows}{suffix}"
@@ -53,3 +54,4 @@ def test_200_000_short_texts_take_little_more_than_20_000(tmp_path, suffix):
             path.write_text("".join(json.dumps({"_id": name, "text": text}) + "\n" for name, text in pairs))
         peaks[rows] = peak_kib(path, tmp_path / f"out-{rows}")
     assert peaks[200_000] <= 1.1 * peaks[20_000], peaks
+    assert peaks[200_000] <= peaks[20_000] + (30 << 10), peaks

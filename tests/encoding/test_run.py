@@ -293,12 +293,12 @@ def test_weights_that_are_not_finite_name_the_row(corpus, tmp_path, capsys, monk
     from splade_kernels.encoding.encoder import WeightError
 
     def fails(texts):
-        raise WeightError("text 2: expected finite weights, got nan for vocabulary id 7", 2)
+        raise WeightError(2, "expected finite weights, got nan for vocabulary id 7")
 
     real = runs._encoded
     monkeypatch.setattr(runs, "_encoded", lambda encoder, rows: real(fails, rows))
     assert again(corpus, tmp_path / "out") == 1
-    assert "corpus.jsonl, line 3: 'd2': text 2: expected finite weights" in capsys.readouterr().err
+    assert "corpus.jsonl, line 3: 'd2': expected finite weights, got nan" in capsys.readouterr().err
 
 
 def test_equal_hashes_of_different_ids_are_no_duplicates(corpus, output, tmp_path, monkeypatch):
