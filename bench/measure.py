@@ -66,9 +66,10 @@ def default_cases(kind: str, device: torch.device) -> list[str]:
 
 
 def default_variants(kind: str) -> Sequence[str]:
-    return {"encode": ("stock", "ours", encode.SPARSE, *encode.ONNX), "screening": variants.SCREENING}.get(
-        kind, variants.HEADS
-    )
+    return {
+        "encode": ("stock", "ours", encode.SPARSE, encode.COMMAND, *encode.ONNX),
+        "screening": variants.SCREENING,
+    }.get(kind, variants.HEADS)
 
 
 def default_precisions(kind: str, device: torch.device) -> list[str]:

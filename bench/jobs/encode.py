@@ -1,5 +1,6 @@
 """A whole ``encode`` of sentence-transformers: tokenizer, transformer, head, sparse embeddings. Stock, fused, by
-``encode_sparse``, and with the transformer in ONNX Runtime, its decoder inside or the exact head in its place.
+``encode_sparse``, by ``splade-kernels encode`` (a part, from the file to the file), and with the transformer in ONNX
+Runtime, its decoder inside or the exact head in its place.
 
 Before anything is timed, outputs are compared with the unscreened ones within the band that two summation orders span.
 A corpus is either unseen passages of SQuAD, for the model of :mod:`bench.inputs.text_model`, or random words or
@@ -10,6 +11,7 @@ passages, for a model with random weights of which about ``ACTIVE_TERMS`` vocabu
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,8 +35,9 @@ ACTIVE_TERMS = 200
 INT8 = ("onnx-int8", "onnx-encoder")
 ONNX = ("onnx", *INT8)
 SPARSE = "encode_sparse"
+COMMAND = "command"
 HEADS: dict[str, str | bool] = {**MODES, SPARSE: "auto"}
-VARIANTS = ("stock", *HEADS, *ONNX)
+VARIANTS = ("stock", *HEADS, COMMAND, *ONNX)
 # Largest relative error of an encoder in int8, of which 0.1 is usual: it must be an approximation, not another model.
 INT8_BOUND = 0.3
 
@@ -83,6 +86,8 @@ class Corpus:
             model = encoders.load(folder, self.length, str(device), ACTIVE_TERMS, sample)
         if name in ONNX:
             return _in_onnx(model, name)
+        if name == COMMAND:
+            return _of_the_command(model, precision)
         model.to(precision.dtype)
         return fuse(model, screening=HEADS[name]) if name in HEADS else model
 
@@ -93,6 +98,8 @@ class Corpus:
 
         def encode() -> Tensor:
             embeddings: Tensor
+            if name == COMMAND:
+                return _one_part(model, texts)
             if name == SPARSE:
                 embeddings = csr.join(encode_sparse(model, texts, batch_size=self.batch_size)).to_sparse_coo()
             else:
@@ -100,11 +107,40 @@ class Corpus:
             return embeddings.coalesce()
 
         def step() -> Tensors:
-            with precision.settings(), precision.forward(model.device):
+            with precision.settings(), precision.forward(torch.device(model.device)):
                 embeddings = encode()
             return embeddings.indices(), embeddings.values()
 
         return step
+
+
+def _of_the_command(model: Any, precision: Precision) -> Any:
+    """The model as ``splade-kernels encode`` loads it from a folder."""
+    from splade_kernels.encoding.encoder import EncoderOptions, TextEncoder
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, create_model_card=False)
+        dtype = str(precision.dtype).removeprefix("torch.")
+        return TextEncoder(EncoderOptions(folder, dtype=dtype, device=model.device.type))
+
+
+def _one_part(encoder: Any, texts: Sequence[str]) -> Tensor:
+    """What the command does with a part, from the file to the file, and the embeddings that it has written."""
+    from splade_kernels.encoding.corpus import open_corpus
+    from splade_kernels.encoding.duplicates import id_hashes
+    from splade_kernels.encoding.parts import IDS, cut, write_part
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / IDS).mkdir()
+        lines = (json.dumps({"_id": number, "text": text}) for number, text in enumerate(texts))
+        (folder / "corpus.jsonl").write_text("\n".join(lines))
+        (rows,) = cut(open_corpus(str(folder / "corpus.jsonl")), len(texts))
+        found = encoder([row.text for row in rows])
+        write_part(folder, 0, rows, id_hashes(row.id for row in rows), found)
+    row = torch.repeat_interleave(torch.from_numpy(found.offsets).diff())
+    indices = torch.stack([row, torch.from_numpy(found.indices).long()])
+    return torch.sparse_coo_tensor(indices, torch.from_numpy(found.values), (len(texts), encoder.vocabulary_size))
 
 
 def _in_onnx(model: Any, name: str) -> Any:

@@ -11,6 +11,7 @@ WAYS = {
     "stock": "`encode`, stock",
     "ours": "`encode`, fused",
     "encode_sparse": "`encode_sparse`, fused",
+    "command": "`splade-kernels encode`, a part",
     "onnx": "ONNX Runtime",
     "onnx-int8": "ONNX Runtime, int8",
     "onnx-encoder": "int8 encoder in ONNX Runtime, exact head",
