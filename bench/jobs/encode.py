@@ -137,7 +137,7 @@ def _one_part(encoder: Any, texts: Sequence[str]) -> Tensor:
         (folder / "corpus.jsonl").write_text("\n".join(lines))
         (rows,) = cut(open_corpus(str(folder / "corpus.jsonl")), len(texts))
         found = encoder([row.text for row in rows])
-        write_part(folder, 0, rows, id_hashes(row.id for row in rows), found)
+        write_part(folder, 0, rows, id_hashes(row.id for row in rows), found, "")
     row = torch.repeat_interleave(torch.from_numpy(found.offsets).diff())
     indices = torch.stack([row, torch.from_numpy(found.indices).long()])
     return torch.sparse_coo_tensor(indices, torch.from_numpy(found.values), (len(texts), encoder.vocabulary_size))

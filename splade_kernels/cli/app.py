@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,11 @@ for name in COMMANDS:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, or exits with that of a wrong command line, 2."""
     try:
+        # Ends like an error, so that what is written under a temporary name goes; `encode` ends after a batch instead.
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    except ValueError:  # not in the main thread
+        before = None
+    try:
         app(args=arguments, prog_name="splade-kernels")
     except CommandError as error:
         print(f"splade-kernels: {error}", file=sys.stderr)
@@ -39,4 +45,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"splade-kernels: this needs {error.name}: pip install 'splade-kernels[cli]'", file=sys.stderr)
         return FAILED
+    except OSError as error:  # what is left is the standard output
+        print(f"splade-kernels: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        return FAILED
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return DONE

@@ -61,7 +61,7 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
 ) -> None:
     """Encode a corpus into a folder of sparse vectors (Parquet). The same command again goes on where it was ended."""
-    # Before what takes long to import: Ctrl-C has its meaning from the start.
+    # Before sentence-transformers is imported, which takes long: Ctrl-C has its meaning from here on.
     with stoppable() as stop:
         try:
             from ..encoding.encoder import EncoderOptions

@@ -77,6 +77,8 @@ class EncodeBatch:
 
     def _ids(self, batch: pa.Table | pa.RecordBatch) -> pa.Array:
         column = _column(batch, self.id_field)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
         if pa.types.is_integer(column.type):
             column = column.cast(pa.string())
         ids = _strings(column, self.id_field, "strings or integers")
@@ -94,7 +96,7 @@ class EncodeBatch:
         return pc.if_else(pc.equal(titles, ""), texts, pc.binary_join_element_wise(titles, texts, " "))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _encoder(options: EncoderOptions) -> TextEncoder:
     """One in each process: Spark makes a new object of :class:`EncodeBatch` for each partition."""
     return TextEncoder(options)

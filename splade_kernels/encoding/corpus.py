@@ -191,7 +191,7 @@ def _folder_sources(folder: Path, split: str) -> tuple[list[Source], str | None]
 
 def _json(path: Path, key: str) -> Any:
     try:
-        return json.loads(path.read_text())[key]
+        return json.loads(path.read_bytes())[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected what datasets.save_to_disk writes, got {error!r}") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 from .errors import UsageError
 from .files import temporary_name, write_whole
 from .output import FORMAT_VERSION, MANIFEST
-from .parts import IDS, PartCounts, ids_path, part_files, read_counts
+from .parts import IDS, PartCounts, hash_files, ids_path, part_files, read_counts
 
 PACKAGES = ("splade-kernels", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "pyarrow")
 _BLOCK = 1 << 20
@@ -53,7 +53,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {folder}: {MANIFEST} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or "format_version" not in manifest:
+    if not isinstance(manifest, dict) or not {"format_version", "resolved", "parts"} <= manifest.keys():
         raise UsageError(f"--output {folder}: {MANIFEST}: expected that of an output of this command")
     return manifest
 
@@ -143,7 +143,8 @@ def file_sha256(path: Path) -> str:
 
 def is_ours(folder: Path, number: int) -> bool:
     """Whether a file that is called like a part is one, though perhaps damaged."""
-    return ids_path(folder, number).exists() or read_counts(part_files(folder)[number]) is not None
+    counts = read_counts(part_files(folder)[number])
+    return ids_path(folder, number).exists() if counts is None else counts.part == number
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -160,7 +161,7 @@ def remove_output(folder: Path, manifest: Mapping[str, Any]) -> None:
     for number, path in part_files(folder).items():
         if path.name in named or is_ours(folder, number):
             path.unlink()
-    for path in (folder / IDS).glob("part-*.u64"):
+    for path in hash_files(folder):
         path.unlink()
     remove_leftovers(folder)
     if (folder / IDS).is_dir() and not any((folder / IDS).iterdir()):

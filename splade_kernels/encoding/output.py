@@ -67,7 +67,7 @@ def open_output(folder: Path) -> Output:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{folder}: expected the output of `splade-kernels encode`, got no {MANIFEST}") from error
     except (OSError, ValueError) as error:
@@ -75,6 +75,9 @@ def open_output(folder: Path) -> Output:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: format_version: expected {FORMAT_VERSION}, got {version!r}")
-    if not manifest.get("complete"):
+    missing = {"model", "tokenizer_sha256", "vocabulary_size", "parts", "rows", "complete"} - manifest.keys()
+    if missing:
+        raise DataError(f"{path}: expected that of an output of `splade-kernels encode`, got none of {min(missing)!r}")
+    if not manifest["complete"]:
         raise DataError(f"{folder}: expected a complete output, got one whose encoding has not ended: run it again")
     return Output(folder, manifest)

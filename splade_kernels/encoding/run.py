@@ -19,7 +19,18 @@ from .errors import DataError, UsageError
 from .files import locked
 from .identity import model_identity, tokenizer_sha256
 from .output import part_name
-from .parts import IDS, PartCounts, cut, part_files, read_counts, read_hashes, rows_digest, write_hashes, write_part
+from .parts import (
+    IDS,
+    PartCounts,
+    cut,
+    encoding_digest,
+    part_files,
+    read_counts,
+    read_hashes,
+    rows_digest,
+    write_hashes,
+    write_part,
+)
 from .progress import Progress
 from .ranks import Alone, join
 from .records import DEFAULT_FIELDS, Fields
@@ -112,7 +123,7 @@ class _Run:
             shared = self.ranks.share(lambda: self._begin(encoder, corpus))
             summary = None
             if not shared["complete"]:
-                parts = self._encode(encoder, corpus, set(shared["done"]))
+                parts = self._encode(encoder, corpus, set(shared["done"]), shared["encoding"])
                 self.ranks.wait_for_all()
                 summary = self._end(shared["manifest"], corpus, parts) if self.first else None
             elif self.first:
@@ -138,9 +149,12 @@ class _Run:
         model = model_identity(self.options.encoder.model, self.options.encoder.revision)
         resolved = self._resolved(encoder, corpus, model["sha256"])
         found = manifests.read_manifest(self.folder)
-        if found is not None and self.options.overwrite:
-            manifests.remove_output(self.folder, found)
-            found = None
+        if found is not None:
+            self._check_parts()
+            # Nothing is lost where nothing was made: of bad data in the first part, or of too little memory.
+            if self.options.overwrite or not (found.get("complete") or part_files(self.folder)):
+                manifests.remove_output(self.folder, found)
+                found = None
         if found is None:
             given = {**asdict(self.options.encoder), **asdict(self.options), "fields": self.options.fields._asdict()}
             del given["encoder"]
@@ -156,21 +170,30 @@ class _Run:
             manifests.check_resumable(self.folder, found, resolved)
         (self.folder / IDS).mkdir(exist_ok=True)
         manifests.remove_leftovers(self.folder)
-        done = []
+        done, encoding = [], encoding_digest(resolved)
         for number, path in part_files(self.folder).items():
             counts = read_counts(path)
-            if counts is not None and counts.part == number:
-                done.append(number)
-            elif manifests.is_ours(self.folder, number):
+            if counts is None:
                 self.progress.warn(f"{path}: damaged, and encoded again")
+            elif counts.encoding_blake2b == encoding:
+                done.append(number)
             else:
-                raise UsageError(f"{path}: expected a part of this output, got another file")
+                raise UsageError(
+                    f"{path}: expected a part of this output, got one of another model or with other options "
+                    "(--overwrite begins again)"
+                )
         complete = bool(found["complete"]) and len(done) == len(found["parts"])
         if found["complete"] and not complete:
             # Until all parts are there again.
             found = {**found, "complete": False}
             manifests.write_manifest(self.folder, found)
-        return {"manifest": found, "done": done, "complete": complete}
+        return {"manifest": found, "done": done, "complete": complete, "encoding": encoding}
+
+    def _check_parts(self) -> None:
+        """Raises where a file is called like a part and is none, before anything is deleted or gone on from."""
+        for number, path in part_files(self.folder).items():
+            if not manifests.is_ours(self.folder, number):
+                raise UsageError(f"{path}: expected a part of this output, got another file")
 
     def _resolved(self, encoder: TextEncoder, corpus: Corpus, model_sha256: str | None) -> dict[str, Any]:
         """What has to be the same for a run to be continued: all that changes a part, and which rows are in it."""
@@ -194,7 +217,7 @@ class _Run:
             "input": corpus.identity,
         }
 
-    def _encode(self, encoder: TextEncoder, corpus: Corpus, done: set[int]) -> int:
+    def _encode(self, encoder: TextEncoder, corpus: Corpus, done: set[int], encoding: str) -> int:
         """Encode the parts of this rank that are missing; returns how many the corpus has."""
         seen, number, before = Seen(), -1, corpus.fraction
         with self.progress, self._watched(encoder):
@@ -210,7 +233,7 @@ class _Run:
                     self.progress.start(before)
                     if hashes is None:
                         hashes = id_hashes(row.id for row in rows)
-                    counts = write_part(self.folder, number, rows, hashes, _encoded(encoder, rows))
+                    counts = write_part(self.folder, number, rows, hashes, _encoded(encoder, rows), encoding)
                     self.progress.part(counts.rows, counts.terms, corpus.fraction)
                 before = corpus.fraction
         return number + 1
@@ -290,7 +313,9 @@ def _encoded(encoder: TextEncoder, rows: list[Row]) -> Encoded:
         row = rows[error.row]
         raise DataError(f"{row.place}: {row.id!r}: {error.reason}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise DataError(f"{rows[0].place} and what follows: out of memory: lower --batch-tokens") from error
+        raise DataError(
+            f"{rows[0].place} and what follows: out of memory: lower --batch-tokens (--overwrite, if parts are there)"
+        ) from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..encoding.errors import DataError
 from .weights import Array, Rows, Survey, Weights
 
 
@@ -19,7 +20,7 @@ def write_npz(weights: Weights, found: Survey, path: Path) -> None:
         _write_array(archive, "format", np.array(b"csr"))
         _write_array(archive, "shape", np.array([found.rows, weights.output.vocabulary_size], np.int64))
         width = max(found.longest_id, 1)
-        ids = (np.array(rows.ids.to_pylist(), f"<U{width}") for rows in weights)
+        ids = (_fixed_width(rows.ids.to_pylist(), width) for rows in weights)
         _write_stream(archive, "ids", f"<U{width}", found.rows, ids)
 
 
@@ -32,6 +33,13 @@ def write_lsr_benchmark(weights: Weights, found: Survey, folder: Path) -> None:
     with (folder / kind / f"{kind}-ids.txt").open("w", encoding="utf-8", newline="\n") as file:
         for rows in weights:
             file.writelines(f"{row}\n" for row in rows.ids.to_pylist())
+
+
+def _fixed_width(ids: list[str], width: int) -> Array:
+    for name in ids:
+        if name.endswith("\0"):  # which NumPy takes for its padding
+            raise DataError(f"id: expected one that does not end in a NUL character, got {name!r}")
+    return np.array(ids, f"<U{width}")
 
 
 def _write_csr(weights: Weights, found: Survey, archive: zipfile.ZipFile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -81,10 +82,9 @@ def _write_beside(weights: Weights, found: Survey, terms: list[str], path: Path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _write(weights: Weights, found: Survey, terms: list[str], path: Path) -> None:

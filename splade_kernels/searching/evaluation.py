@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,16 @@ def evaluate(run: Path, qrels: Path, metrics: Sequence[str] = METRICS) -> Evalua
     measures = {name: _parse(ir_measures, name) for name in dict.fromkeys(metrics)}
     judged, ranked = read_qrels(qrels), read_run(run)
     found = {query: documents for query, documents in ranked.items() if query in judged}
-    values = ir_measures.calc_aggregate(measures.values(), judged, found)
+    # Not ir-measures' own mean: some metrics leave out a query that is missing, others are sums.
+    values = {measure: dict.fromkeys(judged, 0.0) for measure in measures.values()}
+    try:
+        for one in ir_measures.iter_calc(values, judged, found):
+            values[one.measure][one.query_id] = one.value
+    except Exception as error:  # of any kind: each metric has a program of its own, perl's among them
+        message = " ".join(str(error).split())
+        raise DataError(f"--metrics {' '.join(measures)}: {type(error).__name__}: {message}") from error
     return Evaluation(
-        {name: float(values[measure]) for name, measure in measures.items()},
+        {name: statistics.fmean(values[measure].values()) for name, measure in measures.items()},
         queries=len(judged),
         missing=len(judged) - len(found),
         unjudged=len(ranked) - len(found),

@@ -46,6 +46,14 @@ def read_queries(path: Path) -> list[Query]:
             raise DataError(f"{where}: '{ID}': expected a string that is not empty, or an integer, got {identifier!r}")
         if not isinstance(text, str):
             raise DataError(f"{where}: '{TEXT}': expected a string, got {text!r}")
+        for field, value in ((ID, identifier), (TEXT, text)):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:  # JSON's \ud800 is a str in Python, but no text
+                half = f"\\u{ord(value[error.start]):04x}"
+                raise DataError(
+                    f"{where}: '{field}': expected Unicode text, got half of a surrogate pair, {half}"
+                ) from error
         if has_white_space(identifier):
             raise DataError(f"{where}: '{ID}': expected no white space, since a run is split at it, got {identifier!r}")
         if identifier in first:
@@ -66,7 +74,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any, Any]]:
     for number, line in read_lines(path):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: expected a JSON object: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")

@@ -65,6 +65,11 @@ def test_blank_texts_keep_their_rows(step: EncodeBatch) -> None:
     assert [len(ids) > 0 for ids in found["indices"].to_pylist()] == [False, False, True]
 
 
+def test_ids_may_be_integers_in_a_dictionary(step: EncodeBatch) -> None:
+    rows = pa.table({"_id": pa.array([7, 8, 7]).dictionary_encode(), "text": ["a", "b", "c"]})
+    assert step(rows)["id"].to_pylist() == ["7", "8", "7"]
+
+
 def test_titles(encoder: TextEncoder, model_folder: str) -> None:
     def encode(table: pa.Table, **fields: Any) -> pa.Table:
         return EncodeBatch(model_folder, max_active_dims=20, **fields)(table)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+from splade_kernels.encoding.errors import DataError
 from splade_kernels.exporting.export import export
 from tests.exporting.outputs import random_rows, write_output
 
@@ -75,3 +76,10 @@ def test_nothing_is_an_empty_matrix(rows: list, tmp_path) -> None:
     found = scipy.sparse.load_npz(tmp_path / "out.npz")
     assert (found.shape, found.nnz) == ((len(rows), 300), 0)
     assert np.load(tmp_path / "out.npz")["ids"].tolist() == encoded.ids
+
+
+def test_ids_that_numpy_would_cut_are_refused(tmp_path: Path) -> None:
+    encoded = write_output(tmp_path / "encoded", [{1: 1.0}] * 2, ["a", "a\0"])
+    with pytest.raises(DataError, match=r"id: expected one that does not end in a NUL character, got 'a\\x00'"):
+        export(encoded.folder, "npz", tmp_path / "out.npz")
+    assert not list(tmp_path.glob("*.npz*"))

@@ -125,3 +125,17 @@ def test_both_ways_of_equal_scores_are_known(tmp_path: Path) -> None:
     """docs/command-line.md says so: trec_eval takes the last id first, RR@k the first one."""
     paths: Any = write(tmp_path, "q Q0 a 1 1 t\nq Q0 b 2 1 t\n", "q 0 b 1\n")
     assert evaluate(*paths, ["RR@10", "nDCG@10", "RR"]).metrics == {"RR@10": 0.5, "nDCG@10": 1.0, "RR": 1.0}
+
+
+def test_a_query_that_is_missing_counts_in_every_metric(tmp_path: Path) -> None:
+    """ir-measures' own mean of Accuracy and sum of NumRet leave it out."""
+    paths = write(
+        tmp_path, run="q1 Q0 d1 1 2 tag\nq1 Q0 d2 2 1 tag\n", qrels="q1 0 d1 1\nq1 0 d2 0\nq2 0 d1 1\nq2 0 d2 0\n"
+    )
+    assert evaluate(*paths, metrics=["Accuracy@10", "NumRet"]).metrics == {"Accuracy@10": 0.5, "NumRet": 1.0}
+
+
+@pytest.mark.parametrize("metric", ["AP(rel=0)", "nDCG@99999999999999999999"])
+def test_a_metric_that_fails_is_named(metric: str, tmp_path: Path) -> None:
+    with pytest.raises((DataError, UsageError), match="--metrics"):
+        evaluate(*write(tmp_path), metrics=[metric])

@@ -38,6 +38,9 @@ def test_queries_are_read(name: str, content: str, expected: list[tuple[str, str
     ("name", "content", "message"),
     [
         ("q.jsonl", JSONL + "{oops\n", "q.jsonl:4: expected a JSON object"),
+        ("q.jsonl", "[" * 100_000, "q.jsonl:1: expected a JSON object"),
+        ("q.jsonl", '{"_id": "a", "text": "\\ud800"}', r"q.jsonl:1: 'text': expected Unicode text, .* \\ud800"),
+        ("q.jsonl", '{"_id": "\\ud800", "text": "a"}', r"q.jsonl:1: '_id': expected Unicode text, .* \\ud800"),
         ("q.jsonl", JSONL + "[1]\n", "q.jsonl:4: expected a JSON object, got list"),
         (
             "q.jsonl",
