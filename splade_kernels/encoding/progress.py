@@ -26,7 +26,7 @@ class Progress:
         self.fraction: float | None = None
         self.started: float | None = None
         self._began_at = 0.0
-        self._shown = time.monotonic()
+        self._shown = 0.0
         self._bar: Any = None
         self._task: Any = None
 
@@ -56,7 +56,8 @@ class Progress:
     def start(self, fraction: float | None) -> None:
         """The first text that is encoded, at this fraction of the corpus."""
         if self.started is None:
-            self.started, self._began_at = time.monotonic(), fraction or 0.0
+            self.started = self._shown = time.monotonic()
+            self._began_at = fraction or 0.0
 
     def batch(self, rows: int, tokens: int) -> None:
         self.in_part += rows

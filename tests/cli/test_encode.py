@@ -81,13 +81,13 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
 
 def test_the_command_in_a_process_of_its_own(tmp_path):
     (tmp_path / "c.tsv").write_text("a\twater boils\nb\t\n")
-    arguments = ("--input", tmp_path / "c.tsv", "--output", tmp_path / "out")
+    arguments = ("--threads", 1, "--input", tmp_path / "c.tsv", "--output", tmp_path / "out")
     done = subprocess.run(command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert re.fullmatch(r"2 rows \(1 empty, 0 skipped, 0 truncated\), [\d.]+ terms a row, .* in .*out\n", done.stdout)
     assert [row["id"] for row in rows(tmp_path / "out")] == ["a", "b"]
-    assert encode(*arguments[:3], tmp_path / "here") == 0
+    assert encode(*arguments[:5], tmp_path / "here") == 0
     assert parts(tmp_path / "here") == parts(tmp_path / "out")
 
 

@@ -339,7 +339,7 @@ def test_lines_where_there_is_no_terminal(corpus, tmp_path, capsys, monkeypatch)
 
 
 def test_the_time_that_remains_counts_from_where_the_run_went_on(monkeypatch):
-    clock = iter([100.0, 100.0, 130.0, 130.0, 130.0, 130.0, 130.0])
+    clock = iter([100.0, *[130.0] * 5])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     shown = Progress(quiet=True)
     shown.start(0.5)
