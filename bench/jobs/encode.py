@@ -140,7 +140,8 @@ def _one_part(encoder: Any, texts: Sequence[str]) -> Tensor:
         write_part(folder, 0, rows, id_hashes(row.id for row in rows), found, "")
     row = torch.repeat_interleave(torch.from_numpy(found.offsets).diff())
     indices = torch.stack([row, torch.from_numpy(found.indices).long()])
-    return torch.sparse_coo_tensor(indices, torch.from_numpy(found.values), (len(texts), encoder.vocabulary_size))
+    size = len(texts), encoder.vocabulary_size
+    return torch.sparse_coo_tensor(indices, torch.from_numpy(found.values), size, is_coalesced=True)
 
 
 def _in_onnx(model: Any, name: str) -> Any:

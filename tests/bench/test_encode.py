@@ -89,14 +89,14 @@ def test_passages_are_tokenised_as_text(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(encode, "weigher", lambda *arguments: unweighed)
     model = corpus.load(CPU)
     assert model.tokenizer(texts[2])["input_ids"] == [2, 5, 6, 7, 3]
-    made = rows.run(encode.jobs(corpus, FLOAT32, CPU, ["stock", encode.SPARSE])[1:], CPU, 0)
-    assert [row.status for row in made] == ["measured"]
+    made = rows.run(encode.jobs(corpus, FLOAT32, CPU, ["stock", encode.SPARSE, encode.COMMAND])[1:], CPU, 0)
+    assert [row.status for row in made] == ["measured", "measured"]
     assert made[0].shape.startswith("9 texts of up to 12 tokens, batch 4, 1 layers D64")
 
 
 def test_what_is_measured_by_default() -> None:
     assert [name for name, _ in measure.plan("encode", measure.default_cases("encode", CPU), CPU)] == [*encode.CORPORA]
-    assert measure.default_variants("encode") == ("stock", "ours", "encode_sparse", *encode.ONNX)
+    assert measure.default_variants("encode") == ("stock", "ours", "encode_sparse", "command", *encode.ONNX)
     assert measure.default_precisions("encode", CPU) == ["float32", "bf16"]
     assert not any(corpus.from_text for corpus in encode.CORPORA.values())
     assert encode.SQUAD.from_text
