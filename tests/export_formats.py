@@ -6,12 +6,11 @@ splade_kernels/exporting/formats.py.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-from bench.tables.markdown import replace_block, table
+from bench.tables.markdown import table
 from splade_kernels.exporting.formats import FORMATS, MOST_DROPPED, Format
+from tests import generated
 
 COMMAND = "python -m tests.export_formats --document docs/formats.md"
 BEGIN, END = f"<!-- formats: {COMMAND} -->", "<!-- formats end -->"
@@ -35,14 +34,7 @@ def _row(form: Format) -> list[str]:
     return [f"`{form.name}`", form.written, weights, f"{form.scale:g}", form.range, terms, form.note, form.source]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--document", type=Path, help="replace the table between its markers")
-    path = parser.parse_args(arguments).document
-    if path is None:
-        print(block())
-    else:
-        path.write_text(replace_block(path.read_text(), block()))
+main = partial(generated.main, __doc__, block)
 
 
 if __name__ == "__main__":

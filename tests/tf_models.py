@@ -6,10 +6,10 @@ tests/integrations/test_tf_families.py holds each of its entries.
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from bench.tables.markdown import replace_block, table
+from bench.tables.markdown import table
+from tests import generated
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- families: python -m tests.tf_models --document docs/transformers.md -->", "<!-- families end -->"
@@ -214,14 +215,7 @@ def _said_of_is_causal(family: Family) -> str:
     return family.is_causal if family.is_causal == "honoured" else f"{family.is_causal}; the encoder warns"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--document", type=Path, help="replace the table between its markers")
-    path = parser.parse_args(arguments).document
-    if path is None:
-        print(block())
-    else:
-        path.write_text(replace_block(path.read_text(), block()))
+main = partial(generated.main, __doc__, block)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ The width is fixed, so that no terminal and no ``COLUMNS`` changes it.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from typer.main import get_command
 
-from bench.tables.markdown import replace_block
 from splade_kernels.cli.app import COMMANDS, app
+from tests import generated
 
 BEGIN = "<!-- help: python -m tests.cli.help_page --document docs/command-line.md -->"
 END = "<!-- help end -->"
@@ -35,14 +33,7 @@ def block() -> str:
     return "\n".join([BEGIN, "", *(f"{section}\n" for section in sections), END])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--document", type=Path, help="replace the text between its markers")
-    path = parser.parse_args(arguments).document
-    if path is None:
-        print(block())
-    else:
-        path.write_text(replace_block(path.read_text(), block()))
+main = partial(generated.main, __doc__, block)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,22 @@ def ndcg_of_the_stock_model(model: Path) -> float:
     return float(np.mean(values))
 
 
+def test_the_lines_of_the_readme_run(tmp_path: Path, monkeypatch: Any) -> None:
+    """As printed, but for the model: a tiny one, with the corpus of a BEIR folder."""
+    beir(tmp_path)
+    sparse_encoder().save_pretrained(str(tmp_path / "model"))
+    section = (ROOT / "README.md").read_text().split("## From the command line")[1]
+    install, *lines = re.findall(r"```\n(.*?)```", section, re.DOTALL)[0].splitlines()
+    assert install == 'pip install "splade-kernels[cli]"'
+    commands = [shlex.split(line.replace("naver/splade-v3", "model"), comments=True) for line in lines]
+    assert [words[:2] for words in commands] == [["splade-kernels", name] for name in ("encode", "search", "export")]
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        assert call(*words[1:]) == 0, words
+    assert len((tmp_path / "index.jsonl").read_text().splitlines()) == len(PAIRS)
+    assert (tmp_path / "run.trec").stat().st_size
+
+
 def test_the_lines_from_a_corpus_to_metrics_run(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """As printed, but for the model: a tiny one."""
     beir(tmp_path / "scifact")

@@ -6,16 +6,17 @@ tests/encoding/test_bad_input.py holds each of its entries.
 
 from __future__ import annotations
 
-import argparse
 import gzip
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.tables.markdown import replace_block, table
+from bench.tables.markdown import table
+from tests import generated
 
 BEGIN = "<!-- bad input: python -m tests.encoding.bad_input --document docs/encoding.md -->"
 END = "<!-- bad input end -->"
@@ -156,14 +157,7 @@ def block() -> str:
     return "\n".join([BEGIN, "", table(rows), "", END])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--document", type=Path, help="replace the table between its markers")
-    path = parser.parse_args(arguments).document
-    if path is None:
-        print(block())
-    else:
-        path.write_text(replace_block(path.read_text(), block()))
+main = partial(generated.main, __doc__, block)
 
 
 if __name__ == "__main__":
