@@ -116,7 +116,8 @@ class Corpus:
 
 def _of_the_command(model: Any, precision: Precision) -> Any:
     """The model as ``splade-kernels encode`` loads it from a folder."""
-    from splade_kernels.encoding.encoder import EncoderOptions, TextEncoder
+    from splade_kernels.encoding.encoder import TextEncoder
+    from splade_kernels.encoding.options import EncoderOptions
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, create_model_card=False)

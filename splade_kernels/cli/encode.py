@@ -64,7 +64,7 @@ def command(
     # Before sentence-transformers is imported, which takes long: Ctrl-C has its meaning from here on.
     with stoppable() as stop:
         try:
-            from ..encoding.encoder import EncoderOptions
+            from ..encoding.options import EncoderOptions
             from ..encoding.ranks import Elsewhere
             from ..encoding.records import Fields
             from ..encoding.run import RunOptions, run

@@ -63,7 +63,8 @@ def command(
     """
     import torch
 
-    from ..encoding.encoder import EncoderOptions, TextEncoder, WeightError
+    from ..encoding.encoder import TextEncoder, WeightError
+    from ..encoding.options import EncoderOptions
     from ..encoding.output import open_output
     from ..searching import exact, seismic
     from ..searching.lines import new_file

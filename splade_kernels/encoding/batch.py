@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .encoder import EncoderOptions, TextEncoder, WeightError, check_options
+from .encoder import TextEncoder, WeightError
 from .errors import DataError
+from .options import EncoderOptions, check_options
 from .output import SCHEMA
 
 ID_FIELD, TEXT_FIELD, TITLE_FIELD = "_id", "text", "title"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,56 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .errors import DataError, UsageError
+from .errors import DataError
+from .loading import NO_LIMIT, first_module, limit_length, load, one_line, prompt_of, resolve_device, resolve_dtype
+from .options import EncoderOptions, check_options
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from sentence_transformers import SparseEncoder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SCREENING: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 # Dense at a time are the embeddings of one batch: at most so many float32 numbers, 64 MiB, and so many texts.
 MOST_NUMBERS = 1 << 24
 MOST_TEXTS = 512
 # Texts that are tokenised together to see how many lost tokens.
 COUNTED = 64
-_ERROR_LENGTH = 400
-# A tokenizer without a limit of its own says 10³⁰.
-_NO_LIMIT = 10**9
-
-
-@dataclass(frozen=True)
-class EncoderOptions:
-    """What decides how a text becomes a vector, as the command line takes it.
-
-    Args:
-        model: folder of a ``SparseEncoder`` (or of this package's ``SpladeEncoder``), or its name on the hub.
-        revision: branch, tag or commit of a model on the hub.
-        trust_remote_code: run code that the model's repository brings.
-        query: encode as queries (``encode_query``: their prompt and route), not as documents (``encode_document``).
-        prompt_name: a prompt of the model in place of the task's own.
-        max_length: tokens of a text, special ones and prompt included, at most the model's own maximum. None: that.
-        batch_tokens: tokens that go through the model together, padding included.
-        max_active_dims: keep the largest weights of each text, so many; ties go to the lowest id. None: the model's
-            own setting.
-        min_weight: drop smaller weights. None: keep all.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` is bfloat16 on CUDA from sm_80 on, else float32.
-        device: ``cpu``, ``cuda`` or ``cuda:i``; ``auto`` is the current CUDA device, else the CPU.
-        screening: ``auto``, ``on`` or ``off``, see :func:`splade_kernels.splade_pool`.
-    """
-
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    query: bool = False
-    prompt_name: str | None = None
-    max_length: int | None = None
-    batch_tokens: int = 8192
-    max_active_dims: int | None = None
-    min_weight: float | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    screening: str = "auto"
 
 
 class WeightError(DataError):
@@ -137,13 +97,13 @@ class TextEncoder:
         check_options(options)
         self.options = options
         self.task = "query" if options.query else "document"
-        self.device = _device(options.device)
-        self.dtype = _dtype(options.dtype, self.device)
-        self.model = _load(options, self.device, DTYPES[self.dtype])
-        self.prompt = _prompt(self.model, options.prompt_name, self.task)
-        module = _first_module(self.model, self.task)
+        self.device = resolve_device(options.device)
+        self.dtype = resolve_dtype(options.dtype, self.device)
+        self.model = load(options, self.device, self.dtype)
+        self.prompt = prompt_of(self.model, options.prompt_name, self.task)
+        module = first_module(self.model, self.task)
         self.tokenizer: Any = module.tokenizer
-        self.max_length = _limit_length(module, self.task, options.max_length)
+        self.max_length = limit_length(module, self.task, options.max_length)
         limit = self.model.max_active_dims if options.max_active_dims is None else options.max_active_dims
         self.max_active_dims = limit
         # Its method would choose first, with ties in any order.
@@ -205,7 +165,7 @@ class TextEncoder:
         try:
             (batch,) = self._encode_sparse(["."], batch_size=1)
         except Exception as error:
-            raise DataError(f"{self.options.model}: cannot encode a text: {_one_line(error)}") from error
+            raise DataError(f"{self.options.model}: cannot encode a text: {one_line(error)}") from error
         return int(batch.shape[1])
 
     @contextmanager
@@ -232,7 +192,7 @@ class TextEncoder:
         """Those of more than ``max_length`` tokens, by tokenising them whole."""
         if self.max_length is None or not texts:
             return set()
-        module, lost = _first_module(self.model, self.task), set()
+        module, lost = first_module(self.model, self.task), set()
         whole: Any = {"prompt": self.prompt, "task": self.task, "processing_kwargs": {"text": {"truncation": False}}}
         ordered = sorted(texts, key=len)  # so that little of it is padding
         with _without_limit(module.tokenizer):
@@ -241,129 +201,6 @@ class TextEncoder:
                 counts = _token_counts(module.preprocess(some, **whole))
                 lost |= {text for text, count in zip(some, counts, strict=True) if count > self.max_length}
         return lost
-
-
-def check_options(options: EncoderOptions) -> None:
-    """Raises UsageError where an option is wrong whatever the model and the machine."""
-    for name in ("max_length", "batch_tokens", "max_active_dims"):
-        value = getattr(options, name)
-        optional = " or None" * (name != "batch_tokens")
-        if not (value is None and optional) and (type(value) is not int or value < 1):
-            raise UsageError(f"{name}: expected an int of at least 1{optional}, got {value!r}")
-    weight = options.min_weight
-    if weight is not None and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
-        raise UsageError(f"min_weight: expected a finite number of at least 0 or None, got {weight!r}")
-    for name, allowed in (("dtype", ("auto", *DTYPES)), ("screening", tuple(SCREENING))):
-        if getattr(options, name) not in allowed:
-            raise UsageError(f"{name}: expected {', '.join(allowed)}, got {getattr(options, name)!r}")
-
-
-def _device(name: str) -> str:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    found = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
-    if found is None:
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, got {name!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(found[1]) if found[1] else (torch.cuda.current_device() if count else 0)
-    if index >= count:
-        raise UsageError(f"device: expected one of the {count} CUDA devices of this machine or cpu, got {name!r}")
-    return f"cuda:{index}"
-
-
-def _dtype(name: str, device: str) -> str:
-    if name != "auto":
-        return name
-    return "bfloat16" if device != "cpu" and torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
-
-
-def _load(options: EncoderOptions, device: str, dtype: torch.dtype) -> SparseEncoder:
-    try:
-        from sentence_transformers import SparseEncoder
-
-        from ..integrations.sentence_transformers import fuse
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "splade_kernels":
-            raise
-        raise DataError(f"encoding needs {error.name}: pip install 'splade-kernels[cli]'") from error
-    try:
-        model = SparseEncoder(
-            options.model,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-            model_kwargs={"dtype": dtype},
-            device=device,
-        )
-    except Exception as error:  # of any kind: files, the hub's client, the model's own code
-        raise DataError(f"{options.model}: cannot be loaded as a SparseEncoder: {_one_line(error)}") from error
-    _check_no_weight_is_missing(options.model, model)
-    try:
-        fuse(model, screening=SCREENING[options.screening])
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{options.model}: {_one_line(error)}") from error
-    return model.eval()
-
-
-def _check_no_weight_is_missing(name: str, model: SparseEncoder) -> None:
-    """transformers fills weights that a checkpoint lacks, an encoder's missing head for example, with random numbers.
-
-    It marks the parameters that it has read. Adapters are read by PEFT, which marks none.
-    """
-    from transformers import PreTrainedModel
-
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel) or getattr(module, "_hf_peft_config_loaded", False):
-            continue
-        read = {key: getattr(weight, "_is_hf_initialized", False) for key, weight in module.named_parameters()}
-        missing = [key for key, was_read in read.items() if not was_read]
-        if missing and len(missing) < len(read):
-            raise DataError(
-                f"{name}: the checkpoint lacks {len(missing)} weights of {type(module).__name__}, which would be "
-                f"random: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
-            )
-
-
-def _prompt(model: SparseEncoder, name: str | None, task: str) -> str | None:
-    """What the model's method puts in front of a text: of the name, of the task, or of the model."""
-    if name is not None and name not in model.prompts:
-        known = ", ".join(map(repr, model.prompts)) or "none, since the model has no prompts"
-        raise UsageError(f"prompt_name: expected one of {known}, got {name!r}")
-    from ..integrations._encode import PROMPTS
-
-    names = PROMPTS[task] if name is None else (name,)
-    prompts = [model.prompts[name] for name in (*names, model.default_prompt_name) if name in model.prompts]
-    return next(iter(prompts), None) or None
-
-
-def _first_module(model: SparseEncoder, task: str) -> Any:
-    """What tokenises: the first module, or that of the task's route."""
-    module: Any = model[0]
-    if hasattr(module, "sub_modules"):
-        route = module._resolve_route(task=task, modality="text")
-        module = module.sub_modules[route][0]
-    return module
-
-
-def _limit_length(module: Any, task: str, wanted: int | None) -> int | None:
-    """Have ``module`` cut texts to ``wanted`` tokens; returns to how many it cuts them."""
-    in_call = (getattr(module, "processing_kwargs", None) or {}).get("text", {})
-    of_task = getattr(module, f"{task}_length", None)
-    own = in_call.get("max_length") or of_task or getattr(module, "max_seq_length", None)
-    own = None if own is None or own > _NO_LIMIT else int(own)
-    if wanted is None:
-        return own
-    special = getattr(module.tokenizer, "num_special_tokens_to_add", lambda: 0)()
-    if wanted <= special or (own is not None and wanted > own):
-        most = "" if own is None else f" and at most {own}, the model's own maximum"
-        raise UsageError(f"max_length: expected more than the {special} special tokens{most}, got {wanted}")
-    if not hasattr(module.tokenizer, "model_max_length"):
-        raise UsageError(f"max_length: expected none, since {type(module).__name__} does not cut texts, got {wanted}")
-    module.tokenizer.model_max_length = wanted
-    if of_task is not None:
-        setattr(module, f"{task}_length", wanted)
-    if "max_length" in in_call:
-        in_call["max_length"] = wanted
-    return wanted
 
 
 def _token_counts(features: dict[str, Any]) -> list[int]:
@@ -394,13 +231,8 @@ def _check_finite(rows: npt.NDArray[np.int64], indices: npt.NDArray[np.int32], v
 def _without_limit(tokenizer: Any) -> Iterator[None]:
     """Some modules cut to the tokenizer's limit whatever their call says; beyond it, tokenizers warn."""
     limit = tokenizer.model_max_length
-    tokenizer.model_max_length = _NO_LIMIT
+    tokenizer.model_max_length = NO_LIMIT
     try:
         yield
     finally:
         tokenizer.model_max_length = limit
-
-
-def _one_line(error: Exception) -> str:
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    return line if len(line) <= _ERROR_LENGTH else f"{line[:_ERROR_LENGTH]}…"

@@ -14,10 +14,11 @@ import torch
 from . import manifest as manifests
 from .corpus import Corpus, Row, open_corpus
 from .duplicates import Hashes, Seen, check_duplicates, id_hashes
-from .encoder import Encoded, EncoderOptions, TextEncoder, WeightError
+from .encoder import Encoded, TextEncoder, WeightError
 from .errors import DataError, UsageError
 from .files import locked
 from .identity import model_identity, tokenizer_sha256
+from .options import EncoderOptions
 from .output import part_name
 from .parts import (
     IDS,

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
 
-from splade_kernels.encoding.encoder import EncoderOptions, TextEncoder
+from splade_kernels.encoding.encoder import TextEncoder
 from splade_kernels.encoding.identity import model_identity, tokenizer_sha256
+from splade_kernels.encoding.options import EncoderOptions
 from splade_kernels.searching.evaluation import read_run
 from tests.cli.commands import call
 from tests.searching.encoded import write_output

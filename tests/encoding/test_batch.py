@@ -14,8 +14,9 @@ import pytest
 
 import splade_kernels.encoding
 from splade_kernels.encoding import EncodeBatch, batch
-from splade_kernels.encoding.encoder import EncoderOptions, TextEncoder, WeightError
+from splade_kernels.encoding.encoder import TextEncoder, WeightError
 from splade_kernels.encoding.errors import DataError, UsageError
+from splade_kernels.encoding.options import EncoderOptions
 from splade_kernels.encoding.output import SCHEMA
 from tests.st_models import TEXTS
 

@@ -15,9 +15,10 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding
 
-from splade_kernels.encoding import encoder as module
-from splade_kernels.encoding.encoder import Encoded, EncoderOptions, TextEncoder, WeightError
+from splade_kernels.encoding import loading
+from splade_kernels.encoding.encoder import Encoded, TextEncoder, WeightError
 from splade_kernels.encoding.errors import DataError, UsageError
+from splade_kernels.encoding.options import EncoderOptions
 from splade_kernels.encoding.output import SCHEMA
 from tests.encoding.conftest import save
 from tests.st_models import TEXTS, decoder_of, sparse_encoder
@@ -193,7 +194,7 @@ def test_each_task_takes_its_route(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_loaded_as_such(model_folder: str, dtype: str) -> None:
     encoder = TextEncoder(EncoderOptions(model_folder, dtype=dtype))
-    assert encoder.dtype == dtype and encoder.model.dtype == module.DTYPES[dtype]
+    assert encoder.dtype == dtype and encoder.model.dtype == getattr(torch, dtype)
     found, expected = encoder(TEXTS), stock(model_folder, TEXTS)
     assert found.values.dtype == np.float32
     error = np.linalg.norm(dense(found, expected.shape[1]) - expected) / np.linalg.norm(expected)
@@ -201,25 +202,30 @@ def test_half_precision_is_loaded_as_such(model_folder: str, dtype: str) -> None
 
 
 def test_the_dtype_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._dtype("auto", "cpu") == "float32"
+    assert loading.resolve_dtype("auto", "cpu") == "float32"
     for capability, expected in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert module._dtype("auto", "cuda:0") == expected
-        assert module._dtype("float16", "cuda:0") == "float16"
+        assert loading.resolve_dtype("auto", "cuda:0") == expected
+        assert loading.resolve_dtype("float16", "cuda:0") == "float16"
 
 
 def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert module._device("auto") == module._device("cpu") == "cpu"
+    assert loading.resolve_device("auto") == loading.resolve_device("cpu") == "cpu"
     with pytest.raises(UsageError, match=r"device: expected one of the 0 CUDA devices .*, got 'cuda'"):
-        module._device("cuda")
+        loading.resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert [module._device(name) for name in ("auto", "cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    assert [loading.resolve_device(name) for name in ("auto", "cuda", "cuda:0", "cpu")] == [
+        "cuda:1",
+        "cuda:1",
+        "cuda:0",
+        "cpu",
+    ]
     for name in ("cuda:2", "gpu", "cuda:x", ""):
         with pytest.raises(UsageError, match=f"device: expected .*, got {name!r}"):
-            module._device(name)
+            loading.resolve_device(name)
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_an_environment_that_does_not_fit(monkeypatch):
 def test_the_device_of_a_rank(monkeypatch):
     """Each takes the CUDA device of its place on its machine, where none was named."""
     from splade_kernels.encoding import run as runs
-    from splade_kernels.encoding.encoder import EncoderOptions
+    from splade_kernels.encoding.options import EncoderOptions
     from splade_kernels.encoding.stopping import Stop
 
     asked = []

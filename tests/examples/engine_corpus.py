@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from splade_kernels.encoding.encoder import EncoderOptions, TextEncoder
+from splade_kernels.encoding.encoder import TextEncoder
+from splade_kernels.encoding.options import EncoderOptions
 from splade_kernels.encoding.output import SCHEMA
 from tests.st_models import TEXTS, sparse_encoder
 
