@@ -8,9 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections import Counter
-from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ from bench.jobs import candidates
 from splade_kernels.backends.triton import launch, tuning
 from tests.triton import tables
 
-SHIPPED = tuning.FOLDER
 BF16 = (torch.bfloat16, "ieee")
 CONFIG = {"block_v": 64, "block_t": 128, "block_k": 32, "num_warps": 4, "num_stages": 2}
 SHAPE = {"kind": "maximum", "architecture": 86, "dtype": "bfloat16", "hidden_size": 768, "vocab_size": 30522}
@@ -96,37 +92,6 @@ def test_in_the_interpreter_no_table_is_asked(shipped, user_file):
     user_file("no table")
     assert tuning.matmul_config(0, 768, 30522, *BF16) == tuning._INTERPRETED
     assert tuning.weight_config(0, 768, 30522, *BF16) == tuning.default_weight_config(768)
-
-
-def test_what_ships_is_of_its_architecture():
-    files = sorted(SHIPPED.glob("*"))
-    entries = Counter()
-    for path in files:
-        arch = int(path.stem.removeprefix("sm_").split("-")[0])
-        assert arch in tuning.ARCHITECTURES
-        assert {shape.architecture for shape in tuning._read(path)} == {arch}
-        entries.update([*tuning._read(path)])
-    assert set(entries.values()) <= {1}, "an entry is in two files of an architecture"
-
-
-def test_an_architecture_may_have_its_table_in_several_files(monkeypatch, tmp_path):
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    entries = [tuning.entry(*item) for item in tables.table(90).items()]
-    for name, part in (("sm_90.json", entries[:2]), ("sm_90-backward.json", entries[2:]), ("sm_900.json", ["x"])):
-        (tmp_path / name).write_text(json.dumps({"table": part}))
-    assert tuning.shipped_table(90) == tables.table(90)
-
-
-def test_results_of_what_ships_are_checked_in():
-    results = [path.read_bytes() for path in (Path(__file__).parents[2] / "bench/results").glob("tuning*.json")]
-    assert all(path.read_bytes() in results for path in SHIPPED.glob("*"))
-
-
-def test_what_ships_is_in_the_wheel():
-    files = SHIPPED.glob("*")
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    (pattern,) = [line for line in project.splitlines() if "backends.triton" in line and ".json" in line]
-    assert all(fnmatch(f"configs/{path.name}", pattern.split('"')[3]) for path in [*files, Path("sm_86.json")])
 
 
 def test_an_unknown_architecture_gets_the_safe_configuration_and_one_message():
